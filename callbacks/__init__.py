@@ -1,0 +1,8 @@
+"""Thin hooks around block training, one a file, each usable alone in any Lightning script."""
+
+from lightning_gsq.callbacks.annealing import GumbelAnnealing
+from lightning_gsq.callbacks.monitor import QuantizationMonitor
+from lightning_gsq.callbacks.progress import BlockProgress
+from lightning_gsq.callbacks.rounding import HardRounding, RoundingReport
+
+__all__ = ["BlockProgress", "GumbelAnnealing", "HardRounding", "QuantizationMonitor", "RoundingReport"]

@@ -1,0 +1,85 @@
+"""The end of a relaxed training: every weight takes its most probable level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.quantizers import GumbelQuantizer
+
+
+@dataclass(frozen=True)
+class RoundingReport:
+    """What rounding did to one module.
+
+    Args:
+        flip_rate: Share of weights whose code differs from the warm start.
+        gap: Validation loss of the rounded weights minus that of a relaxed sample; None without validation.
+        soft_loss: Validation loss of a relaxed sample; None without validation.
+    """
+
+    flip_rate: float
+    gap: float | None
+    soft_loss: float | None
+
+
+class HardRounding(Callback):
+    """Swaps in the hard weights when a fit ends, and reports the rounding gap and the flip rate.
+
+    Afterwards every ``GumbelQuantizer`` of the module returns its rounded weight. Both figures tell whether the
+    relaxation was tight: a large gap means that training ended undecided (lower the final temperature), a flip rate
+    near zero that it never left the warm start (raise the learning rate or the number of steps).
+
+    Example::
+
+        rounding = HardRounding()
+        Trainer(max_steps=200, callbacks=[GumbelAnnealing(), rounding]).fit(module, batches, held_out)
+        rounding.report.flip_rate
+
+    Args:
+        soft_metric: Logged validation loss of relaxed samples.
+        hard_metric: Logged validation loss of the rounded weights.
+        max_gap: Warn when the gap exceeds this share of the soft loss; null never warns.
+    """
+
+    report: RoundingReport
+
+    def __init__(
+        self,
+        soft_metric: str = "block/val_loss_soft",
+        hard_metric: str = "block/val_loss_hard",
+        max_gap: float | None = 0.5,
+    ) -> None:
+        if max_gap is not None and max_gap <= 0:
+            raise ConfigurationError(f"HardRounding.max_gap must be positive or null, got {max_gap}")
+        self.soft_metric, self.hard_metric, self.max_gap = soft_metric, hard_metric, max_gap
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rounds, reports, logs."""
+        quantizers = [module for module in pl_module.modules() if isinstance(module, GumbelQuantizer)]
+        if not quantizers:
+            raise ConfigurationError(f"HardRounding: {type(pl_module).__name__} has no GumbelQuantizer")
+        flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for q in quantizers)
+        for quantizer in quantizers:
+            quantizer.hard = True
+        soft, hard = (trainer.callback_metrics.get(name) for name in (self.soft_metric, self.hard_metric))
+        known = soft is not None and hard is not None
+        self.report = RoundingReport(
+            flip_rate=flipped / sum(q.start_codes.numel() for q in quantizers),
+            gap=float(hard) - float(soft) if soft is not None and hard is not None else None,
+            soft_loss=float(soft) if soft is not None else None,
+        )
+        figures = {"rounding/flip_rate": self.report.flip_rate}
+        if known and self.report.gap is not None:
+            figures["rounding/gap"] = self.report.gap
+            soft_loss = self.report.soft_loss or 0.0
+            if self.max_gap is not None and self.report.gap > self.max_gap * soft_loss > 0:
+                rank_zero_warn(
+                    f"rounding raised the loss from {soft_loss:.4g} to {soft_loss + self.report.gap:.4g}: the choices "
+                    "were still open at the end; lower the final temperature or train longer"
+                )
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step + getattr(pl_module, "first_step", 0))

@@ -1,0 +1,8 @@
+"""Quantize large language models to 1-4 bits a weight with Gumbel-Softmax, block by block, on PyTorch Lightning."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("lightning-gsq")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"

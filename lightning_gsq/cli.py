@@ -1,0 +1,176 @@
+"""The command line: ``python -m lightning_gsq fit | validate``, on LightningCLI."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from rich.console import Console
+
+from lightning_gsq import loading
+from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.fit import fit
+from lightning_gsq.modules import ModelQuantization, NonFiniteLossError
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs/quantized",
+    "max_epochs": 1,
+    "precision": None,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 5,
+}
+EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+
+
+class GSQCLI(LightningCLI):
+    """LightningCLI whose ``fit`` runs a Trainer for every block.
+
+    Groups of options: ``trainer`` (Lightning's own), ``model`` (the model and how to quantize it), ``data``
+    (calibration text), ``evaluation`` (text for perplexity), ``activations`` (memory).
+    """
+
+    trainer: Trainer
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        self.console = Console(highlight=False)
+        self._logger: Logger | None = None
+        super().__init__(
+            ModelQuantization,
+            CalibrationDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "prog": "python -m lightning_gsq",
+                "description": "Quantize large language models to 1-4 bits a weight, block by block.",
+                "fit": {"description": "Quantize a model into a run folder (--trainer.default_root_dir)."},
+                "validate": {"description": "Measure the perplexity of a model or of a finished run folder."},
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and the Trainer arguments that they do not take."""
+        skip = {"model", "datamodule", "ckpt_path", "weights_only", "verbose"}
+        return {
+            "fit": {*skip, "train_dataloaders", "val_dataloaders"},
+            "validate": {*skip, "dataloaders"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the groups that are not Lightning's."""
+        parser.add_lightning_class_args(PerplexityData, "evaluation")
+        parser.add_class_arguments(ActivationOptions, "activations")
+
+    def before_instantiate_classes(self) -> None:
+        """Settles the precision, so that the recipe says which it was."""
+        trainer = self.config[self.subcommand].trainer
+        if trainer.precision is None:
+            trainer.precision = native_precision(str(trainer.accelerator))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A new Trainer with the user's settings; all Trainers of a run share one logger and the callbacks."""
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        config["callbacks"] = list(config.get("callbacks") or [])
+        if config.get("logger") in (None, True):
+            if self._logger is None:
+                self._logger = TensorBoardLogger(config["default_root_dir"], name="", version="tensorboard")
+            config["logger"] = self._logger
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Trainer(**config)
+
+    def evaluation_trainer(self) -> Trainer:
+        """A Trainer that only evaluates: neither logger nor callbacks."""
+        return self.instantiate_trainer(logger=False, callbacks=[])
+
+    def fit(self, model: ModelQuantization, datamodule: CalibrationDataModule) -> None:
+        """Quantizes the model into the run folder."""
+        settings = self.config[self.subcommand]
+        fit(
+            model=model,
+            data=datamodule,
+            evaluation=self.config_init[self.subcommand].evaluation,
+            activations=self.config_init[self.subcommand].activations,
+            make_trainer=self.instantiate_trainer,
+            make_evaluation_trainer=self.evaluation_trainer,
+            settings=as_plain(self._parser(self.subcommand), settings),
+            seed=int(settings.seed_everything),
+            console=self.console,
+        )
+
+    def validate(self, model: ModelQuantization, datamodule: CalibrationDataModule) -> None:
+        """Prints the perplexity of a model, or of the model in a finished run folder."""
+        evaluation: PerplexityData = self.config_init[self.subcommand].evaluation
+        source = loading.resolve(loading.finished_model(model.pretrained), model.revision, model.trust_remote_code)
+        evaluation.check(loading.max_length(loading.load_config(source)))
+        model.load(source)
+        evaluation.tokenize(model.tokenizer)
+        (result,) = self.evaluation_trainer().validate(model, evaluation.val_dataloader(), verbose=False)
+        windows, length = evaluation.ids_NT.shape
+        self.console.print(f"perplexity {result['perplexity']:.3f}  ({windows} windows of {length} tokens)")
+
+
+def native_precision(accelerator: str) -> str:
+    """``bf16-mixed`` where the hardware multiplies bfloat16 natively, else ``32-true``."""
+    if accelerator in {"auto", "gpu", "cuda"} and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def as_plain(parser: LightningArgumentParser, settings: Namespace) -> dict[str, Any]:
+    """The resolved settings as plain data."""
+    import yaml
+
+    plain: dict[str, Any] = yaml.safe_load(parser.dump(settings, skip_none=False, skip_validation=True))
+    return plain
+
+
+def quiet_libraries() -> None:
+    """Silences what dozens of Trainers would repeat: banners, tips and advice on data loader workers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*The number of training batches.*", ".*isinstance.treespec.*"):
+        warnings.filterwarnings("ignore", message)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = sys.argv[1:] if args is None else args
+    quiet_libraries()
+    errors = Console(stderr=True, highlight=False)
+    try:
+        if not arguments:
+            arguments, args = ["--help"], ["--help"]
+        GSQCLI(args)
+    except (ConfigurationError, NonFiniteLossError) as error:
+        errors.print(f"error: {error}", markup=False, soft_wrap=True)
+        return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command resumes after the last finished block")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+__all__ = ["GSQCLI", "Callback", "main"]

@@ -1,0 +1,148 @@
+"""One transformer block as a LightningModule: its trainable parameters are logits and scales, nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_gsq.backbone import BlockCall, run_block
+from lightning_gsq.noise import seed_of
+from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.quantizers import GumbelQuantizer
+from lightning_gsq.sites import LinearSite
+
+Batch = tuple[Tensor, Tensor]
+"""Hidden states that enter the block, and what should leave it; each ``B T D``."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of a block became NaN or infinite."""
+
+
+class BlockQuantization(LightningModule):
+    """Trains the level choices and group scales of one block against its full-precision output.
+
+    The block itself stays as it is: it runs through ``torch.func.functional_call`` with sampled weights in place of
+    its own. The loss is the mean squared error over the mean square of the targets, so that 0.01 means one percent
+    of the block's output energy, in every block.
+
+    Args:
+        block: The full-precision block; frozen here.
+        call: Its arguments beside the hidden states.
+        quantizers: One Gumbel quantizer for each linear weight to quantize.
+        optimizer: Makes the optimizer from parameter groups; its learning rate is that of the logits.
+        scale_learning_rate: Learning rate of the scales' logarithms; no weight decay applies to them.
+        learning_rate_floor: Where the cosine schedule ends, as a share of the start.
+        target_power: Mean square of the targets.
+        index: The block's number in the model, for logging and for the noise.
+        name: The block's name in the model, for messages.
+        seed: Seed of the noise.
+        position: How many blocks of this run come before this one, and how many there are.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        quantizers: dict[LinearSite, GumbelQuantizer],
+        optimizer: OptimizerCallable,
+        scale_learning_rate: float = 1e-3,
+        learning_rate_floor: float = 0.1,
+        target_power: float = 1.0,
+        index: int = 0,
+        name: str = "block",
+        seed: int = 0,
+        position: tuple[int, int] = (0, 1),
+    ) -> None:
+        super().__init__()
+        self.block = block.requires_grad_(False).eval()
+        self.sites = list(quantizers)
+        self.quantizers = nn.ModuleList(quantizers.values())
+        self.optimizer, self.scale_learning_rate = optimizer, scale_learning_rate
+        self.learning_rate_floor, self.target_power = learning_rate_floor, max(target_power, 1e-12)
+        self.index, self.name, self.seed, self.position = index, name, seed, position
+        self._call = call
+
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps of the blocks before, so that the curves of successive blocks join along one axis."""
+        return self.position[0] * max(1, int(self.trainer.estimated_stepping_batches))
+
+    def named_quantizers(self) -> Iterator[tuple[str, GumbelQuantizer]]:
+        """Pairs of parameter name and quantizer."""
+        for site, quantizer in zip(self.sites, self.quantizers, strict=True):
+            assert isinstance(quantizer, GumbelQuantizer)
+            yield site.name, quantizer
+
+    def sampled_weights(self, *key: int) -> dict[str, Tensor]:
+        """One relaxed sample of every weight; ``key`` selects the noise."""
+        return {
+            site.name: site.from_matrix(quantizer(seed_of(self.seed, self.index, site.name, *key)))
+            for site, quantizer in zip(self.sites, self.quantizers, strict=True)
+        }
+
+    def hard_weights(self) -> dict[str, Tensor]:
+        """Every weight rounded to its most probable level."""
+        return self._dense({name: quantizer.harden() for name, quantizer in self.named_quantizers()})
+
+    def start_weights(self) -> dict[str, Tensor]:
+        """Every weight as the warm start left it."""
+        return self._dense({name: quantizer.start_tensor() for name, quantizer in self.named_quantizers()})
+
+    def forward(self, hidden_BTD: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Runs the block with these weights."""
+        return run_block(self.block, hidden_BTD, self._call.to(hidden_BTD.device), weights)
+
+    def loss(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
+        """Relative squared error of the block's output with these weights, fp32."""
+        hidden, target = batch
+        return nn.functional.mse_loss(self(hidden, weights).float(), target.float()) / self.target_power
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss with sampled weights.
+
+        Raises:
+            NonFiniteLossError: it is NaN or infinite.
+        """
+        loss = self.loss(batch, self.sampled_weights(self.global_step, batch_idx, self.global_rank))
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss of {self.name} is {loss.item()} at step {self.global_step}; lower the learning rates "
+                "(--model.optimizer.init_args.lr, --model.scale_learning_rate) or use --trainer.precision 32-true"
+            )
+        # A logged value named "step" becomes the x axis of all loggers.
+        self.log_dict({"block/loss_soft": loss.detach(), "step": float(self.first_step + self.global_step)})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs the losses of a sample and of the rounded weights on held-out sequences."""
+        soft = self.loss(batch, self.sampled_weights(-1, batch_idx, self.global_rank))
+        hard = self.loss(batch, self.hard_weights())
+        losses = {"block/val_loss_soft": soft, "block/val_loss_hard": hard}
+        self.log_dict({**losses, "step": float(self.first_step + self.global_step)}, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over logits and scales, with a cosine schedule that ends at the floor."""
+        logits = [quantizer.logits for _, quantizer in self.named_quantizers()]
+        scales = [quantizer.log_scale for _, quantizer in self.named_quantizers()]
+        optimizer = self.optimizer(
+            [
+                {"params": logits, "name": "logits"},
+                {"params": scales, "name": "scales", "lr": self.scale_learning_rate, "weight_decay": 0.0},
+            ]
+        )
+        steps, floor = max(1, int(self.trainer.estimated_stepping_batches)), self.learning_rate_floor
+        schedule = LambdaLR(
+            optimizer, lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _dense(self, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
+        return {site.name: site.from_matrix(tensors[site.name].dequantize()) for site in self.sites}

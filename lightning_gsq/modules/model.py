@@ -1,0 +1,120 @@
+"""The model to quantize, with every setting that concerns it; evaluated by its perplexity."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lion_pytorch import Lion
+from torch import Tensor
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_gsq import loading
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.quantizers import GPTQ, GumbelOptions, WarmStart
+from lightning_gsq.scheme import QuantScheme, SchemeOverride
+
+
+def _lion(params: object) -> Lion:
+    return Lion(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=1.0)  # type: ignore[arg-type]
+
+
+class ModelQuantization(LightningModule):
+    """A causal decoder and how to quantize it.
+
+    Args:
+        pretrained: Local folder with config.json and safetensors, GGUF file, name on the Hugging Face hub, or
+            package://module/file.gguf; for validate also a run folder.
+        scheme: Level grid and group size of every quantized weight.
+        include: Patterns of the weights to quantize, matched against names such as model.layers.3.mlp.down_proj.
+        exclude: Patterns of weights to leave in full precision.
+        overrides: Bits or group size for the weights that a pattern names.
+        blocks: Range of blocks to quantize, such as 0:4; null for all.
+        target: What a block learns to output: "stream", the full-precision model's own activations at that depth, or
+            "local", the full-precision block applied to the quantized model's activations.
+        warm_start: Codes and scales that training starts from.
+        hessian_sequences: Calibration sequences whose inputs the warm start sees.
+        gumbel: How the logits start and how noisy their samples are.
+        optimizer: Optimizer of the logits and scales; lr is the logits' learning rate.
+        scale_learning_rate: Learning rate of the scales, relative to each scale.
+        learning_rate_floor: End of the cosine learning rate schedule, as a share of its start.
+        scale_dtype: Stored dtype of the scales.
+        dtype: Dtype the model is loaded in; "auto" keeps that of its files (float32 for GGUF).
+        output_dtype: Dtype of the dequantized model that a run saves.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        scheme: QuantScheme = QuantScheme(),  # noqa: B008 - frozen
+        include: list[str] = ["*"],  # noqa: B006 - jsonargparse shows the default; never changed
+        exclude: list[str] = [],  # noqa: B006
+        overrides: dict[str, SchemeOverride] = {},  # noqa: B006
+        blocks: str | None = None,
+        target: Literal["stream", "local"] = "stream",
+        warm_start: WarmStart | None = None,
+        hessian_sequences: int = 96,
+        gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = _lion,
+        scale_learning_rate: float = 5e-3,
+        learning_rate_floor: float = 0.1,
+        scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        dtype: loading.Dtype = "auto",
+        output_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, number in (("scale_learning_rate", scale_learning_rate), ("hessian_sequences", hessian_sequences)):
+            if number <= 0:
+                raise ConfigurationError(f"model.{name} must be positive, got {number}")
+        if not 0 <= learning_rate_floor <= 1:
+            raise ConfigurationError(f"model.learning_rate_floor must lie between 0 and 1, got {learning_rate_floor}")
+        self.pretrained, self.revision, self.trust_remote_code = pretrained, revision, trust_remote_code
+        self.scheme, self.include, self.exclude, self.overrides = scheme, include, exclude, overrides
+        self.blocks, self.target = blocks, target
+        self.warm_start, self.hessian_sequences = warm_start or GPTQ(), hessian_sequences
+        self.gumbel, self.optimizer = gumbel, optimizer
+        self.scale_learning_rate, self.learning_rate_floor = scale_learning_rate, learning_rate_floor
+        self.scale_dtype: torch.dtype = getattr(torch, scale_dtype)
+        self.dtype_name, self.output_dtype = dtype, getattr(torch, output_dtype)
+        self.perplexity = Perplexity()
+        self.network: PreTrainedModel
+        self.tokenizer: PreTrainedTokenizerBase
+
+    def load(self, source: loading.ModelSource) -> None:
+        """Loads tokenizer and model; fills ``tokenizer`` and ``network``."""
+        self.tokenizer = loading.load_tokenizer(source)
+        self.network = loading.load_model(source, self.dtype_name)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Adds a window ``1 T`` of token ids to the perplexity."""
+        logits_BTV = self.network(batch, use_cache=False).logits
+        self.perplexity.update(logits_BTV[:, :-1].float(), batch[:, 1:])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the perplexity of all windows."""
+        self.log("perplexity", self.perplexity.compute())
+        self.perplexity.reset()
+
+    def selected_blocks(self, count: int) -> range:
+        """The range of blocks to quantize.
+
+        Raises:
+            ConfigurationError: ``blocks`` is no range, or an empty one.
+        """
+        if self.blocks is None:
+            return range(count)
+        match = re.fullmatch(r"(\d*):(\d*)", self.blocks)
+        if not match:
+            raise ConfigurationError(f"model.blocks must be a range such as 0:4, got {self.blocks!r}")
+        start, stop = int(match[1] or 0), int(match[2] or count)
+        if not 0 <= start < stop <= count:
+            raise ConfigurationError(f"model.blocks: {self.blocks} is not a range within the model's {count} blocks")
+        return range(start, stop)

@@ -1,0 +1,73 @@
+"""Dense packing of small unsigned integers into int32 words.
+
+One layout serves every format: element ``i`` of a row starts at bit ``i * bits`` of the row's little-endian bit
+stream, and rows are padded to whole words. Elements may straddle two words (3, 5, 6 and 7 bits). It is the layout
+of compressed-tensors from 0.17 on, and, along the other axis, of GPTQ's ``qweight``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+
+
+def packed_words(in_features: int, bits: int) -> int:
+    """int32 words that a row of ``in_features`` values takes."""
+    return -(-in_features * bits // WORD_BITS)
+
+
+def pack(values_OI: Tensor, bits: int) -> Tensor:
+    """Packs unsigned values into words.
+
+    Args:
+        values_OI: Integers in ``[0, 2**bits)``, any integer dtype, on any device.
+        bits: Bits a value, 1 to 8.
+
+    Returns:
+        int32 words, ``O ceil(I * bits / 32)``, on the CPU.
+
+    Raises:
+        ValueError: a value does not fit.
+    """
+    if values_OI.numel() and (int(values_OI.min()) < 0 or int(values_OI.max()) >= 2**bits):
+        raise ValueError(
+            f"values must lie in 0 ... {2**bits - 1} to be packed in {bits} bits, "
+            f"got {int(values_OI.min())} ... {int(values_OI.max())}"
+        )
+    rows, columns = values_OI.shape
+    values = values_OI.to("cpu", torch.uint8).numpy()
+    stream = np.zeros((rows, packed_words(columns, bits) * WORD_BITS), dtype=np.uint8)
+    stream[:, : columns * bits] = np.unpackbits(values[..., None], axis=-1, bitorder="little", count=bits).reshape(
+        rows, -1
+    )
+    words = np.packbits(stream, axis=-1, bitorder="little").view("<i4")
+    return torch.from_numpy(words.astype(np.int32, copy=False))
+
+
+def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
+    """Inverse of :func:`pack`.
+
+    Args:
+        words: int32, ``O ceil(I * bits / 32)``.
+        bits: Bits a value, 1 to 8.
+        in_features: ``I``.
+
+    Returns:
+        uint8 values, ``O I``, on the CPU.
+
+    Raises:
+        ValueError: the words do not have that shape or dtype.
+    """
+    expected = packed_words(in_features, bits)
+    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != expected:
+        raise ValueError(
+            f"expected int32 words of shape (O, {expected}) for {in_features} values of {bits} bits, "
+            f"got {words.dtype} {tuple(words.shape)}"
+        )
+    octets = np.ascontiguousarray(words.cpu().numpy().astype("<i4", copy=False)).view(np.uint8)
+    stream = np.unpackbits(octets, axis=-1, bitorder="little")[:, : in_features * bits]
+    values = np.packbits(stream.reshape(len(octets), in_features, bits), axis=-1, bitorder="little")
+    return torch.from_numpy(values[..., 0])

@@ -1,0 +1,366 @@
+"""A run: full-precision perplexity, warm start, blocks one after another, the result. Resumable at every block.
+
+Data flow of the block phase, with ``F`` the full-precision stream and ``Q`` the quantized one (hidden states of all
+calibration sequences at the current depth):
+
+    target = block(F)                       "stream", or block(Q) for "local"
+    codes, scales = fit(block, Q -> target)
+    Q <- quantized block(Q),  F <- block(F)
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_gsq.backbone import BlockCall, check_chain, embed, find_blocks, run_block, trace
+from lightning_gsq.data import ActivationDataset, ActivationOptions, ActivationStore, CalibrationDataModule
+from lightning_gsq.data.activations import first, slices
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.modules import BlockQuantization, ModelQuantization
+from lightning_gsq.noise import generator_of, seed_of
+from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.quantizers import GumbelQuantizer, InputStatistics, Start
+from lightning_gsq.run_folder import RunFolder
+from lightning_gsq.scheme import QuantScheme, assign_schemes
+from lightning_gsq.sites import LinearSite, find_linear_sites
+
+PROBE_TOKENS = 8
+"""Length of the sequence that shows which weights a block multiplies with."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What is to be done with one block.
+
+    Args:
+        index: Its number in the model.
+        name: Its name, such as ``model.layers.3``.
+        weights: The weights to quantize, in order, with their schemes.
+    """
+
+    index: int
+    name: str
+    weights: dict[LinearSite, QuantScheme]
+
+    @property
+    def expected(self) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
+        """Scheme and ``(O, I)`` by parameter name: what the block's file has to hold."""
+        return {site.name: (scheme, (site.rows, site.in_features)) for site, scheme in self.weights.items()}
+
+
+def make_plan(model: ModelQuantization) -> list[BlockPlan]:
+    """Finds the linear weights of every block and assigns their schemes.
+
+    Raises:
+        ConfigurationError: the architecture does not fit, a pattern matches nothing, or a range is empty.
+    """
+    prefix, blocks = find_blocks(model.network)
+    ids = torch.arange(PROBE_TOKENS)[None] % int(model.network.get_input_embeddings().num_embeddings)  # type: ignore
+    traced = trace(model.network, ids)
+    check_chain(model.network, traced)
+    sites: dict[str, tuple[int, LinearSite]] = {}
+    for index in model.selected_blocks(len(blocks)):
+        found = find_linear_sites(
+            blocks[index], lambda i=index: run_block(blocks[i], traced.inputs_BTD[i], traced.calls[i])
+        )
+        sites |= {f"{prefix}.{index}.{site.name}": (index, site) for site in found}
+    schemes = assign_schemes(sites, model.scheme, model.include, model.exclude, model.overrides)
+    plans: dict[int, BlockPlan] = {}
+    for name, scheme in schemes.items():
+        index, site = sites[name]
+        plans.setdefault(index, BlockPlan(index, f"{prefix}.{index}", {})).weights[site] = scheme
+    return [plans[index] for index in sorted(plans)]
+
+
+class BlockwiseRun:
+    """The phases of a run over one model, folder and set of calibration sequences.
+
+    Args:
+        model: The model, loaded, and its settings.
+        data: Calibration sequences, tokenised.
+        folder: The run folder.
+        make_trainer: Makes a Trainer with the user's settings; called once a block.
+        activations: How hidden states are kept.
+        seed: Seed of everything random.
+        say: Prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        model: ModelQuantization,
+        data: CalibrationDataModule,
+        folder: RunFolder,
+        make_trainer: Callable[[], Trainer],
+        activations: ActivationOptions,
+        seed: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.data, self.folder, self.seed, self.say = model, data, folder, seed, say
+        self.make_trainer, self.activations = make_trainer, activations
+        self.prefix, self.blocks = find_blocks(model.network)
+        self.plan = make_plan(model)
+        self.trainer = make_trainer()
+        self.device = self.trainer.strategy.root_device
+        traced = trace(model.network, data.train_ids_NT[:1])
+        self.calls: list[BlockCall] = traced.calls
+        self.width = traced.output_BTD.shape[-1]
+
+    # -- phases
+
+    def warm_start(self) -> list[dict[str, QuantizedTensor]]:
+        """The warm start alone, every block on the activations of the blocks before it, as a plain GPTQ run does.
+
+        Returns:
+            The quantized weights of each planned block. The model is left as it was.
+        """
+        if self._have("warm_start"):
+            return [self.folder.read_block("warm_start", plan.index, plan.expected) for plan in self.plan]
+        count = min(self.model.hessian_sequences, self.data.num_sequences) if self.model.warm_start.needs_hessian else 0
+        with self._store(count, streams=1) as store:
+            hidden = store.new()
+            self._embed(self.data.train_ids_NT[:count], hidden)
+            plans = {plan.index: plan for plan in self.plan}
+            results = []
+            for index in range(self.plan[-1].index + 1):
+                block = self._working_copy(index)
+                if index in plans:
+                    starts = self._starts(plans[index], block, hidden)
+                    tensors = {
+                        site.name: QuantizedTensor(start.codes_OI, start.scales_OG.to(self.model.scale_dtype), scheme)
+                        for (site, scheme), start in zip(plans[index].weights.items(), starts, strict=True)
+                    }
+                    tensors = {name: _to_cpu(tensor) for name, tensor in tensors.items()}
+                    self.folder.write_block("warm_start", index, tensors)
+                    results.append(tensors)
+                    install(block, plans[index], tensors)
+                self._propagate(block, index, hidden, hidden)
+        return results
+
+    def train_blocks(self, finished: Callable[[BlockPlan, float, dict[str, float]], None]) -> None:
+        """Trains every planned block that has no file yet, and installs all of them in the model.
+
+        Args:
+            finished: Called after each block with its plan, its seconds and its measures.
+        """
+        done = self._finished_blocks()
+        if len(done) < len(self.plan):
+            if done:
+                self.say(f"Resuming after {len(done)} finished of {len(self.plan)} blocks")
+            self._train_missing(done, finished)
+        else:
+            for plan in self.plan:
+                install(self.blocks[plan.index], plan, done[plan.index])
+
+    # -- steps
+
+    def _train_missing(
+        self, done: dict[int, dict[str, QuantizedTensor]], finished: Callable[[BlockPlan, float, dict[str, float]], None]
+    ) -> None:
+        plans = {plan.index: plan for plan in self.plan}
+        ids_NT = torch.cat([self.data.train_ids_NT, self.data.validation_ids_NT])
+        stream = self.model.target == "stream"
+        with self._store(len(ids_NT), streams=3 if stream else 2) as store:
+            quantized, target = store.new(), store.new()
+            self._embed(ids_NT, quantized)
+            if stream:
+                full = store.new()
+                full.copy_(quantized)
+            for index in range(self.plan[-1].index + 1):
+                began = time.perf_counter()
+                block = self._working_copy(index)
+                plan = plans.get(index)
+                if stream:
+                    self._propagate(block, index, full, target)
+                elif plan is not None and index not in done:
+                    self._propagate(block, index, quantized, target)
+                if plan is not None:
+                    tensors, measures = done.get(index), {}
+                    if tensors is None:
+                        tensors, measures = self._fit(plan, block, quantized, target)
+                        self.folder.write_block("block", index, tensors)
+                    install(block, plan, tensors)
+                    install(self.blocks[index], plan, tensors)
+                self._propagate(block, index, quantized, quantized)
+                if stream:
+                    full, target = target, full
+                if plan is not None and index not in done:
+                    finished(plan, time.perf_counter() - began, measures)
+
+    def _fit(
+        self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor
+    ) -> tuple[dict[str, QuantizedTensor], dict[str, float]]:
+        train = self.data.num_sequences
+        starts = self._starts(plan, block, inputs_NTD[: min(self.model.hessian_sequences, train)])
+        quantizers = {
+            site: GumbelQuantizer(
+                start, scheme, self.model.gumbel, generator_of(self.seed, plan.index, site.name, "logits")
+            )
+            for (site, scheme), start in zip(plan.weights.items(), starts, strict=True)
+        }
+        module = BlockQuantization(
+            block,
+            self.calls[plan.index],
+            quantizers,
+            self.model.optimizer,
+            scale_learning_rate=self.model.scale_learning_rate,
+            learning_rate_floor=self.model.learning_rate_floor,
+            target_power=_mean_square(targets_NTD[:train]),
+            index=plan.index,
+            name=plan.name,
+            seed=self.seed,
+            position=(self.plan.index(plan), len(self.plan)),
+        )
+        order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order"))
+        size = self.data.batch_size
+        loader = DataLoader(
+            ActivationDataset(inputs_NTD[:train], targets_NTD[:train]),
+            batch_size=size,
+            shuffle=True,
+            generator=order,
+            collate_fn=first,
+            drop_last=train >= size,
+        )
+        held_out = DataLoader(
+            ActivationDataset(inputs_NTD[train:], targets_NTD[train:]), batch_size=size, collate_fn=first
+        )
+        trainer = self.make_trainer()
+        trainer.fit(module, loader, held_out)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        module.to(self.device)
+        weights = {"start": module.start_weights(), "final": module.hard_weights()}
+        measures = {key: self._error(module, held_out, own) for key, own in weights.items()}
+        measures |= {key: float(value) for key, value in trainer.callback_metrics.items()}
+        tensors = {name: _to_cpu(quantizer.harden(self.model.scale_dtype)) for name, quantizer in module.named_quantizers()}
+        return tensors, measures
+
+    def _starts(self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> list[Start]:
+        """The warm start of each of the block's weights."""
+        sites = list(plan.weights)
+        statistics = InputStatistics(sites, self.device)
+        if self.model.warm_start.needs_hessian:
+            with torch.no_grad(), statistics.watching(block), self._precision():
+                for part in slices(len(inputs_NTD), self.data.batch_size):
+                    run_block(block, self._fetch(inputs_NTD[part]), self.calls[plan.index].to(self.device))
+        starts = []
+        with torch.no_grad():
+            for site, scheme in plan.weights.items():
+                w_OI = site.to_matrix(block.get_parameter(site.name)).float()
+                hessians = statistics.hessians(site) if self.model.warm_start.needs_hessian else None
+                matrices = w_OI.split(site.out_features)
+                parts = [
+                    self.model.warm_start(matrix, None if hessians is None else hessians[i], scheme)
+                    for i, matrix in enumerate(matrices)
+                ]
+                starts.append(
+                    Start(
+                        torch.cat([part.codes_OI for part in parts]),
+                        torch.cat([part.scales_OG for part in parts]),
+                        torch.cat([part.position_OI for part in parts]),
+                    )
+                )
+        return starts
+
+    @torch.no_grad()
+    def _propagate(self, block: nn.Module, index: int, source_NTD: Tensor, out_NTD: Tensor) -> None:
+        """Runs a block over a stream; ``out`` may be ``source``."""
+        call = self.calls[index].to(self.device)
+        with self._precision():
+            for part in slices(len(source_NTD), self.data.batch_size):
+                out_NTD[part] = run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
+
+    @torch.no_grad()
+    def _error(self, module: BlockQuantization, loader: DataLoader, weights: dict[str, Tensor]) -> float:  # type: ignore[type-arg]
+        """Relative squared error of the block on held-out sequences."""
+        total, count = 0.0, 0
+        with self._precision():
+            for inputs, targets in loader:
+                batch = (inputs.to(self.device).float(), targets.to(self.device))
+                total += float(module.loss(batch, weights)) * len(inputs)
+                count += len(inputs)
+        return total / count
+
+    # -- helpers
+
+    def _precision(self):  # type: ignore[no-untyped-def]  # a context manager of Lightning's, whose type varies
+        return self.trainer.precision_plugin.forward_context()
+
+    def _working_copy(self, index: int) -> nn.Module:
+        """The block on the accelerator in fp32; the model itself stays where it is."""
+        return copy.deepcopy(self.blocks[index]).to(self.device, torch.float32)
+
+    def _fetch(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.device, torch.float32)
+
+    def _embed(self, ids_NT: Tensor, out_NTD: Tensor) -> None:
+        for part in slices(len(ids_NT), self.data.batch_size):
+            out_NTD[part] = embed(self.model.network, ids_NT[part]).to(out_NTD.dtype)
+
+    @contextmanager
+    def _store(self, sequences: int, streams: int) -> Iterator[ActivationStore]:
+        shape = (sequences, self.data.sequence_length, self.width)
+        store = ActivationStore(shape, self.activations, streams)
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def _have(self, kind: str) -> bool:
+        return all(self.folder.block_file(kind, plan.index).exists() for plan in self.plan)
+
+    def _finished_blocks(self) -> dict[int, dict[str, QuantizedTensor]]:
+        """Blocks on disk, up to the first that is missing."""
+        done = {}
+        for plan in self.plan:
+            if not self.folder.block_file("block", plan.index).exists():
+                break
+            done[plan.index] = self.folder.read_block("block", plan.index, plan.expected)
+        return done
+
+
+def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedTensor]) -> None:
+    """Puts the dequantized weights into a block, in the block's dtype."""
+    for site in plan.weights:
+        parameter = block.get_parameter(site.name)
+        dense = site.from_matrix(tensors[site.name].dequantize())
+        parameter.data = dense.to(parameter.device, parameter.dtype).contiguous()
+
+
+@contextmanager
+def installed(
+    model: ModelQuantization, plan: list[BlockPlan], tensors: list[dict[str, QuantizedTensor]]
+) -> Iterator[None]:
+    """The model with these weights inside the context, its own afterwards."""
+    _, blocks = find_blocks(model.network)
+    originals = [
+        {site.name: blocks[own.index].get_parameter(site.name).data for site in own.weights} for own in plan
+    ]
+    try:
+        for own, weights in zip(plan, tensors, strict=True):
+            install(blocks[own.index], own, weights)
+        yield
+    finally:
+        for own, weights in zip(plan, originals, strict=True):
+            for name, data in weights.items():
+                blocks[own.index].get_parameter(name).data = data
+
+
+def _to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
+    if not bool(torch.isfinite(tensor.scales_OG).all()):
+        raise ConfigurationError(
+            f"model.scale_dtype: a scale does not fit into {tensor.scales_OG.dtype}; use bfloat16 or float32"
+        )
+    return QuantizedTensor(tensor.codes_OI.cpu(), tensor.scales_OG.cpu(), tensor.scheme)
+
+
+def _mean_square(x_NTD: Tensor) -> float:
+    return sum(float(x.float().square().mean()) for x in x_NTD) / len(x_NTD)

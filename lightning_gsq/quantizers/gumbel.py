@@ -1,0 +1,162 @@
+"""The Gumbel quantizer: one weight matrix as a trainable choice of levels (GSQ, arXiv 2604.18556).
+
+Every weight has one logit per candidate level. Candidates are the whole grid where it is small (1 bit, ternary,
+2 bits), and above that *local shifts* around the warm start's code, those that leave the grid ruled out with a logit
+of -inf. During training a weight is a softmax over Gumbel-perturbed logits; at the end, the candidate with the
+largest logit. The group's scale trains as ``s = s_0 exp(delta)``, so that one learning rate fits every group.
+
+Logits start at ``sigma * (N(0, 1) + alpha * c)`` with ``c_l = -(v_l - start)^2 / 2``, centred over the candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.ops.gumbel_softmax import gumbel_softmax_weight
+from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.quantizers.warm_start import Start
+from lightning_gsq.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class GumbelOptions:
+    """How logits start.
+
+    Args:
+        sigma: Standard deviation of the logits' initial noise, and unit of their confidence in the warm start.
+        alpha: Confidence in the warm start, in units of sigma; null for 6 (3 for ternary).
+        shifts: Candidates on each side of the warm start's code above 2 bits, in levels.
+        center: What the initial logits favour: "code", the warm start's rounded code, the same for every weight; or
+            "position", the weight before rounding, so that a weight near a rounding boundary changes sides easily.
+        noise: Factor on the Gumbel noise; 1 is the distribution itself, 0 a plain softmax.
+    """
+
+    sigma: float = 0.01
+    alpha: float | None = None
+    shifts: int = 2
+    center: Literal["code", "position"] = "code"
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sigma <= 0:
+            raise ConfigurationError(f"sigma must be positive, got {self.sigma}")
+        if self.shifts < 1:
+            raise ConfigurationError(f"shifts must be at least 1, got {self.shifts}")
+        if self.noise < 0:
+            raise ConfigurationError(f"noise must not be negative, got {self.noise}")
+
+
+class GumbelQuantizer(nn.Module):
+    """Logits and scales of one weight matrix ``O I``.
+
+    Attributes:
+        logits: fp32 ``L O I``; ``L = 1`` for 1 bit, whose sign is the sign of the weight.
+        log_scale: fp32 ``O G``, the logarithm of each scale's change since the warm start.
+        temperature: tau.
+        logit_scale: kappa.
+        hard: Return the rounded weight instead of samples.
+
+    Args:
+        start: The warm start.
+        scheme: Grid and group size.
+        options: How logits start.
+        generator: Source of the logits' initial noise, on the CPU.
+    """
+
+    start_codes: Tensor
+    start_scales: Tensor
+    candidates: Tensor
+
+    def __init__(
+        self, start: Start, scheme: QuantScheme, options: GumbelOptions, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.scheme, self.options = scheme, options
+        self.temperature, self.logit_scale, self.hard = 1.0, 1.0, False
+        self.register_buffer("start_codes", start.codes_OI)
+        self.register_buffer("start_scales", start.scales_OG.float())
+        self.local = len(scheme.levels) > 4
+        """Candidates are shifts around the start's code rather than the grid's levels."""
+        reach = range(-options.shifts, options.shifts + 1)
+        self.register_buffer("candidates", torch.tensor(reach if self.local else scheme.levels, dtype=torch.float32))
+        self.logits = nn.Parameter(self._initial_logits(start, generator))
+        self.log_scale = nn.Parameter(torch.zeros_like(self.start_scales))
+
+    @property
+    def group_length(self) -> int:
+        """Weights in a full group."""
+        return self.scheme.group_length(self.start_codes.shape[1])
+
+    @property
+    def scales_OG(self) -> Tensor:
+        """The current scales, fp32, differentiable."""
+        return self.start_scales * self.log_scale.exp()
+
+    def forward(self, seed: int) -> Tensor:
+        """Samples the weight ``O I``; the same seed draws the same noise. Rounded where ``hard`` is set."""
+        if self.hard:
+            return self.harden().dequantize(self.logits.dtype)
+        return gumbel_softmax_weight(
+            self.logits,
+            self.scales_OG,
+            self.candidates,
+            self.start_codes if self.local else None,
+            kappa=self.logit_scale,
+            tau=self.temperature,
+            noise=self.options.noise,
+            seed=seed,
+            group_length=self.group_length,
+        )
+
+    @torch.no_grad()
+    def codes_OI(self) -> Tensor:
+        """The most probable level of each weight, int8."""
+        if len(self.logits) == 1:
+            return torch.where(self.logits[0] < 0, -1, 1).to(torch.int8)
+        choice = self.candidates.to(torch.int8)[self.logits.argmax(0)]
+        return choice + self.start_codes if self.local else choice
+
+    @torch.no_grad()
+    def harden(self, scale_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+        """The quantized weight as it stands: most probable levels, scales rounded to ``scale_dtype``."""
+        return QuantizedTensor(self.codes_OI(), self.scales_OG.to(scale_dtype), self.scheme)
+
+    def start_tensor(self, scale_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+        """The quantized weight of the warm start."""
+        return QuantizedTensor(self.start_codes, self.start_scales.to(scale_dtype), self.scheme)
+
+    @torch.no_grad()
+    def entropy_OI(self) -> Tensor:
+        """Entropy of each weight's choice at the current temperature, in bits, without noise."""
+        if len(self.logits) == 1:
+            p = torch.sigmoid(2 * self.logit_scale * self.logits[0] / self.temperature)
+            p_LOI = torch.stack([p, 1 - p])
+        else:
+            p_LOI = torch.softmax(self.logit_scale * self.logits / self.temperature, dim=0)
+        return -torch.xlogy(p_LOI, p_LOI).sum(0) / torch.log(torch.tensor(2.0))
+
+    def _initial_logits(self, start: Start, generator: torch.Generator) -> Tensor:
+        alpha = self.options.alpha if self.options.alpha is not None else (3.0 if self.scheme.bits == "ternary" else 6.0)
+        sigma = self.options.sigma
+        origin_OI = start.codes_OI.float()
+        if self.options.center == "position":
+            # Beyond the grid's ends a position means nothing more than the end itself.
+            origin_OI = start.position_OI.clamp(self.scheme.low - 0.5, self.scheme.high + 0.5)
+        levels_LOI = self.candidates.to(origin_OI.device).view(-1, 1, 1)
+        if self.local:
+            levels_LOI = levels_LOI + start.codes_OI
+        inside_LOI = (levels_LOI >= self.scheme.low) & (levels_LOI <= self.scheme.high)
+        affinity_LOI = -0.5 * (levels_LOI - origin_OI).square()
+        count_OI = inside_LOI.sum(0)
+        affinity_LOI -= torch.where(inside_LOI, affinity_LOI, 0).sum(0) / count_OI
+        shape = (1, *origin_OI.shape) if self.scheme.bits == 1 else affinity_LOI.shape
+        noise = torch.randn(shape, generator=generator).to(origin_OI.device)
+        if self.scheme.bits == 1:
+            # One logit stands for the pair (-l, +l): half the difference of the two.
+            return sigma * (noise + alpha * 0.5 * (affinity_LOI[1:] - affinity_LOI[:1]))
+        return torch.where(inside_LOI, sigma * (noise + alpha * affinity_LOI), -torch.inf)

@@ -1,0 +1,60 @@
+"""Second moments of the inputs of linear weights: the Hessians that GPTQ needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gsq.sites import LinearSite, watch_inputs
+
+
+class InputStatistics:
+    """Accumulates ``2 / n * sum x xᵀ`` in fp32 for every linear weight of a block, one per expert.
+
+    Weights that read the same tensor (queries, keys and values) share the product.
+
+    Args:
+        sites: The weights to watch.
+        device: Where to accumulate.
+    """
+
+    def __init__(self, sites: list[LinearSite], device: torch.device) -> None:
+        self.sites = {site.name: site for site in sites}
+        self.device = device
+        self.sums: dict[tuple[str, int], Tensor] = {}
+        self.counts: dict[tuple[str, int], int] = {}
+        self._last: tuple[Tensor, Tensor] | None = None
+        """The tensor seen last and its second moment; the reference keeps it alive, so that identity means equality."""
+
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """Accumulates over every run of ``block`` inside the context."""
+        with watch_inputs(block, self._add):
+            yield
+        self._last = None
+
+    def hessians(self, site: LinearSite) -> list[Tensor]:
+        """The Hessian ``I I`` of each of the site's matrices; zeros for an expert that no token reached."""
+        found = []
+        for expert in range(max(site.experts, 1)):
+            key = (site.name, expert)
+            count = self.counts.get(key, 0)
+            empty = torch.zeros(site.in_features, site.in_features, device=self.device)
+            found.append(self.sums[key] * (2 / count) if count else empty)
+        return found
+
+    def _add(self, name: str, expert: int, inputs: Tensor) -> None:
+        if name not in self.sites:
+            return
+        key = (name, expert)
+        x_NI = inputs.detach().reshape(-1, inputs.shape[-1])
+        if self._last is None or self._last[0] is not inputs:
+            with torch.autocast(x_NI.device.type, enabled=False):
+                wide_NI = x_NI.float()
+                self._last = (inputs, wide_NI.T @ wide_NI)
+        moment = self._last[1]
+        self.sums[key] = self.sums[key].add_(moment) if key in self.sums else moment.clone()
+        self.counts[key] = self.counts.get(key, 0) + len(x_NI)

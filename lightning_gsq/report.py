@@ -1,0 +1,58 @@
+"""The end of a run: the summary as a mapping and as a table."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_gsq.qtensor import BitsLedger, QuantizedTensor
+
+PACKAGES = ("lightning-gsq", "torch", "lightning", "transformers", "safetensors")
+PERPLEXITY_NAMES = {"full_precision": "full precision", "warm_start": "after the warm start", "blocks": "after the blocks"}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    return {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}}
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory this process has used, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def ledger_of(blocks: Iterable[Mapping[str, QuantizedTensor]]) -> BitsLedger:
+    """The ledger of all weights of all blocks."""
+    return sum((BitsLedger.of(tensor) for block in blocks for tensor in block.values()), BitsLedger())
+
+
+def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:
+    """Prints the result as a table."""
+    table = Table(title="Quantized: " + summary["scheme"]["name"], show_header=False, title_justify="left")
+    for key, value in summary["perplexity"].items():
+        table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
+    bits = summary["bits_per_weight"]
+    table.add_row("true bits per weight", f"{bits['total']:.3f}  ({bits['codes']:.3f} codes + {bits['scales']:.3f} scales)")
+    sizes = summary["bytes"]
+    table.add_row("size before", f"{megabytes(sizes['original'])} as loaded from, {megabytes(sizes['dense'])} at 16 bits")
+    table.add_row(
+        "size after",
+        f"{megabytes(sizes['quantized'])}: blocks {megabytes(sizes['blocks'])} + "
+        f"{megabytes(sizes['quantized'] - sizes['blocks'])} left at 16 bits (embedding, norms, head)",
+    )
+    table.add_row("time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s a block")
+    table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
+    table.add_row("run folder", folder)
+    console.print(table)
+
+
+def megabytes(count: float) -> str:
+    """A size for people."""
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,182 @@
+"""The folder of one run: recipe, finished blocks, progress, summary. Everything a resumed run needs.
+
+    recipe.yaml            the resolved settings, fingerprints of model and text, versions
+    progress.json          what is done, replaced atomically
+    blocks/block-003.safetensors   packed codes and scales of a finished block
+    model/                 the quantized model as an ordinary Hugging Face folder
+    summary.json           the results
+    tensorboard/           event files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.scheme import QuantScheme
+
+Blocks = dict[str, QuantizedTensor]
+
+
+class RunFolder:
+    """Reads and writes a run folder.
+
+    Args:
+        root: The folder; made if it does not exist.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.blocks = self.root / "blocks"
+        self.model = self.root / "model"
+        try:
+            self.blocks.mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigurationError(
+                f"trainer.default_root_dir: cannot write to the run folder {self.root}: {error.strerror}"
+            ) from error
+
+    def check_room(self, needed: int) -> None:
+        """Verifies that ``needed`` bytes fit on the disk.
+
+        Raises:
+            ConfigurationError: they do not.
+        """
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise ConfigurationError(
+                f"trainer.default_root_dir: the run needs about {needed / 1e9:.2f} GB, the disk of {self.root} has "
+                f"{free / 1e9:.2f} GB free"
+            )
+
+    def open_recipe(self, recipe: dict[str, Any]) -> None:
+        """Writes the recipe of a new run; compares it with that of a run to resume.
+
+        Raises:
+            ConfigurationError: the folder belongs to a run with another recipe.
+        """
+        file = self.root / "recipe.yaml"
+        if not file.exists():
+            write_atomically(file, yaml.safe_dump(recipe, sort_keys=False).encode())
+            return
+        try:
+            known = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"trainer.default_root_dir: {file} cannot be read: {error}") from error
+        differences = compare(known if isinstance(known, dict) else {}, json.loads(json.dumps(recipe)))
+        if differences:
+            raise ConfigurationError(
+                f"trainer.default_root_dir: {self.root} holds a run with another recipe; choose another folder, or "
+                "the same settings to resume it. What differs:\n" + "\n".join(f"  {line}" for line in differences)
+            )
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What is done so far; empty for a new run."""
+        file = self.root / "progress.json"
+        if not file.exists():
+            return {}
+        try:
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigurationError(f"trainer.default_root_dir: {file} is damaged ({error}); delete the run") from error
+        return content
+
+    def update_progress(self, **changes: Any) -> None:
+        """Replaces some entries of the progress file."""
+        write_atomically(self.root / "progress.json", json.dumps({**self.progress, **changes}, indent=1).encode())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes ``summary.json``."""
+        write_atomically(self.root / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+
+    def block_file(self, kind: str, index: int) -> Path:
+        """File of a block; ``kind`` is ``block`` or ``warm_start``."""
+        return self.blocks / f"{kind}-{index:03d}.safetensors"
+
+    def write_block(self, kind: str, index: int, tensors: Mapping[str, QuantizedTensor]) -> None:
+        """Writes a finished block atomically."""
+        content: dict[str, Tensor] = {}
+        layout: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            content |= {f"{name}.{part}": value for part, value in tensor.pack().items()}
+            layout[name] = {
+                "bits": tensor.scheme.bits,
+                "group_size": tensor.scheme.group_size,
+                "shape": list(tensor.shape),
+            }
+        write_atomically(self.block_file(kind, index), save(content, {"layout": json.dumps(layout)}))
+
+    def read_block(self, kind: str, index: int, expected: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> Blocks:
+        """Reads a block back and checks it against the weights it has to hold.
+
+        Args:
+            kind: ``block`` or ``warm_start``.
+            index: The block's number.
+            expected: Scheme and ``(O, I)`` of each weight, by name.
+
+        Raises:
+            ConfigurationError: the file is truncated or corrupt, or holds something else.
+        """
+        file = self.block_file(kind, index)
+        try:
+            with safe_open(file, framework="pt") as content:
+                layout = json.loads((content.metadata() or {})["layout"])
+                names = {f"{name}.{part}" for name in layout for part in ("codes", "scales")}
+                if set(layout) != set(expected) or set(content.keys()) != names:
+                    raise ValueError(f"it holds {sorted(layout)}, expected {sorted(expected)}")
+                tensors = {}
+                for name, (scheme, shape) in expected.items():
+                    if QuantScheme(layout[name]["bits"], layout[name]["group_size"]) != scheme:
+                        raise ValueError(f"{name} is stored as {layout[name]}, expected {scheme}")
+                    parts = {part: content.get_tensor(f"{name}.{part}") for part in ("codes", "scales")}
+                    tensors[name] = QuantizedTensor.unpack(parts, scheme, shape)
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            raise ConfigurationError(
+                f"trainer.default_root_dir: the block file {file} cannot be used: {error}. Delete it to have this "
+                "block and those after it quantized again"
+            ) from error
+        return tensors
+
+
+def compare(known: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines that say where two nested mappings differ."""
+    lines = []
+    for key in sorted({*known, *wanted}, key=str):
+        old, new, name = known.get(key), wanted.get(key), f"{prefix}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += compare(old, new, f"{name}.")
+        elif old != new:
+            lines.append(f"{name}: the run has {old!r}, asked for {new!r}")
+    return lines
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all, also after a crash or a power cut."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigurationError(f"trainer.default_root_dir: cannot write {file}: {error.strerror}") from error

@@ -1,0 +1,43 @@
+"""Small models, tokenizers and folders for the tests; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "" if "gpu" not in " ".join(sys.argv) else "0")
+
+import pytest
+import torch
+from tests.tiny import FAMILIES, save_tiny_model
+from transformers import PreTrainedModel
+
+assert "callbacks" not in sys.modules and "data" not in sys.modules, "import the packages by their full names"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-block Llama with a byte-level tokenizer."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A random model of each family."""
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of some 40 kB."""
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    lines = [f"Line {i}: the square of {i} is {i * i}, and its cube is {i**3}.\n" for i in range(700)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
