@@ -47,7 +47,10 @@ class QuantizationMonitor(Callback):
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             figures = {"block/loss_hard": float(pl_module.loss(batch, pl_module.hard_weights()))}
         _, quantizer = next(pl_module.named_quantizers())
-        figures |= {"annealing/temperature": quantizer.temperature, "annealing/logit_scale": quantizer.logit_scale}
+        figures |= {
+            "annealing/temperature": quantizer.temperature,
+            "annealing/logit_scale": quantizer.logit_scale,
+        }
         for group in trainer.optimizers[0].param_groups:
             figures[f"learning_rate/{group.get('name', 'parameters')}"] = float(group["lr"])
         step = pl_module.first_step + trainer.global_step
@@ -69,7 +72,9 @@ class QuantizationMonitor(Callback):
             levels = torch.tensor(quantizer.scheme.levels, dtype=torch.float32)
             edges = torch.cat([levels - 0.5, levels[-1:] + 0.5]).tolist()
             writer.add_histogram(f"levels/{name}", codes.numpy(), module.index, bins=edges)
-            writer.add_histogram(f"entropy_bits/{name}", _sample(quantizer.entropy_OI()).numpy(), module.index)
+            writer.add_histogram(
+                f"entropy_bits/{name}", _sample(quantizer.entropy_OI()).numpy(), module.index
+            )
             drift = quantizer.log_scale.detach().float().exp().cpu().flatten()
             writer.add_histogram(f"scale_drift/{name}", drift.numpy(), module.index)
 

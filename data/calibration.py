@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning_gsq.data.sources import Mixture, ModelSamples, PythonDocumentation, TextSource
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_gsq.data.sources import Mixture, ModelSamples, PythonDocumentation, TextSource
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.noise import generator_of
 
@@ -115,6 +115,8 @@ class CalibrationDataModule(LightningDataModule):
                 yield document + "\n\n"
                 continue
             if tokenizer.chat_template is None:
-                raise ConfigurationError("data.chat_template: the tokenizer has no chat template; use plain text")
+                raise ConfigurationError(
+                    "data.chat_template: the tokenizer has no chat template; use plain text"
+                )
             messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
             yield str(tokenizer.apply_chat_template(messages, tokenize=False))

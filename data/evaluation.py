@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning_gsq.data.sources import PythonDocumentation, TextSource
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_gsq.data.sources import PythonDocumentation, TextSource
 from lightning_gsq.errors import ConfigurationError
 
 
@@ -33,7 +33,9 @@ class PerplexityData(LightningDataModule):
         if sequence_length < 2:
             raise ConfigurationError(f"evaluation.sequence_length must be at least 2, got {sequence_length}")
         if num_windows is not None and num_windows < 1:
-            raise ConfigurationError(f"evaluation.num_windows must be at least 1, or null for all, got {num_windows}")
+            raise ConfigurationError(
+                f"evaluation.num_windows must be at least 1, or null for all, got {num_windows}"
+            )
         self.source = source or PythonDocumentation("evaluation")
         self.sequence_length, self.num_windows = sequence_length, num_windows
         self.ids_NT: Tensor
@@ -45,7 +47,9 @@ class PerplexityData(LightningDataModule):
                 f"evaluation.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}"
             )
         if self.source.needs_model:
-            raise ConfigurationError("evaluation.source: a model cannot be judged by text that it writes itself")
+            raise ConfigurationError(
+                "evaluation.source: a model cannot be judged by text that it writes itself"
+            )
         self.source.check()
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase) -> None:

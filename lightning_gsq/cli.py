@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import re
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
@@ -34,6 +36,32 @@ TRAINER_DEFAULTS = {
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
 
+class GSQArgumentParser(LightningArgumentParser):
+    """Prints an error alone, without two pages of usage, and names the nearest option to one that does not exist."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program with exit code 2."""
+        known = {
+            name.removeprefix("--")
+            for parser in [self, *self._parsers()]
+            for name in parser._option_string_actions
+        }
+        unknown = (
+            re.findall(r"option '([^']+)'|--([\w.]+)", message)
+            if "not accept" in message or "nrecognized" in message
+            else []
+        )
+        for name in ("".join(parts) for parts in unknown):
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            if nearest:
+                message += f"\ndid you mean {nearest[0]!r}?"
+        self.exit(EXIT_USAGE, f"error: {message}\n(every option: python -m lightning_gsq fit --help)\n")
+
+    def _parsers(self) -> list[LightningArgumentParser]:
+        subcommands = getattr(self, "_subcommands_action", None)
+        return list(subcommands._name_parser_map.values()) if subcommands is not None else []
+
+
 class GSQCLI(LightningCLI):
     """LightningCLI whose ``fit`` runs a Trainer for every block.
 
@@ -54,6 +82,7 @@ class GSQCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=GSQArgumentParser,
             parser_kwargs={
                 "prog": "python -m lightning_gsq",
                 "description": "Quantize large language models to 1-4 bits a weight, block by block.",
@@ -117,7 +146,9 @@ class GSQCLI(LightningCLI):
     def validate(self, model: ModelQuantization, datamodule: CalibrationDataModule) -> None:
         """Prints the perplexity of a model, or of the model in a finished run folder."""
         evaluation: PerplexityData = self.config_init[self.subcommand].evaluation
-        source = loading.resolve(loading.finished_model(model.pretrained), model.revision, model.trust_remote_code)
+        source = loading.resolve(
+            loading.finished_model(model.pretrained), model.revision, model.trust_remote_code
+        )
         evaluation.check(loading.max_length(loading.load_config(source)))
         model.load(source)
         evaluation.tokenize(model.tokenizer)
@@ -145,14 +176,23 @@ def as_plain(parser: LightningArgumentParser, settings: Namespace) -> dict[str, 
 def quiet_libraries() -> None:
     """Silences what dozens of Trainers would repeat: banners, tips and advice on data loader workers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.fabric",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*The number of training batches.*", ".*isinstance.treespec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*",
+        ".*module.s. in eval mode at the start.*",
+    ):
         warnings.filterwarnings("ignore", message)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -171,6 +211,3 @@ def main(args: list[str] | None = None) -> int:
         errors.print("stopped; the same command resumes after the last finished block")
         return EXIT_INTERRUPTED
     return 0
-
-
-__all__ = ["GSQCLI", "Callback", "main"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_gsq.data import ActivationOptions, CalibrationDataModule, Perplex
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
+from lightning_gsq.qtensor import BitsLedger
 from lightning_gsq.run_folder import RunFolder, write_atomically
 
 BESIDE_THE_RECIPE = {
@@ -33,9 +35,12 @@ BESIDE_THE_RECIPE = {
         "enable_model_summary",
         "enable_checkpointing",
     },
+    "model": {"phases"},
     "activations": {"memory_limit_gb", "folder"},
 }
-WATCHERS = tuple(f"lightning_gsq.callbacks.{c.__name__}" for c in (BlockProgress, QuantizationMonitor, HardRounding))
+WATCHERS = tuple(
+    f"lightning_gsq.callbacks.{c.__name__}" for c in (BlockProgress, QuantizationMonitor, HardRounding)
+)
 
 
 def fit(
@@ -106,31 +111,48 @@ def fit(
         console.print(f"perplexity {action}: {known[name]:.2f}")
 
     perplexity("full_precision", "of the full-precision model")
-    if "warm_start" not in folder.progress.get("perplexity", {}):
-        began = time.perf_counter()
-        starts = run.warm_start()
-        _add_seconds(folder, "warm_start", began)
-        with installed(model, plan, starts):
-            perplexity("warm_start", "after the warm start")
-    else:
-        perplexity("warm_start", "after the warm start")
+    if "init" in model.phases:
+        _init_phase(run, folder, lambda: perplexity("warm_start", "after the warm start"))
+    if "blocks" in model.phases:
 
-    def finished(own: BlockPlan, seconds: float, measures: dict[str, float]) -> None:
-        blocks = folder.progress.get("blocks", {})
-        folder.update_progress(blocks={**blocks, str(own.index): {"seconds": seconds, **measures}})
+        def finished(own: BlockPlan, seconds: float, measures: dict[str, float]) -> None:
+            blocks = folder.progress.get("blocks", {})
+            folder.update_progress(blocks={**blocks, str(own.index): {"seconds": seconds, **measures}})
 
-    run.train_blocks(finished)
-    perplexity("blocks", "after the blocks")
-    tensors = [folder.read_block("block", own.index, own.expected) for own in plan]
-    if not (folder.model / "config.json").exists():
+        run.train_blocks(finished)
+        perplexity("blocks", "after the blocks")
+    kind = "block" if "blocks" in model.phases else "warm_start"
+    tensors = [folder.read_block(kind, own.index, own.expected) for own in plan]
+    if folder.progress.get("model") != kind:
         began = time.perf_counter()
-        loading.save_dense(model.network, model.tokenizer, folder.model, model.output_dtype)
+        with installed(model, plan, tensors):
+            loading.save_dense(model.network, model.tokenizer, folder.model, model.output_dtype)
+        folder.update_progress(model=kind)
         _add_seconds(folder, "saving", began)
 
-    summary = _summary(model, source, folder, plan, recipe, report.ledger_of(tensors))
+    summary = _summary(
+        model,
+        source,
+        folder,
+        recipe,
+        report.ledger_of(tensors),
+        [folder.block_file(kind, own.index) for own in plan],
+    )
     folder.write_summary(summary)
     report.print_summary(console, summary, str(folder.root))
     return summary
+
+
+def _init_phase(run: BlockwiseRun, folder: RunFolder, perplexity: Callable[[], None]) -> None:
+    """The warm start of the whole model, and what it is worth."""
+    if "warm_start" in folder.progress.get("perplexity", {}):
+        perplexity()
+        return
+    began = time.perf_counter()
+    starts = run.warm_start()
+    _add_seconds(folder, "warm_start", began)
+    with installed(run.model, run.plan, starts):
+        perplexity()
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -145,7 +167,9 @@ def _check_trainer(trainer: Trainer) -> None:
             "bf16-mixed or 32-true"
         )
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
-        raise ConfigurationError("trainer.max_epochs: -1 would train the first block for ever; give epochs or steps")
+        raise ConfigurationError(
+            "trainer.max_epochs: -1 would train the first block for ever; give epochs or steps"
+        )
 
 
 def _bytes_to_write(model: ModelQuantization) -> int:
@@ -212,15 +236,15 @@ def _summary(
     model: ModelQuantization,
     source: loading.ModelSource,
     folder: RunFolder,
-    plan: list[BlockPlan],
     recipe: dict[str, Any],
-    ledger: Any,
+    ledger: BitsLedger,
+    block_files: list[Path],
 ) -> dict[str, Any]:
     progress = folder.progress
     blocks = progress.get("blocks", {})
     seconds = [block["seconds"] for block in blocks.values()]
     parameters = sum(p.numel() for p in model.network.parameters())
-    files = sum(folder.block_file("block", own.index).stat().st_size for own in plan)
+    files = sum(file.stat().st_size for file in block_files)
     peak = max(progress.get("peak_memory_bytes", 0), report.peak_memory_bytes())
     folder.update_progress(peak_memory_bytes=peak)
     return {
@@ -236,7 +260,11 @@ def _summary(
         "seconds_per_block": sum(seconds) / max(1, len(seconds)),
         "seconds_of": {**progress.get("seconds", {}), "blocks": sum(seconds)},
         "peak_memory_bytes": peak,
-        "scheme": {"name": str(model.scheme), "bits": model.scheme.bits, "group_size": model.scheme.group_size},
+        "scheme": {
+            "name": str(model.scheme),
+            "bits": model.scheme.bits,
+            "group_size": model.scheme.group_size,
+        },
         "blocks": blocks,
         "pretrained": model.pretrained,
         "seed": recipe["seed"],

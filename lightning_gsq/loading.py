@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import shutil
 from dataclasses import dataclass
@@ -119,7 +121,9 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             f"model.pretrained: {source.path} is already quantized ({method}); start from its full-precision original"
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigurationError(f"model.pretrained: {config.model_type} is an encoder-decoder, not a causal decoder")
+        raise ConfigurationError(
+            f"model.pretrained: {config.model_type} is an encoder-decoder, not a causal decoder"
+        )
     return config
 
 
@@ -139,7 +143,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     except Exception as error:  # see load_config
-        raise ConfigurationError(f"model.pretrained: {source.path} has no readable tokenizer: {_first_line(error)}") from error
+        raise ConfigurationError(
+            f"model.pretrained: {source.path} has no readable tokenizer: {_first_line(error)}"
+        ) from error
     return tokenizer
 
 
@@ -161,10 +167,17 @@ def load_model(source: ModelSource, dtype: Dtype = "auto") -> PreTrainedModel:
             options["dtype"] = torch.float32  # a dequantized value has no half-precision original
     else:
         options["use_safetensors"] = True
+    # The GGUF reader prints a progress bar of its own that no setting turns off.
+    quiet = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.path, **source.arguments, **options)
+        with quiet:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source.path, **source.arguments, **options
+            )
     except Exception as error:  # see load_config
-        raise ConfigurationError(f"model.pretrained: cannot load {source.path}: {_first_line(error)}") from error
+        raise ConfigurationError(
+            f"model.pretrained: cannot load {source.path}: {_first_line(error)}"
+        ) from error
     model.requires_grad_(False)
     return model.eval()
 
@@ -199,14 +212,14 @@ def save_dense(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     state = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
     }
-    before = model.config.dtype
-    try:
-        model.config.dtype = dtype
-        model.save_pretrained(partial, state_dict=state)
-    finally:
-        model.config.dtype = before
+    model.save_pretrained(partial, state_dict=state)
+    # save_pretrained writes the dtype of the model in memory, which is not that of the file.
+    config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
@@ -237,14 +250,22 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         found = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f"; it holds {found[0]}: give that file" if found else ""
-        raise ConfigurationError(f"model.pretrained: {folder} has no config.json, so it is not a model folder{hint}")
+        raise ConfigurationError(
+            f"model.pretrained: {folder} has no config.json, so it is not a model folder{hint}"
+        )
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigurationError(f"model.pretrained: {folder / 'config.json'} is not JSON: {error}") from error
+        raise ConfigurationError(
+            f"model.pretrained: {folder / 'config.json'} is not JSON: {error}"
+        ) from error
     if not any(folder.glob("*.safetensors")):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-        found = f"; it holds {others[0]}, a pickle, which is never read: convert it to safetensors" if others else ""
+        found = (
+            f"; it holds {others[0]}, a pickle, which is never read: convert it to safetensors"
+            if others
+            else ""
+        )
         raise ConfigurationError(f"model.pretrained: {folder} has no weights (no *.safetensors file){found}")
 
 

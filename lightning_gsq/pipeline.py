@@ -124,7 +124,11 @@ class BlockwiseRun:
         """
         if self._have("warm_start"):
             return [self.folder.read_block("warm_start", plan.index, plan.expected) for plan in self.plan]
-        count = min(self.model.hessian_sequences, self.data.num_sequences) if self.model.warm_start.needs_hessian else 0
+        count = (
+            min(self.model.hessian_sequences, self.data.num_sequences)
+            if self.model.warm_start.needs_hessian
+            else 0
+        )
         with self._store(count, streams=1) as store:
             hidden = store.new()
             self._embed(self.data.train_ids_NT[:count], hidden)
@@ -135,7 +139,9 @@ class BlockwiseRun:
                 if index in plans:
                     starts = self._starts(plans[index], block, hidden)
                     tensors = {
-                        site.name: QuantizedTensor(start.codes_OI, start.scales_OG.to(self.model.scale_dtype), scheme)
+                        site.name: QuantizedTensor(
+                            start.codes_OI, start.scales_OG.to(self.model.scale_dtype), scheme
+                        )
                         for (site, scheme), start in zip(plans[index].weights.items(), starts, strict=True)
                     }
                     tensors = {name: _to_cpu(tensor) for name, tensor in tensors.items()}
@@ -163,7 +169,9 @@ class BlockwiseRun:
     # -- steps
 
     def _train_missing(
-        self, done: dict[int, dict[str, QuantizedTensor]], finished: Callable[[BlockPlan, float, dict[str, float]], None]
+        self,
+        done: dict[int, dict[str, QuantizedTensor]],
+        finished: Callable[[BlockPlan, float, dict[str, float]], None],
     ) -> None:
         plans = {plan.index: plan for plan in self.plan}
         ids_NT = torch.cat([self.data.train_ids_NT, self.data.validation_ids_NT])
@@ -237,11 +245,21 @@ class BlockwiseRun:
         if trainer.interrupted:
             raise KeyboardInterrupt
         module.to(self.device)
-        weights = {"start": module.start_weights(), "final": module.hard_weights()}
+        weights = {"start": module.start_weights(), "trained": module.hard_weights()}
         measures = {key: self._error(module, held_out, own) for key, own in weights.items()}
-        measures |= {key: float(value) for key, value in trainer.callback_metrics.items()}
-        tensors = {name: _to_cpu(quantizer.harden(self.model.scale_dtype)) for name, quantizer in module.named_quantizers()}
-        return tensors, measures
+        worse = not measures["trained"] <= measures["start"]
+        if worse:
+            self.say(
+                f"{plan.name}: training raised the held-out error from {measures['start']:.4g} to "
+                f"{measures['trained']:.4g}; the block keeps its warm start"
+            )
+        measures["final"] = measures["start" if worse else "trained"]
+        dtype = self.model.scale_dtype
+        tensors = {
+            name: _to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
+            for name, quantizer in module.named_quantizers()
+        }
+        return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
 
     def _starts(self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> list[Start]:
         """The warm start of each of the block's weights."""

@@ -57,10 +57,15 @@ class QuantizedTensor:
             unsigned = (self.codes_OI > 0).to(torch.uint8)
         else:
             unsigned = self.codes_OI.to(torch.int16) + 2 ** (self.scheme.storage_bits - 1)
-        return {"codes": pack(unsigned, self.scheme.storage_bits), "scales": self.scales_OG.cpu().contiguous()}
+        return {
+            "codes": pack(unsigned, self.scheme.storage_bits),
+            "scales": self.scales_OG.cpu().contiguous(),
+        }
 
     @classmethod
-    def unpack(cls, tensors: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> QuantizedTensor:
+    def unpack(
+        cls, tensors: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
         """Inverse of :meth:`pack`.
 
         Raises:

@@ -14,7 +14,11 @@ from rich.table import Table
 from lightning_gsq.qtensor import BitsLedger, QuantizedTensor
 
 PACKAGES = ("lightning-gsq", "torch", "lightning", "transformers", "safetensors")
-PERPLEXITY_NAMES = {"full_precision": "full precision", "warm_start": "after the warm start", "blocks": "after the blocks"}
+PERPLEXITY_NAMES = {
+    "full_precision": "full precision",
+    "warm_start": "after the warm start",
+    "blocks": "after the blocks",
+}
 
 
 def versions() -> dict[str, str]:
@@ -39,15 +43,23 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     for key, value in summary["perplexity"].items():
         table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
     bits = summary["bits_per_weight"]
-    table.add_row("true bits per weight", f"{bits['total']:.3f}  ({bits['codes']:.3f} codes + {bits['scales']:.3f} scales)")
+    table.add_row(
+        "true bits per weight",
+        f"{bits['total']:.3f}  ({bits['codes']:.3f} codes + {bits['scales']:.3f} scales)",
+    )
     sizes = summary["bytes"]
-    table.add_row("size before", f"{megabytes(sizes['original'])} as loaded from, {megabytes(sizes['dense'])} at 16 bits")
+    table.add_row(
+        "size before",
+        f"{megabytes(sizes['original'])} as loaded from, {megabytes(sizes['dense'])} at 16 bits",
+    )
     table.add_row(
         "size after",
         f"{megabytes(sizes['quantized'])}: blocks {megabytes(sizes['blocks'])} + "
         f"{megabytes(sizes['quantized'] - sizes['blocks'])} left at 16 bits (embedding, norms, head)",
     )
-    table.add_row("time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s a block")
+    table.add_row(
+        "time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s of training a block"
+    )
     table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
     table.add_row("run folder", folder)
     console.print(table)

@@ -1,11 +1,11 @@
 """The folder of one run: recipe, finished blocks, progress, summary. Everything a resumed run needs.
 
-    recipe.yaml            the resolved settings, fingerprints of model and text, versions
-    progress.json          what is done, replaced atomically
-    blocks/block-003.safetensors   packed codes and scales of a finished block
-    model/                 the quantized model as an ordinary Hugging Face folder
-    summary.json           the results
-    tensorboard/           event files
+recipe.yaml            the resolved settings, fingerprints of model and text, versions
+progress.json          what is done, replaced atomically
+blocks/block-003.safetensors   packed codes and scales of a finished block
+model/                 the quantized model as an ordinary Hugging Face folder
+summary.json           the results
+tensorboard/           event files
 """
 
 from __future__ import annotations
@@ -80,11 +80,14 @@ class RunFolder:
             known = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"trainer.default_root_dir: {file} cannot be read: {error}") from error
-        differences = compare(known if isinstance(known, dict) else {}, json.loads(json.dumps(recipe)))
+        # Versions are there to be read: another one may change the last bits of a result, not what was asked for.
+        known, wanted = ({**part, "versions": None} for part in (known or {}, json.loads(json.dumps(recipe))))
+        differences = compare(known, wanted)
         if differences:
             raise ConfigurationError(
                 f"trainer.default_root_dir: {self.root} holds a run with another recipe; choose another folder, or "
-                "the same settings to resume it. What differs:\n" + "\n".join(f"  {line}" for line in differences)
+                "the same settings to resume it. What differs:\n"
+                + "\n".join(f"  {line}" for line in differences)
             )
 
     @property
@@ -96,12 +99,16 @@ class RunFolder:
         try:
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigurationError(f"trainer.default_root_dir: {file} is damaged ({error}); delete the run") from error
+            raise ConfigurationError(
+                f"trainer.default_root_dir: {file} is damaged ({error}); delete the run"
+            ) from error
         return content
 
     def update_progress(self, **changes: Any) -> None:
         """Replaces some entries of the progress file."""
-        write_atomically(self.root / "progress.json", json.dumps({**self.progress, **changes}, indent=1).encode())
+        write_atomically(
+            self.root / "progress.json", json.dumps({**self.progress, **changes}, indent=1).encode()
+        )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``."""
@@ -124,7 +131,9 @@ class RunFolder:
             }
         write_atomically(self.block_file(kind, index), save(content, {"layout": json.dumps(layout)}))
 
-    def read_block(self, kind: str, index: int, expected: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> Blocks:
+    def read_block(
+        self, kind: str, index: int, expected: Mapping[str, tuple[QuantScheme, tuple[int, int]]]
+    ) -> Blocks:
         """Reads a block back and checks it against the weights it has to hold.
 
         Args:
@@ -179,4 +188,6 @@ def write_atomically(file: Path, content: bytes) -> None:
         partial.replace(file)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise ConfigurationError(f"trainer.default_root_dir: cannot write {file}: {error.strerror}") from error
+        raise ConfigurationError(
+            f"trainer.default_root_dir: cannot write {file}: {error.strerror}"
+        ) from error

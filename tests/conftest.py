@@ -11,8 +11,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "" if "gpu" not in " ".join(sys.ar
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, save_tiny_model
 from transformers import PreTrainedModel
+
+from tests.tiny import FAMILIES, save_tiny_model
 
 assert "callbacks" not in sys.modules and "data" not in sys.modules, "import the packages by their full names"
 

@@ -69,6 +69,7 @@ class BlockQuantization(LightningModule):
         self.learning_rate_floor, self.target_power = learning_rate_floor, max(target_power, 1e-12)
         self.index, self.name, self.seed, self.position = index, name, seed, position
         self._call = call
+        self._validated: tuple[dict[str, Tensor], dict[str, Tensor]]
 
     @property
     def first_step(self) -> int:
@@ -121,10 +122,17 @@ class BlockQuantization(LightningModule):
         self.log_dict({"block/loss_soft": loss.detach(), "step": float(self.first_step + self.global_step)})
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Draws one sample of the weights and rounds them once, for all validation batches."""
+        self._validated = self.sampled_weights(-1, self.global_step, self.global_rank), self.hard_weights()
+
+    def on_validation_epoch_end(self) -> None:
+        """Frees them."""
+        del self._validated
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs the losses of a sample and of the rounded weights on held-out sequences."""
-        soft = self.loss(batch, self.sampled_weights(-1, batch_idx, self.global_rank))
-        hard = self.loss(batch, self.hard_weights())
+        soft, hard = (self.loss(batch, weights) for weights in self._validated)
         losses = {"block/val_loss_soft": soft, "block/val_loss_hard": hard}
         self.log_dict({**losses, "step": float(self.first_step + self.global_step)}, sync_dist=True)
 

@@ -9,14 +9,17 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lion_pytorch import Lion
-from torch import Tensor
-from torchmetrics.text import Perplexity
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq import loading
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import GPTQ, GumbelOptions, WarmStart
 from lightning_gsq.scheme import QuantScheme, SchemeOverride
+
+LOSS_POSITIONS = 128
+"""Positions whose fp32 log-probabilities are held at once: a vocabulary of 128,000 takes half a megabyte each."""
 
 
 def _lion(params: object) -> Lion:
@@ -34,6 +37,8 @@ class ModelQuantization(LightningModule):
         exclude: Patterns of weights to leave in full precision.
         overrides: Bits or group size for the weights that a pattern names.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
+        phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
+            block. A phase that was left out can be run later on the same run folder.
         target: What a block learns to output: "stream", the full-precision model's own activations at that depth, or
             "local", the full-precision block applied to the quantized model's activations.
         warm_start: Codes and scales that training starts from.
@@ -57,6 +62,7 @@ class ModelQuantization(LightningModule):
         exclude: list[str] = [],  # noqa: B006
         overrides: dict[str, SchemeOverride] = {},  # noqa: B006
         blocks: str | None = None,
+        phases: list[Literal["init", "blocks"]] = ["init", "blocks"],  # noqa: B006
         target: Literal["stream", "local"] = "stream",
         warm_start: WarmStart | None = None,
         hessian_sequences: int = 96,
@@ -71,20 +77,27 @@ class ModelQuantization(LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in (("scale_learning_rate", scale_learning_rate), ("hessian_sequences", hessian_sequences)):
+        for name, number in (
+            ("scale_learning_rate", scale_learning_rate),
+            ("hessian_sequences", hessian_sequences),
+        ):
             if number <= 0:
                 raise ConfigurationError(f"model.{name} must be positive, got {number}")
+        if not phases:
+            raise ConfigurationError("model.phases is empty: name init, blocks, or both")
         if not 0 <= learning_rate_floor <= 1:
-            raise ConfigurationError(f"model.learning_rate_floor must lie between 0 and 1, got {learning_rate_floor}")
+            raise ConfigurationError(
+                f"model.learning_rate_floor must lie between 0 and 1, got {learning_rate_floor}"
+            )
         self.pretrained, self.revision, self.trust_remote_code = pretrained, revision, trust_remote_code
         self.scheme, self.include, self.exclude, self.overrides = scheme, include, exclude, overrides
-        self.blocks, self.target = blocks, target
+        self.blocks, self.phases, self.target = blocks, phases, target
         self.warm_start, self.hessian_sequences = warm_start or GPTQ(), hessian_sequences
         self.gumbel, self.optimizer = gumbel, optimizer
         self.scale_learning_rate, self.learning_rate_floor = scale_learning_rate, learning_rate_floor
         self.scale_dtype: torch.dtype = getattr(torch, scale_dtype)
         self.dtype_name, self.output_dtype = dtype, getattr(torch, output_dtype)
-        self.perplexity = Perplexity()
+        self.negative_log_likelihood = MeanMetric()
         self.network: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
 
@@ -94,14 +107,17 @@ class ModelQuantization(LightningModule):
         self.network = loading.load_model(source, self.dtype_name)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Adds a window ``1 T`` of token ids to the perplexity."""
-        logits_BTV = self.network(batch, use_cache=False).logits
-        self.perplexity.update(logits_BTV[:, :-1].float(), batch[:, 1:])
+        """Adds the predictions of a window ``1 T`` of token ids, its first token being context only."""
+        logits_TV, target_T = self.network(batch, use_cache=False).logits[0, :-1], batch[0, 1:]
+        for part in range(0, len(target_T), LOSS_POSITIONS):
+            own = slice(part, part + LOSS_POSITIONS)
+            loss = nn.functional.cross_entropy(logits_TV[own].float(), target_T[own])
+            self.negative_log_likelihood.update(loss, weight=len(target_T[own]))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the perplexity of all windows."""
-        self.log("perplexity", self.perplexity.compute())
-        self.perplexity.reset()
+        self.log("perplexity", self.negative_log_likelihood.compute().exp())
+        self.negative_log_likelihood.reset()
 
     def selected_blocks(self, count: int) -> range:
         """The range of blocks to quantize.
@@ -116,5 +132,7 @@ class ModelQuantization(LightningModule):
             raise ConfigurationError(f"model.blocks must be a range such as 0:4, got {self.blocks!r}")
         start, stop = int(match[1] or 0), int(match[2] or count)
         if not 0 <= start < stop <= count:
-            raise ConfigurationError(f"model.blocks: {self.blocks} is not a range within the model's {count} blocks")
+            raise ConfigurationError(
+                f"model.blocks: {self.blocks} is not a range within the model's {count} blocks"
+            )
         return range(start, stop)

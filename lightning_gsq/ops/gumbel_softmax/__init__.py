@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_gsq.ops.gumbel_softmax.eager import GumbelSoftmaxWeight
+from lightning_gsq.ops.gumbel_softmax.fused import Backend, GumbelSoftmaxWeight
+
+__all__ = ["Backend", "gumbel_softmax_weight"]
 
 
 def gumbel_softmax_weight(
     logits_LOI: Tensor,
     scales_OG: Tensor,
-    levels_L: Tensor,
+    levels: tuple[float, ...],
     base_OI: Tensor | None = None,
     *,
     kappa: float,
@@ -18,6 +20,7 @@ def gumbel_softmax_weight(
     noise: float = 1.0,
     seed: int = 0,
     group_length: int,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Samples ``w = s * (base + sum_l v_l softmax((kappa * logits + noise * g) / tau)_l)`` with ``g`` Gumbel noise.
 
@@ -25,18 +28,19 @@ def gumbel_softmax_weight(
         logits_LOI: fp32 or fp64; -inf rules a level out. ``L = 1`` means the binary form
             ``w = s * tanh((2 kappa * logit + noise * logistic) / (2 tau))``.
         scales_OG: Scales, same dtype.
-        levels_L: Grid levels, or shifts around ``base_OI``; same dtype.
+        levels: Grid levels, or shifts around ``base_OI``; not used by the binary form.
         base_OI: Codes that the shifts are relative to (any dtype), or None.
         kappa: Logit scale.
         tau: Temperature, positive.
         noise: Factor on the noise; 0 draws none.
-        seed: Seed of this call's noise; the backward pass draws the same again.
+        seed: Seed of this call's noise, 63 bits; the backward pass draws the same again.
         group_length: Weights in a full group; the last group of a row may be shorter.
+        backend: "compile" (``torch.compile``), "eager" (uncompiled), or "auto" for the first that this machine has.
 
     Returns:
         ``w_OI`` in the logits' dtype, differentiable in logits and scales.
     """
     result: Tensor = GumbelSoftmaxWeight.apply(
-        logits_LOI, scales_OG, levels_L, base_OI, kappa, tau, noise, seed, group_length
+        logits_LOI, scales_OG, base_OI, levels, (kappa, tau, noise), seed, group_length, backend
     )
     return result

@@ -8,41 +8,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
 from lightning_gsq.qtensor import expand_groups
 
 
 def gumbel_softmax_weight_reference(
     logits_LOI: Tensor,
     scales_OG: Tensor,
-    levels_L: Tensor,
-    base_OI: Tensor | None,
-    noise_LOI: Tensor | None,
+    levels: tuple[float, ...],
+    base_OI: Tensor | None = None,
+    *,
     kappa: float,
     tau: float,
+    noise: float = 1.0,
+    seed: int = 0,
     group_length: int,
 ) -> Tensor:
-    """``w = s * (base + sum_l v_l softmax((kappa * logits + noise) / tau)_l)``, by autograd.
-
-    Args:
-        logits_LOI: Floating point; -inf rules a level out. With ``L = 1`` the binary form
-            ``w = s * tanh((2 kappa * logit + noise) / (2 tau))`` is meant.
-        scales_OG: Scales.
-        levels_L: Grid levels, or shifts around ``base_OI``; not used by the binary form.
-        base_OI: Codes that the shifts are relative to, or None.
-        noise_LOI: Gumbel noise (binary: logistic noise), or None for the relaxation's mode.
-        kappa: Logit scale.
-        tau: Temperature.
-        group_length: Weights in a full group.
-
-    Returns:
-        The sampled weight ``O I`` in the logits' dtype.
-    """
-    noise = 0 if noise_LOI is None else noise_LOI
-    if len(logits_LOI) == 1:
-        mean_OI = torch.tanh(((2 * kappa * logits_LOI + noise) / (2 * tau))[0])
+    """The same as :func:`lightning_gsq.ops.gumbel_softmax.gumbel_softmax_weight`, differentiated by autograd."""
+    count, rows, columns = logits_LOI.shape
+    position_OI = counters(rows, columns, columns, 0, logits_LOI.device)
+    words = seed_words(seed).to(logits_LOI.device)
+    u_LOI = torch.stack([uniform(position_OI * count + level, words) for level in range(count)]).to(
+        logits_LOI.dtype
+    )
+    if count == 1:
+        mean_OI = torch.tanh((2 * kappa * logits_LOI + noise * torch.logit(u_LOI))[0] / (2 * tau))
     else:
-        probabilities = torch.softmax((kappa * logits_LOI + noise) / tau, dim=0)
-        mean_OI = (probabilities * levels_L.to(logits_LOI.dtype).view(-1, 1, 1)).sum(0)
+        gumbel_LOI = -torch.log(-torch.log(u_LOI))
+        probabilities_LOI = torch.softmax((kappa * logits_LOI + noise * gumbel_LOI) / tau, dim=0)
+        v_L = torch.tensor(levels, dtype=logits_LOI.dtype, device=logits_LOI.device)
+        mean_OI = (probabilities_LOI * v_L.view(-1, 1, 1)).sum(0)
     if base_OI is not None:
         mean_OI = mean_OI + base_OI
-    return mean_OI * expand_groups(scales_OG, mean_OI.shape[1], group_length)
+    return mean_OI * expand_groups(scales_OG, columns, group_length)

@@ -1,0 +1,238 @@
+"""The sampling op with its gradient written out, as one pass over the logits in each direction.
+
+Forward and backward are plain functions of tiles ``L R C`` (levels, rows, the columns of one group), which
+``torch.compile`` turns into one loop each: C++ on a CPU, Triton on CUDA. Nothing is stored between the passes but the
+inputs: the backward pass draws the noise again from its counter. Without a compiler the same functions run as they
+are, a slice at a time so that temporaries stay in the cache, some five times slower.
+
+With ``r = dloss/dw``, ``p`` the probabilities and ``m = sum_l p_l v_l``:
+``dlogit_l = r * s * (kappa / tau) * p_l * (v_l - m)`` and ``dscale = sum over the group of r * (base + m)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
+
+Backend = Literal["auto", "compile", "eager"]
+SLICE_ELEMENTS = 1 << 16
+"""Logits that the uncompiled form handles at once."""
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def compiler_available(device_type: str) -> bool:
+    """Whether ``torch.compile`` can work on this device: Triton for CUDA, a C++ compiler for the CPU."""
+    if device_type == "cuda":
+        return torch.utils._triton.has_triton()
+    found = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+    if not found:
+        _log.warning(
+            "no C++ compiler found (g++ or clang++): weights are sampled by uncompiled PyTorch, some five times "
+            "slower; install one, or set --model.gumbel.backend eager to silence this"
+        )
+    return found
+
+
+def _relax(
+    logits_LRC: Tensor, scalars: Tensor, seed: Tensor, row_stride: int, offset: int, levels: tuple[float, ...]
+) -> tuple[list[Tensor], Tensor]:
+    """Probabilities of each level (none for the binary form) and the expected level."""
+    kappa, tau, noise = scalars[0], scalars[1], scalars[2]
+    count, rows, columns = logits_LRC.shape
+    position = counters(rows, columns, row_stride, offset, logits_LRC.device) * count
+    if count == 1:
+        u = uniform(position, seed).to(scalars.dtype)
+        logistic = torch.log(u) - torch.log1p(-u)
+        return [], torch.tanh((2 * kappa * logits_LRC[0] + noise * logistic) / (2 * tau))
+    z = []
+    for level in range(count):
+        u = uniform(position + level, seed).to(scalars.dtype)
+        z.append((kappa * logits_LRC[level] - noise * torch.log(-torch.log(u))) / tau)
+    top = functools.reduce(torch.maximum, z)
+    e = [torch.exp(part - top) for part in z]
+    total = sum(e[1:], e[0])
+    p = [part / total for part in e]
+    return p, sum((p_l * v_l for p_l, v_l in zip(p[1:], levels[1:], strict=True)), p[0] * levels[0])
+
+
+def _forward(
+    logits_LRC: Tensor,
+    scales_R: Tensor,
+    base_RC: Tensor | None,
+    scalars: Tensor,
+    seed: Tensor,
+    row_stride: int,
+    offset: int,
+    levels: tuple[float, ...],
+) -> Tensor:
+    _, mean_RC = _relax(logits_LRC, scalars, seed, row_stride, offset, levels)
+    if base_RC is not None:
+        mean_RC = mean_RC + base_RC
+    return mean_RC * scales_R[:, None]
+
+
+def _backward(
+    r_RC: Tensor,
+    logits_LRC: Tensor,
+    scales_R: Tensor,
+    base_RC: Tensor | None,
+    scalars: Tensor,
+    seed: Tensor,
+    row_stride: int,
+    offset: int,
+    levels: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
+    p, mean_RC = _relax(logits_LRC, scalars, seed, row_stride, offset, levels)
+    r_RC = r_RC.to(scalars.dtype)
+    value_RC = mean_RC if base_RC is None else mean_RC + base_RC
+    d_scales_R = (r_RC * value_RC).sum(1)
+    r_RC = r_RC * scales_R[:, None] * (scalars[0] / scalars[1])
+    if not p:
+        return (r_RC * (1 - mean_RC * mean_RC))[None], d_scales_R
+    d_logits = [r_RC * p_l * (v_l - mean_RC) for p_l, v_l in zip(p, levels, strict=True)]
+    return torch.stack(d_logits), d_scales_R
+
+
+def _sliced_forward(logits_LRC: Tensor, scales_R: Tensor, base_RC: Tensor | None, *rest: Any) -> Tensor:
+    parts = []
+    for rows, tail in _slices(logits_LRC, rest):
+        parts.append(
+            _forward(logits_LRC[:, rows], scales_R[rows], None if base_RC is None else base_RC[rows], *tail)
+        )
+    return torch.cat(parts)
+
+
+def _sliced_backward(
+    r_RC: Tensor, logits_LRC: Tensor, scales_R: Tensor, base_RC: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    parts = []
+    for rows, tail in _slices(logits_LRC, rest):
+        base = None if base_RC is None else base_RC[rows]
+        parts.append(_backward(r_RC[rows], logits_LRC[:, rows], scales_R[rows], base, *tail))
+    d_logits, d_scales = zip(*parts, strict=True)
+    return torch.cat(d_logits, dim=1), torch.cat(d_scales)
+
+
+def _slices(logits_LRC: Tensor, rest: tuple[Any, ...]) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+    """Slices of rows, and the last arguments of the functions above with the slice's own offset."""
+    scalars, seed, row_stride, offset, levels = rest
+    count, rows, columns = logits_LRC.shape
+    step = max(1, SLICE_ELEMENTS // (count * columns))
+    for start in range(0, rows, step):
+        yield slice(start, start + step), (scalars, seed, row_stride, offset + start * row_stride, levels)
+
+
+@functools.cache
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return torch.compile(_forward, dynamic=True), torch.compile(_backward, dynamic=True)
+
+
+def _functions(backend: Backend, device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if backend == "compile" or (backend == "auto" and compiler_available(device.type)):
+        return _compiled()
+    return _sliced_forward, _sliced_backward
+
+
+def _tiles(columns: int, group_length: int) -> Iterator[tuple[slice, int]]:
+    """Column slices and their offsets: the whole matrix where groups divide it, else group by group."""
+    for start in range(0, columns, group_length):
+        yield slice(start, min(start + group_length, columns)), start
+
+
+class GumbelSoftmaxWeight(torch.autograd.Function):
+    """See :func:`lightning_gsq.ops.gumbel_softmax.gumbel_softmax_weight`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_LOI: Tensor,
+        scales_OG: Tensor,
+        base_OI: Tensor | None,
+        levels: tuple[float, ...],
+        scalars: tuple[float, float, float],
+        seed: int,
+        group_length: int,
+        backend: Backend,
+    ) -> Tensor:
+        """Samples the weight; see the module's docstring."""
+        ctx.save_for_backward(logits_LOI, scales_OG, *(() if base_OI is None else (base_OI,)))
+        ctx.settings = (levels, scalars, seed, group_length, backend)
+        run, _ = _functions(backend, logits_LOI.device)
+        count, rows, columns = logits_LOI.shape
+        numbers, words = _numbers(scalars, seed, logits_LOI)
+        with torch.autocast(logits_LOI.device.type, enabled=False):
+            if columns % group_length == 0:
+                base = None if base_OI is None else base_OI.reshape(-1, group_length)
+                tiles = logits_LOI.reshape(count, -1, group_length)
+                w = run(tiles, scales_OG.reshape(-1), base, numbers, words, group_length, 0, levels)
+                return w.view(rows, columns)
+            parts = []
+            for group, (part, offset) in enumerate(_tiles(columns, group_length)):
+                base = None if base_OI is None else base_OI[:, part]
+                parts.append(
+                    run(
+                        logits_LOI[..., part],
+                        scales_OG[:, group],
+                        base,
+                        numbers,
+                        words,
+                        columns,
+                        offset,
+                        levels,
+                    )
+                )
+            return torch.cat(parts, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, r_OI: Tensor) -> tuple[Tensor | None, ...]:
+        """The exact gradient; see the module's docstring."""
+        logits_LOI, scales_OG, *rest = ctx.saved_tensors
+        base_OI = rest[0] if rest else None
+        levels, scalars, seed, group_length, backend = ctx.settings
+        _, run = _functions(backend, logits_LOI.device)
+        count, _, columns = logits_LOI.shape
+        numbers, words = _numbers(scalars, seed, logits_LOI)
+        none = (None,) * 6
+        with torch.autocast(logits_LOI.device.type, enabled=False):
+            if columns % group_length == 0:
+                base = None if base_OI is None else base_OI.reshape(-1, group_length)
+                tiles, r = logits_LOI.reshape(count, -1, group_length), r_OI.reshape(-1, group_length)
+                d_logits, d_scales = run(
+                    r, tiles, scales_OG.reshape(-1), base, numbers, words, group_length, 0, levels
+                )
+                return d_logits.view_as(logits_LOI), d_scales.view_as(scales_OG), *none
+            parts = []
+            for group, (part, offset) in enumerate(_tiles(columns, group_length)):
+                base = None if base_OI is None else base_OI[:, part]
+                arguments = (
+                    logits_LOI[..., part],
+                    scales_OG[:, group],
+                    base,
+                    numbers,
+                    words,
+                    columns,
+                    offset,
+                    levels,
+                )
+                parts.append(run(r_OI[:, part], *arguments))
+            d_logits, d_scales = zip(*parts, strict=True)
+            return torch.cat(d_logits, dim=-1), torch.stack(d_scales, dim=1), *none
+
+
+def _numbers(scalars: tuple[float, float, float], seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """kappa, tau and the noise's factor, and the seed, as tensors: changing values compile nothing anew."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.tensor(scalars, dtype=dtype, device=like.device), seed_words(seed).to(like.device)

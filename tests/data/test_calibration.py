@@ -1,0 +1,117 @@
+"""Windows of calibration and evaluation text, and the activation store."""
+
+import math
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from lightning_gsq.data import (
+    ActivationDataset,
+    ActivationOptions,
+    ActivationStore,
+    CalibrationDataModule,
+    PerplexityData,
+    TextFile,
+)
+
+from lightning_gsq.errors import ConfigurationError
+from tests.tiny import FAMILIES, byte_tokenizer
+
+
+def _data(corpus: Path, **options: object) -> CalibrationDataModule:
+    settings = {"sequence_length": 32, "num_sequences": 10, "num_validation_sequences": 3, **options}
+    return CalibrationDataModule(TextFile(str(corpus)), **settings)  # type: ignore[arg-type]
+
+
+def test_training_and_validation_do_not_overlap(corpus: Path) -> None:
+    data = _data(corpus)
+    data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
+    assert data.train_ids_NT.shape == (10, 32)
+    assert data.validation_ids_NT.shape == (3, 32)
+    windows = {tuple(w.tolist()) for w in torch.cat([data.train_ids_NT, data.validation_ids_NT])}
+    assert len(windows) == 13
+    (batch,) = next(iter(data.train_dataloader()))
+    assert batch.shape == (4, 32)
+
+
+def test_seed_chooses_the_sequences(corpus: Path) -> None:
+    ids = []
+    for seed in (1, 1, 2):
+        data = _data(corpus, seed=seed)
+        data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
+        ids.append(data.train_ids_NT)
+    assert torch.equal(ids[0], ids[1])
+    assert not torch.equal(ids[0], ids[2])
+
+
+def test_too_little_text_says_how_much_there_is(corpus: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"take 3,200,096 tokens, the source has 4\d,\d{3} \(\d+ sequences\)"
+    ):
+        _data(corpus, num_sequences=100_000).tokenize(byte_tokenizer(), FAMILIES["llama"]())
+
+
+def test_sequence_beyond_the_models_limit(corpus: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"sequence_length: 32 tokens exceed the model's limit of 16"
+    ):
+        _data(corpus).check(16)
+
+
+@pytest.mark.parametrize(
+    "name", ["sequence_length", "num_sequences", "num_validation_sequences", "batch_size"]
+)
+def test_numbers_out_of_range(corpus: Path, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"data.{name} must be at least 1, got 0"):
+        _data(corpus, **{name: 0})
+
+
+def test_chat_template(corpus: Path) -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ConfigurationError, match="has no chat template"):
+        _data(corpus, chat_template=True).tokenize(tokenizer, FAMILIES["llama"]())
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    data = _data(corpus, chat_template=True, num_sequences=1380)
+    data.tokenize(tokenizer, FAMILIES["llama"]())
+    assert any(
+        "[user] Line 0" in tokenizer.decode(w) for w in torch.cat([data.train_ids_NT, data.validation_ids_NT])
+    )
+
+
+def test_perplexity_windows(corpus: Path) -> None:
+    data = PerplexityData(TextFile(str(corpus)), sequence_length=50, num_windows=4)
+    data.tokenize(byte_tokenizer())
+    text = corpus.read_text()
+    assert byte_tokenizer().decode(data.ids_NT.flatten()) == text[:200]
+    with pytest.raises(ConfigurationError, match=r"9999 windows of 50 tokens were asked for"):
+        PerplexityData(TextFile(str(corpus)), sequence_length=50, num_windows=9999).tokenize(byte_tokenizer())
+
+
+def test_store_in_memory_and_in_files(tmp_path: Path) -> None:
+    for limit, mapped in ((1.0, False), (0.0, True)):
+        options = ActivationOptions(memory_limit_gb=limit, folder=str(tmp_path), dtype="bfloat16")
+        store = ActivationStore((4, 3, 2), options, streams=2)
+        first, second = store.new(), store.new()
+        first.fill_(1.0)
+        second.fill_(2.0)
+        assert float(first.sum()) == math.prod(first.shape)
+        assert first.dtype == torch.bfloat16
+        assert any(tmp_path.iterdir()) == mapped
+        store.close()
+        assert not any(tmp_path.iterdir())
+
+
+def test_store_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(10, 10, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConfigurationError, match=r"activations.folder: .* need"):
+        ActivationStore((4, 3, 2), ActivationOptions(memory_limit_gb=0, folder=str(tmp_path)), streams=2)
+
+
+def test_dataset_fetches_batches_whole() -> None:
+    inputs, targets = torch.arange(24.0).view(4, 3, 2), torch.arange(24.0).view(4, 3, 2) + 100
+    ((x, y),) = ActivationDataset(inputs, targets).__getitems__([2, 0])
+    assert torch.equal(x, inputs[[2, 0]])
+    assert torch.equal(y, targets[[2, 0]])

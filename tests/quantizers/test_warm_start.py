@@ -1,0 +1,102 @@
+"""Scale search, RTN and GPTQ on small matrices."""
+
+import pytest
+import torch
+
+from lightning_gsq.quantizers import GPTQ, RTN, WarmStart
+from lightning_gsq.quantizers.warm_start import inverse_cholesky, nearest_level, search_scale
+from lightning_gsq.scheme import QuantScheme
+
+SCHEMES = [QuantScheme(bits, 8) for bits in (1, "ternary", 2, 3, 4, 8)]  # type: ignore[arg-type]
+
+
+def _problem(columns: int = 24, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, correlated inputs, and their Hessian."""
+    x_NI = torch.randn(tokens, columns) @ (torch.eye(columns) + 0.5 * torch.randn(columns, columns))
+    return torch.randn(16, columns), x_NI, 2 / tokens * x_NI.T @ x_NI
+
+
+@pytest.mark.parametrize("start", [RTN(), RTN(weighted=True), GPTQ(), GPTQ(weighted=True)])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_codes_are_levels(scheme: QuantScheme, start: WarmStart) -> None:
+    w, _, hessian = _problem(columns=20)  # ragged: 8, 8, 4
+    result = start(w, hessian, scheme)
+    assert result.codes_OI.dtype == torch.int8
+    assert set(result.codes_OI.unique().tolist()) <= set(scheme.levels)
+    assert result.scales_OG.shape == (16, 3)
+    assert torch.equal(nearest_level(result.position_OI, scheme).to(torch.int8), result.codes_OI)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_beats_rtn_on_the_outputs(bits: int) -> None:
+    scheme = QuantScheme(bits, 8)
+    w, x, hessian = _problem()
+
+    def error(start: WarmStart) -> float:
+        s = start(w, hessian, scheme)
+        dense = s.codes_OI * s.scales_OG.repeat_interleave(8, 1)
+        return float((x @ (w - dense).T).square().sum())
+
+    assert error(GPTQ()) < 0.8 * error(RTN())
+
+
+def test_gptq_does_not_depend_on_the_block_size() -> None:
+    """Blocking is a matter of speed, also where a group reaches over the end of a block."""
+    w, _, hessian = _problem(columns=22)
+    for scheme in (QuantScheme(3, 8), QuantScheme(3, -1), QuantScheme(3, 5)):
+        results = [GPTQ(block_columns=size)(w.double(), hessian, scheme) for size in (1, 6, 8, 22)]
+        for other in results[1:]:
+            assert (other.codes_OI != results[0].codes_OI).float().mean() < 0.01
+            torch.testing.assert_close(other.scales_OG, results[0].scales_OG, rtol=0.05, atol=1e-3)
+
+
+def test_gptq_with_identity_hessian_is_rounding() -> None:
+    w = torch.randn(4, 16)
+    scheme = QuantScheme(3, 8)
+    assert torch.equal(GPTQ()(w, torch.eye(16), scheme).codes_OI, RTN()(w, None, scheme).codes_OI)
+
+
+def test_gptq_survives_dead_and_degenerate_inputs() -> None:
+    w = torch.randn(4, 16)
+    hessian = torch.zeros(16, 16)
+    hessian[:8, :8] = 1.0  # rank one, and eight inputs that are always zero
+    result = GPTQ()(w, hessian, QuantScheme(2, 8))
+    assert bool(torch.isfinite(result.scales_OG).all())
+
+
+def test_gptq_without_hessian() -> None:
+    with pytest.raises(ValueError, match="needs the Hessian"):
+        GPTQ()(torch.randn(2, 4), None, QuantScheme(2))
+
+
+def test_hessian_with_nan() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        inverse_cholesky(torch.full((2, 2), torch.nan), 0.01)
+
+
+def test_inverse_cholesky_is_the_factor_of_the_inverse() -> None:
+    _, _, hessian = _problem()
+    hessian = (hessian + hessian.T).double()
+    upper = inverse_cholesky(hessian, 1e-13)
+    torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(hessian), rtol=1e-6, atol=1e-6)
+
+
+def test_scale_search_finds_an_exact_grid_with_either_sign() -> None:
+    scheme = QuantScheme(2, 4)
+    for sign in (0.3, -0.3):
+        w = sign * torch.tensor([[-2.0, -1.0, 0.0, 1.0]])
+        assert search_scale(w, scheme).tolist() == pytest.approx([sign])
+
+
+def test_scale_of_a_zero_group_is_finite_and_not_zero() -> None:
+    scale = search_scale(torch.zeros(1, 4), QuantScheme(2, 4))
+    assert float(scale.abs()) > 0
+    assert bool(torch.isfinite(torch.zeros(1, 4) / scale).all())
+
+
+def test_weighted_search_serves_the_inputs_that_matter() -> None:
+    w = torch.tensor([[6.0, 1.1, 0.9, -1.05]])
+    importance = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    scheme = QuantScheme(3, 4)
+    plain, weighted = search_scale(w, scheme), search_scale(w, scheme, importance)
+    assert float(weighted.abs()) < float(plain.abs())

@@ -1,0 +1,35 @@
+"""A short run on the real embedded model: the shipped configuration, two blocks, few steps. It has to beat GPTQ."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_gsq.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_two_blocks_of_smollm2_beat_gptq(tmp_path: Path) -> None:
+    arguments = {
+        "--trainer.default_root_dir": str(tmp_path),
+        "--trainer.accelerator": "cpu",
+        "--model.blocks": "0:2",
+        "--model.scheme.bits": "2",
+        "--model.hessian_sequences": "32",
+        "--model.gumbel.backend": "eager",
+        "--data.sequence_length": "256",
+        "--data.num_sequences": "96",
+        "--data.num_validation_sequences": "8",
+        "--evaluation.sequence_length": "512",
+        "--evaluation.num_windows": "6",
+    }
+    given = [part for pair in arguments.items() for part in pair]
+    assert main(["fit", "--config", str(ROOT / "cli.yaml"), *given]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for block in summary["blocks"].values():
+        assert block["final"] < 0.9 * block["start"]
+    perplexity = summary["perplexity"]
+    assert perplexity["full_precision"] < perplexity["blocks"] < perplexity["warm_start"]
+    assert summary["bits_per_weight"]["total"] == pytest.approx(2.25)
