@@ -40,9 +40,7 @@ class GumbelAnnealing(Callback):
         (tau_0, tau_1), (kappa_0, kappa_1) = self.temperature, self.logit_scale
         return tau_0 + (tau_1 - tau_0) * progress, kappa_0 + (kappa_1 - kappa_0) * progress
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets both for the coming step."""
         last = max(1, int(trainer.estimated_stepping_batches) - 1)
         tau, kappa = self.at(min(trainer.global_step / last, 1.0))

@@ -72,16 +72,14 @@ class QuantizationMonitor(Callback):
             levels = torch.tensor(quantizer.scheme.levels, dtype=torch.float32)
             edges = torch.cat([levels - 0.5, levels[-1:] + 0.5]).tolist()
             writer.add_histogram(f"levels/{name}", codes.numpy(), module.index, bins=edges)
-            writer.add_histogram(
-                f"entropy_bits/{name}", _sample(quantizer.entropy_OI()).numpy(), module.index
-            )
+            writer.add_histogram(f"entropy_bits/{name}", _sample(quantizer.entropy_OI()).numpy(), module.index)
             drift = quantizer.log_scale.detach().float().exp().cpu().flatten()
             writer.add_histogram(f"scale_drift/{name}", drift.numpy(), module.index)
 
     def _figure(self, writer: SummaryWriter, module: BlockQuantization) -> None:
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-        errors = {name: error for name, error in matrix_errors(module).items()}
+        errors = matrix_errors(module)
         figure = Figure(figsize=(7, 0.4 * len(errors) + 1.2), layout="constrained")
         axes = figure.subplots()
         axes.barh(list(errors), list(errors.values()))

@@ -74,9 +74,7 @@ class BlockProgress(Callback):
         if trainer.global_step % self.refresh_every == 0 or trainer.global_step == steps:
             loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
             inner = f"{pl_module.name}  step {trainer.global_step}/{steps}  loss {loss:.4f}"
-            self._bar.update(
-                self._task, completed=pl_module.position[0] + trainer.global_step / steps, inner=inner
-            )
+            self._bar.update(self._task, completed=pl_module.position[0] + trainer.global_step / steps, inner=inner)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the block's part; closes the bar after the last block."""
@@ -93,9 +91,7 @@ class BlockProgress(Callback):
         left = elapsed / self._blocks_here * (total - position - 1)
         hard = trainer.callback_metrics.get("block/val_loss_hard")
         error = "" if hard is None else f"  error {float(hard):.4f}"
-        self.console.print(
-            f"block {position + 1}/{total}  {pl_module.name}{error}  about {left / 60:.0f} min left"
-        )
+        self.console.print(f"block {position + 1}/{total}  {pl_module.name}{error}  about {left / 60:.0f} min left")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves the terminal clean."""

@@ -67,9 +67,7 @@ class ActivationStore:
             return torch.empty(self.shape, dtype=self.dtype)
         file = self.folder / f"stream{self._count}.bin"
         self._count += 1
-        return torch.from_file(str(file), shared=True, size=math.prod(self.shape), dtype=self.dtype).view(
-            self.shape
-        )
+        return torch.from_file(str(file), shared=True, size=math.prod(self.shape), dtype=self.dtype).view(self.shape)
 
     def close(self) -> None:
         """Deletes the files, if any."""

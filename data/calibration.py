@@ -115,8 +115,6 @@ class CalibrationDataModule(LightningDataModule):
                 yield document + "\n\n"
                 continue
             if tokenizer.chat_template is None:
-                raise ConfigurationError(
-                    "data.chat_template: the tokenizer has no chat template; use plain text"
-                )
+                raise ConfigurationError("data.chat_template: the tokenizer has no chat template; use plain text")
             messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
             yield str(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -33,9 +33,7 @@ class PerplexityData(LightningDataModule):
         if sequence_length < 2:
             raise ConfigurationError(f"evaluation.sequence_length must be at least 2, got {sequence_length}")
         if num_windows is not None and num_windows < 1:
-            raise ConfigurationError(
-                f"evaluation.num_windows must be at least 1, or null for all, got {num_windows}"
-            )
+            raise ConfigurationError(f"evaluation.num_windows must be at least 1, or null for all, got {num_windows}")
         self.source = source or PythonDocumentation("evaluation")
         self.sequence_length, self.num_windows = sequence_length, num_windows
         self.ids_NT: Tensor
@@ -47,9 +45,7 @@ class PerplexityData(LightningDataModule):
                 f"evaluation.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}"
             )
         if self.source.needs_model:
-            raise ConfigurationError(
-                "evaluation.source: a model cannot be judged by text that it writes itself"
-            )
+            raise ConfigurationError("evaluation.source: a model cannot be judged by text that it writes itself")
         self.source.check()
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -67,8 +63,8 @@ class PerplexityData(LightningDataModule):
         wanted = self.num_windows or available
         if available < max(wanted, 1):
             raise ConfigurationError(
-                f"evaluation.source: {max(wanted, 1)} windows of {self.sequence_length} tokens were asked for, the text "
-                f"has {len(ids):,} tokens ({available} windows); lower evaluation.num_windows or "
+                f"evaluation.source: {max(wanted, 1)} windows of {self.sequence_length} tokens were asked for, the "
+                f"text has {len(ids):,} tokens ({available} windows); lower evaluation.num_windows or "
                 "evaluation.sequence_length"
             )
         self.ids_NT = ids[: wanted * self.sequence_length].view(wanted, self.sequence_length)

@@ -138,9 +138,7 @@ class HuggingFaceDataset(TextSource):
             for row in dataset:
                 empty = False
                 if self.column not in row:
-                    raise ConfigurationError(
-                        f"column: {self.path} has no column {self.column!r}; it has {sorted(row)}"
-                    )
+                    raise ConfigurationError(f"column: {self.path} has no column {self.column!r}; it has {sorted(row)}")
                 yield row[self.column]
         except (FileNotFoundError, ConnectionError, ValueError) as error:
             if isinstance(error, ConfigurationError):
@@ -212,9 +210,7 @@ class ModelSamples(TextSource):
             None,
         )
         if start is None:
-            raise ConfigurationError(
-                "ModelSamples: the tokenizer has neither a start nor an end token to begin with"
-            )
+            raise ConfigurationError("ModelSamples: the tokenizer has neither a start nor an end token to begin with")
         self._texts = []
         device = next(model.parameters()).device
         with torch.random.fork_rng(devices=[]), torch.autocast(device.type, torch.bfloat16):
@@ -222,7 +218,8 @@ class ModelSamples(TextSource):
             left = -(-self.num_tokens // self.length)
             while left > 0:
                 count = min(left, self.batch_size)
-                ids: Any = model.generate(
+                generate: Any = model.generate
+                ids = generate(
                     torch.full((count, 1), start, device=device),
                     attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
                     do_sample=True,

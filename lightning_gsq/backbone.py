@@ -84,7 +84,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 - no error
     """Ends a forward pass as soon as what was wanted has been recorded."""
 
 
@@ -137,9 +137,7 @@ def trace(model: PreTrainedModel, ids_BT: Tensor) -> Trace:
     return Trace(calls, inputs, outputs[-1])
 
 
-def _split_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """Separates the hidden states from a block's other arguments, and drops the key-value cache."""
     others = {key: value for key, value in kwargs.items() if key not in _CACHE_ARGUMENTS}
     if "hidden_states" in others:

@@ -42,9 +42,7 @@ class GSQArgumentParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with exit code 2."""
         known = {
-            name.removeprefix("--")
-            for parser in [self, *self._parsers()]
-            for name in parser._option_string_actions
+            name.removeprefix("--") for parser in [self, *self._parsers()] for name in parser._option_string_actions
         }
         unknown = (
             re.findall(r"option '([^']+)'|--([\w.]+)", message)
@@ -146,9 +144,7 @@ class GSQCLI(LightningCLI):
     def validate(self, model: ModelQuantization, datamodule: CalibrationDataModule) -> None:
         """Prints the perplexity of a model, or of the model in a finished run folder."""
         evaluation: PerplexityData = self.config_init[self.subcommand].evaluation
-        source = loading.resolve(
-            loading.finished_model(model.pretrained), model.revision, model.trust_remote_code
-        )
+        source = loading.resolve(loading.finished_model(model.pretrained), model.revision, model.trust_remote_code)
         evaluation.check(loading.max_length(loading.load_config(source)))
         model.load(source)
         evaluation.tokenize(model.tokenizer)

@@ -23,9 +23,8 @@ from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
 from lightning_gsq.qtensor import BitsLedger
 from lightning_gsq.run_folder import RunFolder, write_atomically
 
-BESIDE_THE_RECIPE = {
+BESIDE_THE_RECIPE: dict[str, set[str]] = {
     # settings that a resumed run may change, because they do not change its result
-    "config": True,
     "trainer": {
         "default_root_dir",
         "logger",
@@ -38,9 +37,7 @@ BESIDE_THE_RECIPE = {
     "model": {"phases"},
     "activations": {"memory_limit_gb", "folder"},
 }
-WATCHERS = tuple(
-    f"lightning_gsq.callbacks.{c.__name__}" for c in (BlockProgress, QuantizationMonitor, HardRounding)
-)
+WATCHERS = tuple(f"lightning_gsq.callbacks.{c.__name__}" for c in (BlockProgress, QuantizationMonitor, HardRounding))
 
 
 def fit(
@@ -167,9 +164,7 @@ def _check_trainer(trainer: Trainer) -> None:
             "bf16-mixed or 32-true"
         )
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
-        raise ConfigurationError(
-            "trainer.max_epochs: -1 would train the first block for ever; give epochs or steps"
-        )
+        raise ConfigurationError("trainer.max_epochs: -1 would train the first block for ever; give epochs or steps")
 
 
 def _bytes_to_write(model: ModelQuantization) -> int:
@@ -200,9 +195,9 @@ def _recipe(
 ) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in settings.items():
-        dropped = BESIDE_THE_RECIPE.get(key, set())
-        if dropped is True:
+        if key == "config":
             continue
+        dropped = BESIDE_THE_RECIPE.get(key, set())
         kept[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
     callbacks = kept["trainer"].get("callbacks") or []
     kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in WATCHERS]

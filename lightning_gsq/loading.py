@@ -121,9 +121,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             f"model.pretrained: {source.path} is already quantized ({method}); start from its full-precision original"
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigurationError(
-            f"model.pretrained: {config.model_type} is an encoder-decoder, not a causal decoder"
-        )
+        raise ConfigurationError(f"model.pretrained: {config.model_type} is an encoder-decoder, not a causal decoder")
     return config
 
 
@@ -171,13 +169,9 @@ def load_model(source: ModelSource, dtype: Dtype = "auto") -> PreTrainedModel:
     quiet = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext()
     try:
         with quiet:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source.path, **source.arguments, **options
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.path, **source.arguments, **options)
     except Exception as error:  # see load_config
-        raise ConfigurationError(
-            f"model.pretrained: cannot load {source.path}: {_first_line(error)}"
-        ) from error
+        raise ConfigurationError(f"model.pretrained: cannot load {source.path}: {_first_line(error)}") from error
     model.requires_grad_(False)
     return model.eval()
 
@@ -198,9 +192,7 @@ def finished_model(address: str) -> str:
     return str(folder / "model")
 
 
-def save_dense(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
-) -> None:
+def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
     """Writes an ordinary Hugging Face folder, whole or not at all.
 
     Args:
@@ -212,8 +204,7 @@ def save_dense(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     state = {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in model.state_dict().items()
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
     }
     model.save_pretrained(partial, state_dict=state)
     # save_pretrained writes the dtype of the model in memory, which is not that of the file.
@@ -250,23 +241,15 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         found = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f"; it holds {found[0]}: give that file" if found else ""
-        raise ConfigurationError(
-            f"model.pretrained: {folder} has no config.json, so it is not a model folder{hint}"
-        )
+        raise ConfigurationError(f"model.pretrained: {folder} has no config.json, so it is not a model folder{hint}")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigurationError(
-            f"model.pretrained: {folder / 'config.json'} is not JSON: {error}"
-        ) from error
+        raise ConfigurationError(f"model.pretrained: {folder / 'config.json'} is not JSON: {error}") from error
     if not any(folder.glob("*.safetensors")):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-        found = (
-            f"; it holds {others[0]}, a pickle, which is never read: convert it to safetensors"
-            if others
-            else ""
-        )
-        raise ConfigurationError(f"model.pretrained: {folder} has no weights (no *.safetensors file){found}")
+        hint = f"; it holds {others[0]}, a pickle, which is never read: convert it to safetensors" if others else ""
+        raise ConfigurationError(f"model.pretrained: {folder} has no weights (no *.safetensors file){hint}")
 
 
 def _first_line(error: BaseException) -> str:

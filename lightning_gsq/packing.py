@@ -40,9 +40,9 @@ def pack(values_OI: Tensor, bits: int) -> Tensor:
     rows, columns = values_OI.shape
     values = values_OI.to("cpu", torch.uint8).numpy()
     stream = np.zeros((rows, packed_words(columns, bits) * WORD_BITS), dtype=np.uint8)
-    stream[:, : columns * bits] = np.unpackbits(
-        values[..., None], axis=-1, bitorder="little", count=bits
-    ).reshape(rows, -1)
+    stream[:, : columns * bits] = np.unpackbits(values[..., None], axis=-1, bitorder="little", count=bits).reshape(
+        rows, -1
+    )
     words = np.packbits(stream, axis=-1, bitorder="little").view("<i4")
     return torch.from_numpy(words.astype(np.int32, copy=False))
 

@@ -11,8 +11,9 @@ calibration sequences at the current depth):
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,9 +70,8 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
     check_chain(model.network, traced)
     sites: dict[str, tuple[int, LinearSite]] = {}
     for index in model.selected_blocks(len(blocks)):
-        found = find_linear_sites(
-            blocks[index], lambda i=index: run_block(blocks[i], traced.inputs_BTD[i], traced.calls[i])
-        )
+        run = functools.partial(run_block, blocks[index], traced.inputs_BTD[index], traced.calls[index])
+        found = find_linear_sites(blocks[index], run)
         sites |= {f"{prefix}.{index}.{site.name}": (index, site) for site in found}
     schemes = assign_schemes(sites, model.scheme, model.include, model.exclude, model.overrides)
     plans: dict[int, BlockPlan] = {}
@@ -124,11 +124,7 @@ class BlockwiseRun:
         """
         if self._have("warm_start"):
             return [self.folder.read_block("warm_start", plan.index, plan.expected) for plan in self.plan]
-        count = (
-            min(self.model.hessian_sequences, self.data.num_sequences)
-            if self.model.warm_start.needs_hessian
-            else 0
-        )
+        count = min(self.model.hessian_sequences, self.data.num_sequences) if self.model.warm_start.needs_hessian else 0
         with self._store(count, streams=1) as store:
             hidden = store.new()
             self._embed(self.data.train_ids_NT[:count], hidden)
@@ -139,9 +135,7 @@ class BlockwiseRun:
                 if index in plans:
                     starts = self._starts(plans[index], block, hidden)
                     tensors = {
-                        site.name: QuantizedTensor(
-                            start.codes_OI, start.scales_OG.to(self.model.scale_dtype), scheme
-                        )
+                        site.name: QuantizedTensor(start.codes_OI, start.scales_OG.to(self.model.scale_dtype), scheme)
                         for (site, scheme), start in zip(plans[index].weights.items(), starts, strict=True)
                     }
                     tensors = {name: _to_cpu(tensor) for name, tensor in tensors.items()}
@@ -184,6 +178,7 @@ class BlockwiseRun:
                 full.copy_(quantized)
             for index in range(self.plan[-1].index + 1):
                 began = time.perf_counter()
+                measures: dict[str, float] = {}
                 block = self._working_copy(index)
                 plan = plans.get(index)
                 if stream:
@@ -191,7 +186,7 @@ class BlockwiseRun:
                 elif plan is not None and index not in done:
                     self._propagate(block, index, quantized, target)
                 if plan is not None:
-                    tensors, measures = done.get(index), {}
+                    tensors = done.get(index)
                     if tensors is None:
                         tensors, measures = self._fit(plan, block, quantized, target)
                         self.folder.write_block("block", index, tensors)
@@ -297,7 +292,9 @@ class BlockwiseRun:
                 out_NTD[part] = run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
 
     @torch.no_grad()
-    def _error(self, module: BlockQuantization, loader: DataLoader, weights: dict[str, Tensor]) -> float:  # type: ignore[type-arg]
+    def _error(
+        self, module: BlockQuantization, loader: Iterable[tuple[Tensor, Tensor]], weights: dict[str, Tensor]
+    ) -> float:
         """Relative squared error of the block on held-out sequences."""
         total, count = 0.0, 0
         with self._precision():
@@ -359,16 +356,14 @@ def installed(
 ) -> Iterator[None]:
     """The model with these weights inside the context, its own afterwards."""
     _, blocks = find_blocks(model.network)
-    originals = [
-        {site.name: blocks[own.index].get_parameter(site.name).data for site in own.weights} for own in plan
-    ]
+    originals = [{site.name: blocks[own.index].get_parameter(site.name).data for site in own.weights} for own in plan]
     try:
         for own, weights in zip(plan, tensors, strict=True):
             install(blocks[own.index], own, weights)
         yield
     finally:
-        for own, weights in zip(plan, originals, strict=True):
-            for name, data in weights.items():
+        for own, parameters in zip(plan, originals, strict=True):
+            for name, data in parameters.items():
                 blocks[own.index].get_parameter(name).data = data
 
 

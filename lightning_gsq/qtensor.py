@@ -63,9 +63,7 @@ class QuantizedTensor:
         }
 
     @classmethod
-    def unpack(
-        cls, tensors: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
-    ) -> QuantizedTensor:
+    def unpack(cls, tensors: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> QuantizedTensor:
         """Inverse of :meth:`pack`.
 
         Raises:

@@ -86,8 +86,7 @@ class RunFolder:
         if differences:
             raise ConfigurationError(
                 f"trainer.default_root_dir: {self.root} holds a run with another recipe; choose another folder, or "
-                "the same settings to resume it. What differs:\n"
-                + "\n".join(f"  {line}" for line in differences)
+                "the same settings to resume it. What differs:\n" + "\n".join(f"  {line}" for line in differences)
             )
 
     @property
@@ -106,9 +105,7 @@ class RunFolder:
 
     def update_progress(self, **changes: Any) -> None:
         """Replaces some entries of the progress file."""
-        write_atomically(
-            self.root / "progress.json", json.dumps({**self.progress, **changes}, indent=1).encode()
-        )
+        write_atomically(self.root / "progress.json", json.dumps({**self.progress, **changes}, indent=1).encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``."""
@@ -131,9 +128,7 @@ class RunFolder:
             }
         write_atomically(self.block_file(kind, index), save(content, {"layout": json.dumps(layout)}))
 
-    def read_block(
-        self, kind: str, index: int, expected: Mapping[str, tuple[QuantScheme, tuple[int, int]]]
-    ) -> Blocks:
+    def read_block(self, kind: str, index: int, expected: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> Blocks:
         """Reads a block back and checks it against the weights it has to hold.
 
         Args:
@@ -188,6 +183,4 @@ def write_atomically(file: Path, content: bytes) -> None:
         partial.replace(file)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise ConfigurationError(
-            f"trainer.default_root_dir: cannot write {file}: {error.strerror}"
-        ) from error
+        raise ConfigurationError(f"trainer.default_root_dir: cannot write {file}: {error.strerror}") from error

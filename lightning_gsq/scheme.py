@@ -138,9 +138,7 @@ def assign_schemes(
                 own = override.apply(own)
         chosen[name] = own
     if not chosen:
-        raise ConfigurationError(
-            f"include={list(include)} and exclude={list(exclude)} leave no weight to quantize"
-        )
+        raise ConfigurationError(f"include={list(include)} and exclude={list(exclude)} leave no weight to quantize")
     return chosen
 
 

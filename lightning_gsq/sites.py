@@ -97,9 +97,7 @@ class _WatchProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _product(
-    name: str, parameter: Tensor, inputs: Tensor, matrix: Tensor, rows_are_outputs: bool
-) -> _Product:
+def _product(name: str, parameter: Tensor, inputs: Tensor, matrix: Tensor, rows_are_outputs: bool) -> _Product:
     expert = 0
     if parameter.ndim == 3:
         expert = (matrix.storage_offset() - parameter.storage_offset()) // parameter[0].numel()

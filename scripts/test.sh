@@ -6,6 +6,9 @@ source scripts/setup.sh
 ensure_environment test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# On the installed package, from outside the tree, as a user of its types sees it.
-.venv/bin/mypy --config-file pyproject.toml
+# On an installed copy, as a user of its types sees it: mypy does not follow editable installs.
+rm -rf .venv/installed
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+  --target .venv/installed .
+(cd .venv/installed && MYPYPATH="$PWD" ../bin/mypy --config-file ../../pyproject.toml)
 exec .venv/bin/pytest "$@"

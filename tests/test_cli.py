@@ -146,9 +146,7 @@ def test_bad_models(fit: Run, tiny_llama: Path, tmp_path: Path) -> None:
     assert code == 2 and "is not a GGUF file" in output
     shutil.copytree(tiny_llama, tmp_path / "quantized")
     file = tmp_path / "quantized" / "config.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "awq"}})
-    )
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "awq"}}))
     code, output = fit("--model.pretrained", str(tmp_path / "quantized"))
     assert code == 2 and "already quantized (awq)" in output
 

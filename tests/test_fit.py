@@ -76,25 +76,18 @@ def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp
 def test_same_seed_same_bits_and_another_seed_others(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert main(["fit", "--config", str(_config(tiny_llama, corpus, tmp_path / name))]) == 0
-    assert (
-        main(["fit", "--config", str(_config(tiny_llama, corpus, tmp_path / "c")), "--seed_everything", "5"])
-        == 0
-    )
+    assert main(["fit", "--config", str(_config(tiny_llama, corpus, tmp_path / "c")), "--seed_everything", "5"]) == 0
     assert _blocks(tmp_path / "a") == _blocks(tmp_path / "b")
     assert _blocks(tmp_path / "a") != _blocks(tmp_path / "c")
 
 
 @pytest.mark.parametrize("target", ["stream", "local"])
-def test_killed_and_resumed_to_the_same_bits(
-    target: str, tiny_llama: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_to_the_same_bits(target: str, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     whole = _config(tiny_llama, corpus, tmp_path / "whole", model__target=target)
     assert main(["fit", "--config", str(whole)]) == 0
     killed = _config(tiny_llama, corpus, tmp_path / "killed", model__target=target)
     command = [sys.executable, "-m", "lightning_gsq", "fit", "--config", str(killed)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
-    )
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
     first = tmp_path / "killed" / "run" / "blocks" / "block-000.safetensors"
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -193,9 +186,7 @@ def test_a_block_that_training_made_worse_keeps_its_warm_start(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e9}}
-    config = _config(
-        tiny_llama, corpus, tmp_path, model__optimizer=optimizer, model__scale_learning_rate=1e-9
-    )
+    config = _config(tiny_llama, corpus, tmp_path, model__optimizer=optimizer, model__scale_learning_rate=1e-9)
     assert main(["fit", "--config", str(config)]) == 0
     assert "model.layers.0: training raised the held-out error" in capsys.readouterr().out
     blocks = json.loads((tmp_path / "run" / "summary.json").read_text())["blocks"]

@@ -61,7 +61,7 @@ def test_unknown_hub_name() -> None:
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="has no config.json"):
+    with pytest.raises(ConfigurationError, match=r"has no config\.json"):
         loading.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigurationError, match="is not JSON"):
@@ -93,9 +93,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
 def test_model_that_is_already_quantized(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "quantized")
     file = tmp_path / "quantized" / "config.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}})
-    )
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ConfigurationError, match=r"already quantized \(gptq\)"):
         loading.load_config(loading.resolve(str(tmp_path / "quantized")))
 

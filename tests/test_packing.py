@@ -63,9 +63,7 @@ def test_quantized_tensor_round_trip(bits: object, columns: int) -> None:
 
 def test_dequantize_by_hand() -> None:
     scheme = QuantScheme(2, 2)
-    tensor = QuantizedTensor(
-        torch.tensor([[-2, 1, 0]], dtype=torch.int8), torch.tensor([[0.5, -3.0]]), scheme
-    )
+    tensor = QuantizedTensor(torch.tensor([[-2, 1, 0]], dtype=torch.int8), torch.tensor([[0.5, -3.0]]), scheme)
     assert tensor.dequantize().tolist() == [[-1.0, 0.5, 0.0]]
 
 

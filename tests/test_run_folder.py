@@ -68,7 +68,7 @@ def test_block_with_damaged_contents(tmp_path: Path) -> None:
     ):
         save_file({**load_file(file), name: value}, tmp_path / "damaged.safetensors", metadata)
         (tmp_path / "damaged.safetensors").replace(folder.block_file("block", 1))
-        with pytest.raises(ConfigurationError, match="block-001.safetensors cannot be used"):
+        with pytest.raises(ConfigurationError, match=r"block-001\.safetensors cannot be used"):
             folder.read_block("block", 1, EXPECTED)
 
 
@@ -99,9 +99,7 @@ def test_too_little_room(tmp_path: Path) -> None:
         RunFolder(tmp_path).check_room(10**18)
 
 
-def test_write_atomically_leaves_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "progress.json"
     write_atomically(file, b"old")
 

@@ -46,9 +46,7 @@ def _model(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # the usual 0.02 leaves a random model's blocks close to the identity
+        for parameter in model.parameters():  # the usual 0.02 leaves a random model's blocks close to the identity
             if parameter.ndim > 1:
                 parameter.mul_(5)
     return model
@@ -59,9 +57,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: _model(Qwen2Config(**COMMON)),
     "qwen3": lambda: _model(Qwen3Config(**COMMON, head_dim=8)),
     "gemma2": lambda: _model(Gemma2Config(**COMMON, head_dim=8, sliding_window=4)),
-    "gemma3": lambda: _model(
-        Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=4, sliding_window_pattern=2)
-    ),
+    "gemma3": lambda: _model(Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=4, sliding_window_pattern=2)),
     "mistral": lambda: _model(MistralConfig(**COMMON, sliding_window=4)),
     "opt": lambda: _model(OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32)),
     "gpt2": lambda: _model(

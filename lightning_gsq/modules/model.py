@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lion_pytorch import Lion
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,10 +19,6 @@ from lightning_gsq.scheme import QuantScheme, SchemeOverride
 
 LOSS_POSITIONS = 128
 """Positions whose fp32 log-probabilities are held at once: a vocabulary of 128,000 takes half a megabyte each."""
-
-
-def _lion(params: object) -> Lion:
-    return Lion(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=1.0)  # type: ignore[arg-type]
 
 
 class ModelQuantization(LightningModule):
@@ -65,10 +60,10 @@ class ModelQuantization(LightningModule):
         phases: list[Literal["init", "blocks"]] = ["init", "blocks"],  # noqa: B006
         target: Literal["stream", "local"] = "stream",
         warm_start: WarmStart | None = None,
-        hessian_sequences: int = 96,
+        hessian_sequences: int = 64,
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
-        optimizer: OptimizerCallable = _lion,
-        scale_learning_rate: float = 5e-3,
+        optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=1e-3, betas=(0.9, 0.95)),
+        scale_learning_rate: float = 3e-3,
         learning_rate_floor: float = 0.1,
         scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
         dtype: loading.Dtype = "auto",
@@ -86,9 +81,7 @@ class ModelQuantization(LightningModule):
         if not phases:
             raise ConfigurationError("model.phases is empty: name init, blocks, or both")
         if not 0 <= learning_rate_floor <= 1:
-            raise ConfigurationError(
-                f"model.learning_rate_floor must lie between 0 and 1, got {learning_rate_floor}"
-            )
+            raise ConfigurationError(f"model.learning_rate_floor must lie between 0 and 1, got {learning_rate_floor}")
         self.pretrained, self.revision, self.trust_remote_code = pretrained, revision, trust_remote_code
         self.scheme, self.include, self.exclude, self.overrides = scheme, include, exclude, overrides
         self.blocks, self.phases, self.target = blocks, phases, target
@@ -132,7 +125,5 @@ class ModelQuantization(LightningModule):
             raise ConfigurationError(f"model.blocks must be a range such as 0:4, got {self.blocks!r}")
         start, stop = int(match[1] or 0), int(match[2] or count)
         if not 0 <= start < stop <= count:
-            raise ConfigurationError(
-                f"model.blocks: {self.blocks} is not a range within the model's {count} blocks"
-            )
+            raise ConfigurationError(f"model.blocks: {self.blocks} is not a range within the model's {count} blocks")
         return range(start, stop)

@@ -74,9 +74,7 @@ class GumbelQuantizer(nn.Module):
     start_codes: Tensor
     start_scales: Tensor
 
-    def __init__(
-        self, start: Start, scheme: QuantScheme, options: GumbelOptions, generator: torch.Generator
-    ) -> None:
+    def __init__(self, start: Start, scheme: QuantScheme, options: GumbelOptions, generator: torch.Generator) -> None:
         super().__init__()
         self.scheme, self.options = scheme, options
         self.temperature, self.logit_scale, self.hard = 1.0, 1.0, False
@@ -150,9 +148,7 @@ class GumbelQuantizer(nn.Module):
 
     def _initial_logits(self, start: Start, generator: torch.Generator) -> Tensor:
         alpha = (
-            self.options.alpha
-            if self.options.alpha is not None
-            else (3.0 if self.scheme.bits == "ternary" else 6.0)
+            self.options.alpha if self.options.alpha is not None else (3.0 if self.scheme.bits == "ternary" else 6.0)
         )
         sigma = self.options.sigma
         origin_OI = start.codes_OI.float()

@@ -72,15 +72,11 @@ class RTN(WarmStart):
         scales, positions = [], []
         for start in range(0, w_OI.shape[1], length):
             w_OC = w_OI[:, start : start + length]
-            s_O = search_scale(
-                w_OC, scheme, None if importance_I is None else importance_I[start : start + length]
-            )
+            s_O = search_scale(w_OC, scheme, None if importance_I is None else importance_I[start : start + length])
             scales.append(s_O)
             positions.append(w_OC / s_O[:, None])
         position_OI = torch.cat(positions, dim=1)
-        return Start(
-            nearest_level(position_OI, scheme).to(torch.int8), torch.stack(scales, dim=1), position_OI
-        )
+        return Start(nearest_level(position_OI, scheme).to(torch.int8), torch.stack(scales, dim=1), position_OI)
 
 
 class GPTQ(WarmStart):
@@ -95,9 +91,7 @@ class GPTQ(WarmStart):
 
     def __init__(self, damping: float = 0.01, block_columns: int = 128, weighted: bool = False) -> None:
         if not 0 < damping < 1:
-            raise ValueError(
-                f"damping must lie between 0 and 1 (a share of the mean diagonal), got {damping}"
-            )
+            raise ValueError(f"damping must lie between 0 and 1 (a share of the mean diagonal), got {damping}")
         if block_columns < 1:
             raise ValueError(f"block_columns must be positive, got {block_columns}")
         self.damping, self.block_columns, self.weighted = damping, block_columns, weighted
@@ -188,9 +182,7 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
         ValueError: the Hessian is not finite, or not positive definite even with a hundred times the damping.
     """
     if not bool(torch.isfinite(hessian_II).all()):
-        raise ValueError(
-            "the Hessian is not finite: the model's activations overflow on the calibration text"
-        )
+        raise ValueError("the Hessian is not finite: the model's activations overflow on the calibration text")
     diagonal_I = hessian_II.diagonal()
     damped_II = hessian_II + torch.diag((diagonal_I == 0).to(hessian_II.dtype))
     mean = damped_II.diagonal().mean()
@@ -202,9 +194,7 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
             upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
             if not failed:
                 return upper_II
-    raise ValueError(
-        f"the Hessian is not positive definite with damping up to {100 * damping}: raise `damping`"
-    )
+    raise ValueError(f"the Hessian is not positive definite with damping up to {100 * damping}: raise `damping`")
 
 
 def quantized(start: Start, scheme: QuantScheme, scale_dtype: torch.dtype) -> QuantizedTensor:

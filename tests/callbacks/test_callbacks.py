@@ -72,9 +72,7 @@ def test_annealing_goes_from_first_to_last_step() -> None:
 
 def test_annealing_counts_optimizer_steps_under_accumulation() -> None:
     module = Regression()
-    Trainer(max_epochs=1, accumulate_grad_batches=5, callbacks=[GumbelAnnealing()], **QUIET).fit(
-        module, _batches()
-    )
+    Trainer(max_epochs=1, accumulate_grad_batches=5, callbacks=[GumbelAnnealing()], **QUIET).fit(module, _batches())
     assert [tau for tau, _ in module.seen] == pytest.approx([2.0] * 5 + [0.05] * 5)
 
 
@@ -123,9 +121,7 @@ def test_hard_rounding_needs_a_quantizer() -> None:
         Trainer(max_steps=1, callbacks=[HardRounding()], **QUIET).fit(Plain(), _batches())
 
 
-def block_module(
-    family: str = "llama", bits: int = 2, position: tuple[int, int] = (0, 2)
-) -> BlockQuantization:
+def block_module(family: str = "llama", bits: int = 2, position: tuple[int, int] = (0, 2)) -> BlockQuantization:
     """Block 0 of a tiny model, its quantizers started by rounding."""
     model = FAMILIES[family]()
     traced = trace(model, torch.arange(16)[None])
@@ -202,8 +198,6 @@ def test_progress_prints_one_line_a_block_without_a_terminal(capsys: pytest.Capt
     progress = BlockProgress()
     for position in (0, 1):
         module = block_module(position=(position, 2))
-        Trainer(max_epochs=1, callbacks=[progress], num_sanity_val_steps=0, **QUIET).fit(
-            module, block_batches(module)
-        )
+        Trainer(max_epochs=1, callbacks=[progress], num_sanity_val_steps=0, **QUIET).fit(module, block_batches(module))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("block ")]
     assert [line.split("  ")[0] for line in lines] == ["block 1/2", "block 2/2"]

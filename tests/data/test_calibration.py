@@ -47,22 +47,16 @@ def test_seed_chooses_the_sequences(corpus: Path) -> None:
 
 
 def test_too_little_text_says_how_much_there_is(corpus: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"take 3,200,096 tokens, the source has 4\d,\d{3} \(\d+ sequences\)"
-    ):
+    with pytest.raises(ConfigurationError, match=r"take 3,200,096 tokens, the source has 4\d,\d{3} \(\d+ sequences\)"):
         _data(corpus, num_sequences=100_000).tokenize(byte_tokenizer(), FAMILIES["llama"]())
 
 
 def test_sequence_beyond_the_models_limit(corpus: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"sequence_length: 32 tokens exceed the model's limit of 16"
-    ):
+    with pytest.raises(ConfigurationError, match=r"sequence_length: 32 tokens exceed the model's limit of 16"):
         _data(corpus).check(16)
 
 
-@pytest.mark.parametrize(
-    "name", ["sequence_length", "num_sequences", "num_validation_sequences", "batch_size"]
-)
+@pytest.mark.parametrize("name", ["sequence_length", "num_sequences", "num_validation_sequences", "batch_size"])
 def test_numbers_out_of_range(corpus: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"data.{name} must be at least 1, got 0"):
         _data(corpus, **{name: 0})
@@ -75,9 +69,7 @@ def test_chat_template(corpus: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     data = _data(corpus, chat_template=True, num_sequences=1380)
     data.tokenize(tokenizer, FAMILIES["llama"]())
-    assert any(
-        "[user] Line 0" in tokenizer.decode(w) for w in torch.cat([data.train_ids_NT, data.validation_ids_NT])
-    )
+    assert any("[user] Line 0" in tokenizer.decode(w) for w in torch.cat([data.train_ids_NT, data.validation_ids_NT]))
 
 
 def test_perplexity_windows(corpus: Path) -> None:

@@ -75,9 +75,7 @@ def test_dataset_errors(tmp_path: Path) -> None:
 
 
 def test_documentation_parts_do_not_overlap() -> None:
-    parts = {
-        part: set(PythonDocumentation(part).documents()) for part in ("calibration", "evaluation", "all")
-    }
+    parts = {part: set(PythonDocumentation(part).documents()) for part in ("calibration", "evaluation", "all")}
     assert not parts["calibration"] & parts["evaluation"]
     assert sum(map(len, parts["evaluation"])) > 20_000
     assert sum(map(len, parts["calibration"])) > 300_000

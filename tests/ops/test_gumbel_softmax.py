@@ -109,6 +109,4 @@ def test_frequencies_follow_the_softmax() -> None:
         logits, torch.ones(100, 1), levels, kappa=1.0, tau=1e-3, group_length=500, backend="eager"
     )
     shares = torch.stack([(w.round() == level).double().mean() for level in levels])
-    torch.testing.assert_close(
-        shares, torch.softmax(torch.tensor([0.0, 1.0, 2.0]).double(), 0), atol=5e-3, rtol=0
-    )
+    torch.testing.assert_close(shares, torch.softmax(torch.tensor([0.0, 1.0, 2.0]).double(), 0), atol=5e-3, rtol=0)

@@ -36,9 +36,7 @@ def test_golden_initial_logits() -> None:
 
 def test_ternary_uses_half_the_confidence() -> None:
     start = Start(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1, 1), torch.zeros(1, 1))
-    by_default = GumbelQuantizer(
-        start, QuantScheme("ternary", 1), GumbelOptions(), torch.Generator().manual_seed(0)
-    )
+    by_default = GumbelQuantizer(start, QuantScheme("ternary", 1), GumbelOptions(), torch.Generator().manual_seed(0))
     explicit = GumbelQuantizer(
         start, QuantScheme("ternary", 1), GumbelOptions(alpha=3.0), torch.Generator().manual_seed(0)
     )
@@ -78,13 +76,9 @@ def test_training_finds_a_weight_on_the_grid(bits: object) -> None:
     torch.manual_seed(1)
     scheme = QuantScheme(bits, 8)  # type: ignore[arg-type]
     target = torch.tensor(scheme.levels, dtype=torch.int8)[torch.randint(len(scheme.levels), (8, 16))]
-    wrong = torch.where(
-        torch.rand(8, 16) < 0.3, -target if bits == 1 else target.sub(1).clamp(scheme.low), target
-    )
+    wrong = torch.where(torch.rand(8, 16) < 0.3, -target if bits == 1 else target.sub(1).clamp(scheme.low), target)
     start = Start(wrong.to(torch.int8), torch.full((8, 2), 1.0 if bits == 8 else 0.9), wrong.float())
-    quantizer = GumbelQuantizer(
-        start, scheme, GumbelOptions(backend="eager"), torch.Generator().manual_seed(0)
-    )
+    quantizer = GumbelQuantizer(start, scheme, GumbelOptions(backend="eager"), torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=3e-3)
     for step in range(150):
         quantizer.temperature, quantizer.logit_scale = 2 - 1.95 * step / 150, 100 + 400 * step / 150

@@ -108,9 +108,7 @@ def _backward(
 def _sliced_forward(logits_LRC: Tensor, scales_R: Tensor, base_RC: Tensor | None, *rest: Any) -> Tensor:
     parts = []
     for rows, tail in _slices(logits_LRC, rest):
-        parts.append(
-            _forward(logits_LRC[:, rows], scales_R[rows], None if base_RC is None else base_RC[rows], *tail)
-        )
+        parts.append(_forward(logits_LRC[:, rows], scales_R[rows], None if base_RC is None else base_RC[rows], *tail))
     return torch.cat(parts)
 
 
@@ -210,9 +208,7 @@ class GumbelSoftmaxWeight(torch.autograd.Function):
             if columns % group_length == 0:
                 base = None if base_OI is None else base_OI.reshape(-1, group_length)
                 tiles, r = logits_LOI.reshape(count, -1, group_length), r_OI.reshape(-1, group_length)
-                d_logits, d_scales = run(
-                    r, tiles, scales_OG.reshape(-1), base, numbers, words, group_length, 0, levels
-                )
+                d_logits, d_scales = run(r, tiles, scales_OG.reshape(-1), base, numbers, words, group_length, 0, levels)
                 return d_logits.view_as(logits_LOI), d_scales.view_as(scales_OG), *none
             parts = []
             for group, (part, offset) in enumerate(_tiles(columns, group_length)):

@@ -28,9 +28,7 @@ def gumbel_softmax_weight_reference(
     count, rows, columns = logits_LOI.shape
     position_OI = counters(rows, columns, columns, 0, logits_LOI.device)
     words = seed_words(seed).to(logits_LOI.device)
-    u_LOI = torch.stack([uniform(position_OI * count + level, words) for level in range(count)]).to(
-        logits_LOI.dtype
-    )
+    u_LOI = torch.stack([uniform(position_OI * count + level, words) for level in range(count)]).to(logits_LOI.dtype)
     if count == 1:
         mean_OI = torch.tanh((2 * kappa * logits_LOI + noise * torch.logit(u_LOI))[0] / (2 * tau))
     else:
