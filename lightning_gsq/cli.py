@@ -182,6 +182,7 @@ def quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*The number of training batches.*",
         ".*module.s. in eval mode at the start.*",
+        ".*isinstance.treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
     import transformers

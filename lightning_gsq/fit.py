@@ -37,6 +37,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
     "model": {"phases"},
     "activations": {"memory_limit_gb", "folder"},
 }
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 WATCHERS = tuple(f"lightning_gsq.callbacks.{c.__name__}" for c in (BlockProgress, QuantizationMonitor, HardRounding))
 
 
@@ -158,10 +159,10 @@ def _check_trainer(trainer: Trainer) -> None:
             f"trainer.devices: the block phase runs on one device in this version, got {trainer.world_size}; "
             "use --trainer.devices 1"
         )
-    if "true" in trainer.precision and trainer.precision not in ("32-true", "64-true"):
+    if trainer.precision not in PRECISIONS:
         raise ConfigurationError(
-            f"trainer.precision: {trainer.precision} would round the logits, in which small steps then vanish; use "
-            "bf16-mixed or 32-true"
+            f"trainer.precision: logits and scales train in 32 bits, got {trainer.precision}; use one of "
+            f"{', '.join(PRECISIONS)}"
         )
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise ConfigurationError("trainer.max_epochs: -1 would train the first block for ever; give epochs or steps")

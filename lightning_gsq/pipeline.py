@@ -299,7 +299,7 @@ class BlockwiseRun:
         total, count = 0.0, 0
         with self._precision():
             for inputs, targets in loader:
-                batch = (inputs.to(self.device).float(), targets.to(self.device))
+                batch = (inputs.to(self.device), targets.to(self.device))
                 total += float(module.loss(batch, weights)) * len(inputs)
                 count += len(inputs)
         return total / count

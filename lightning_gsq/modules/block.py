@@ -99,12 +99,13 @@ class BlockQuantization(LightningModule):
 
     def forward(self, hidden_BTD: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """Runs the block with these weights."""
-        return run_block(self.block, hidden_BTD, self._call.to(hidden_BTD.device), weights)
+        self._call = self._call.to(hidden_BTD.device)
+        return run_block(self.block, hidden_BTD, self._call, weights)
 
     def loss(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Relative squared error of the block's output with these weights, fp32."""
         hidden, target = batch
-        return nn.functional.mse_loss(self(hidden, weights).float(), target.float()) / self.target_power
+        return nn.functional.mse_loss(self(hidden.float(), weights).float(), target.float()) / self.target_power
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss with sampled weights.
