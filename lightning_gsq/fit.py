@@ -86,13 +86,14 @@ def fit(
     recipe = _recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
 
-    run = BlockwiseRun(model, data, folder, make_trainer, activations, seed, console.print)
+    run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print)
     windows = evaluation.val_dataloader()
     weights = sum(site.rows * site.in_features for own in plan for site in own.weights)
     console.print(
         f"{model.pretrained}: {len(plan)} blocks, {weights:,} weights to quantize ({model.scheme}), "
         f"{data.num_sequences} calibration sequences of {data.sequence_length} tokens, {trainer.precision}, "
-        f"{run.device.type}"
+        f"{run.device.type}",
+        soft_wrap=True,
     )
 
     def perplexity(name: str, action: str) -> None:

@@ -34,6 +34,8 @@ from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.scheme import QuantScheme, assign_schemes
 from lightning_gsq.sites import LinearSite, find_linear_sites
 
+FORWARD_TOKENS = 4096
+"""Tokens that pass through a block at once where nothing is trained."""
 PROBE_TOKENS = 8
 """Length of the sequence that shows which weights a block multiplies with."""
 
@@ -87,6 +89,7 @@ class BlockwiseRun:
     Args:
         model: The model, loaded, and its settings.
         data: Calibration sequences, tokenised.
+        plan: What to do with which block.
         folder: The run folder.
         make_trainer: Makes a Trainer with the user's settings; called once a block.
         activations: How hidden states are kept.
@@ -98,6 +101,7 @@ class BlockwiseRun:
         self,
         model: ModelQuantization,
         data: CalibrationDataModule,
+        plan: list[BlockPlan],
         folder: RunFolder,
         make_trainer: Callable[[], Trainer],
         activations: ActivationOptions,
@@ -106,10 +110,10 @@ class BlockwiseRun:
     ) -> None:
         self.model, self.data, self.folder, self.seed, self.say = model, data, folder, seed, say
         self.make_trainer, self.activations = make_trainer, activations
-        self.prefix, self.blocks = find_blocks(model.network)
-        self.plan = make_plan(model)
+        self.plan, self.blocks = plan, find_blocks(model.network)[1]
         self.trainer = make_trainer()
         self.device = self.trainer.strategy.root_device
+        self.forward_size = max(1, FORWARD_TOKENS // data.sequence_length)
         traced = trace(model.network, data.train_ids_NT[:1])
         self.calls: list[BlockCall] = traced.calls
         self.width = traced.output_BTD.shape[-1]
@@ -262,7 +266,7 @@ class BlockwiseRun:
         statistics = InputStatistics(sites, self.device)
         if self.model.warm_start.needs_hessian:
             with torch.no_grad(), statistics.watching(block), self._precision():
-                for part in slices(len(inputs_NTD), self.data.batch_size):
+                for part in slices(len(inputs_NTD), self.forward_size):
                     run_block(block, self._fetch(inputs_NTD[part]), self.calls[plan.index].to(self.device))
         starts = []
         with torch.no_grad():
@@ -288,7 +292,7 @@ class BlockwiseRun:
         """Runs a block over a stream; ``out`` may be ``source``."""
         call = self.calls[index].to(self.device)
         with self._precision():
-            for part in slices(len(source_NTD), self.data.batch_size):
+            for part in slices(len(source_NTD), self.forward_size):
                 out_NTD[part] = run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
 
     @torch.no_grad()
@@ -317,7 +321,7 @@ class BlockwiseRun:
         return hidden.to(self.device, torch.float32)
 
     def _embed(self, ids_NT: Tensor, out_NTD: Tensor) -> None:
-        for part in slices(len(ids_NT), self.data.batch_size):
+        for part in slices(len(ids_NT), self.forward_size):
             out_NTD[part] = embed(self.model.network, ids_NT[part]).to(out_NTD.dtype)
 
     @contextmanager
