@@ -40,7 +40,7 @@ class CalibrationDataModule(LightningDataModule):
         sequence_length: int = 512,
         num_sequences: int = 240,
         num_validation_sequences: int = 16,
-        batch_size: int = 4,
+        batch_size: int = 2,
         chat_template: bool = False,
         seed: int = 0,
     ) -> None:

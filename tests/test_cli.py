@@ -86,6 +86,15 @@ def test_shipped_configuration_is_complete(capsys: pytest.CaptureFixture[str]) -
     assert set(printed["model"]["gumbel"]) == set(shipped["model"]["gumbel"])
 
 
+def test_defaults_can_be_written_down(capsys: pytest.CaptureFixture[str]) -> None:
+    """A default that has no YAML form would make every recipe differ from itself."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.pretrained", "org/name", "--print_config"])
+    printed = capsys.readouterr().out
+    assert "Unable to serialize" not in printed
+    assert yaml.safe_load(printed)["model"]["optimizer"]["class_path"] == "torch.optim.Adam"
+
+
 def test_unknown_option_names_the_nearest(fit: Run) -> None:
     code, output = fit(config="model:\n  schem:\n    bits: 2\n")
     assert code == 2

@@ -62,7 +62,7 @@ class ModelQuantization(LightningModule):
         warm_start: WarmStart | None = None,
         hessian_sequences: int = 64,
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
-        optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=1e-3, betas=(0.9, 0.95)),
+        optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=1e-3),
         scale_learning_rate: float = 3e-3,
         learning_rate_floor: float = 0.1,
         scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16",

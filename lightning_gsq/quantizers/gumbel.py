@@ -30,19 +30,20 @@ class GumbelOptions:
     Args:
         sigma: Standard deviation of the logits' initial noise, and unit of their confidence in the warm start.
         alpha: Confidence in the warm start, in units of sigma; null for 6 (3 for ternary).
-        shifts: Candidates on each side of the warm start's code above 2 bits, in levels.
+        shifts: Candidates on each side of the warm start's code above 2 bits, in levels (2 as published).
         center: What the initial logits favour: "code", the warm start's rounded code, the same for every weight; or
             "position", the weight before rounding, so that a weight near a rounding boundary changes sides easily.
-        noise: Factor on the Gumbel noise; 1 is the distribution itself, 0 a plain softmax.
+        noise: Factor on the Gumbel noise; 1 is the distribution itself (as published), 0 a plain softmax. Runs of few
+            steps do better with little.
         backend: How weights are sampled: "compile" (one fused loop by torch.compile), "eager" (plain PyTorch, slower),
             or "auto" for the first where a compiler is there.
     """
 
     sigma: float = 0.01
     alpha: float | None = None
-    shifts: int = 2
+    shifts: int = 1
     center: Literal["code", "position"] = "code"
-    noise: float = 1.0
+    noise: float = 0.1
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:

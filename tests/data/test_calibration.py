@@ -33,7 +33,7 @@ def test_training_and_validation_do_not_overlap(corpus: Path) -> None:
     windows = {tuple(w.tolist()) for w in torch.cat([data.train_ids_NT, data.validation_ids_NT])}
     assert len(windows) == 13
     (batch,) = next(iter(data.train_dataloader()))
-    assert batch.shape == (4, 32)
+    assert batch.shape == (2, 32)
 
 
 def test_seed_chooses_the_sequences(corpus: Path) -> None:
