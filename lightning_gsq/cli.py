@@ -31,6 +31,7 @@ TRAINER_DEFAULTS = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
+    "inference_mode": False,  # torch.no_grad is enough, and compiles nothing a second time
     "log_every_n_steps": 5,
 }
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130

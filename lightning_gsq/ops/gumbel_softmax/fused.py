@@ -27,6 +27,7 @@ from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
 Backend = Literal["auto", "compile", "eager"]
 SLICE_ELEMENTS = 1 << 16
 """Logits that the uncompiled form handles at once."""
+RECOMPILE_LIMIT = 64
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +135,9 @@ def _slices(logits_LRC: Tensor, rest: tuple[Any, ...]) -> Iterator[tuple[slice, 
 
 @functools.cache
 def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    # One variant per level grid and layout: a model with mixed widths has more of them than the default limit of 8,
+    # beyond which the functions would run uncompiled and unsliced.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(_forward, dynamic=True), torch.compile(_backward, dynamic=True)
 
 
