@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -193,6 +194,9 @@ class BlockwiseRun:
                     tensors = done.get(index)
                     if tensors is None:
                         tensors, measures = self._fit(plan, block, quantized, target)
+                        # A Trainer and its module refer to each other: without this, the logits and optimizer
+                        # states of many blocks pile up before Python looks for such cycles by itself.
+                        gc.collect()
                         self.folder.write_block("block", index, tensors)
                     install(block, plan, tensors)
                     install(self.blocks[index], plan, tensors)

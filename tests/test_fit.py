@@ -1,11 +1,13 @@
 """Whole runs on a tiny model: what they write, resuming after a kill, repeating to the same bits."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,26 @@ def test_finished_run_is_reused(
     assert main(["fit", "--config", str(config)]) == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert after["perplexity"] == before["perplexity"]
+
+
+def test_memory_of_finished_blocks_is_freed(
+    tiny_llama: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[BlockQuantization]] = []
+    real = BlockQuantization.on_train_start
+
+    def started(self: BlockQuantization) -> None:
+        assert not [ref for ref in alive if ref() is not None], "an earlier block is still in memory"
+        alive.append(weakref.ref(self))
+        real(self)
+
+    monkeypatch.setattr(BlockQuantization, "on_train_start", started)
+    gc.disable()
+    try:
+        assert main(["fit", "--config", str(_config(tiny_llama, corpus, tmp_path))]) == 0
+    finally:
+        gc.enable()
+    assert len(alive) == 2
 
 
 def test_another_recipe_is_refused(
