@@ -117,24 +117,24 @@ def test_finished_run_is_reused(
     assert after["perplexity"] == before["perplexity"]
 
 
-def test_memory_of_finished_blocks_is_freed(
-    tiny_llama: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_of_finished_blocks_is_freed(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python's own collector: what is freed is freed by the run."""
     alive: list[weakref.ref[BlockQuantization]] = []
     real = BlockQuantization.on_train_start
 
     def started(self: BlockQuantization) -> None:
-        assert not [ref for ref in alive if ref() is not None], "an earlier block is still in memory"
         alive.append(weakref.ref(self))
+        assert sum(ref() is not None for ref in alive) <= 2, "earlier blocks pile up in memory"
         real(self)
 
     monkeypatch.setattr(BlockQuantization, "on_train_start", started)
     gc.disable()
     try:
-        assert main(["fit", "--config", str(_config(tiny_llama, corpus, tmp_path))]) == 0
+        model = save_tiny_model("deep_llama", tmp_path / "model")
+        assert main(["fit", "--config", str(_config(model, corpus, tmp_path / "fit"))]) == 0
     finally:
         gc.enable()
-    assert len(alive) == 2
+    assert len(alive) == 5
 
 
 def test_another_recipe_is_refused(

@@ -93,8 +93,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def deep_llama() -> PreTrainedModel:
+    """A Llama of five blocks."""
+    return _model(LlamaConfig(**{**COMMON, "num_hidden_layers": 5}))
+
+
 def save_tiny_model(family: str, folder: Path) -> Path:
     """Writes model and tokenizer as a Hugging Face folder."""
-    FAMILIES[family]().save_pretrained(folder)
+    (deep_llama if family == "deep_llama" else FAMILIES[family])().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
