@@ -203,9 +203,10 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    state = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
-    }
+    # Tied parameters are converted once, so that they still share memory and are written once.
+    before = model.state_dict()
+    converted = {(p.data_ptr(), p.shape): p.to(dtype) for p in before.values() if p.is_floating_point()}
+    state = {name: converted.get((p.data_ptr(), p.shape), p) for name, p in before.items()}
     model.save_pretrained(partial, state_dict=state)
     # save_pretrained writes the dtype of the model in memory, which is not that of the file.
     config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
