@@ -65,21 +65,18 @@ class HardRounding(Callback):
         flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for q in quantizers)
         for quantizer in quantizers:
             quantizer.hard = True
-        soft, hard = (trainer.callback_metrics.get(name) for name in (self.soft_metric, self.hard_metric))
-        known = soft is not None and hard is not None
-        self.report = RoundingReport(
-            flip_rate=flipped / sum(q.start_codes.numel() for q in quantizers),
-            gap=float(hard) - float(soft) if soft is not None and hard is not None else None,
-            soft_loss=float(soft) if soft is not None else None,
-        )
-        figures = {"rounding/flip_rate": self.report.flip_rate}
-        if known and self.report.gap is not None:
-            figures["rounding/gap"] = self.report.gap
-            soft_loss = self.report.soft_loss or 0.0
-            if self.max_gap is not None and self.report.gap > self.max_gap * soft_loss > 0:
+        metrics = trainer.callback_metrics
+        soft = float(metrics[self.soft_metric]) if self.soft_metric in metrics else None
+        gap = float(metrics[self.hard_metric]) - soft if soft is not None and self.hard_metric in metrics else None
+        flip_rate = flipped / sum(q.start_codes.numel() for q in quantizers)
+        self.report = RoundingReport(flip_rate, gap, soft)
+        figures = {"rounding/flip_rate": flip_rate}
+        if soft is not None and gap is not None:
+            figures["rounding/gap"] = gap
+            if self.max_gap is not None and gap > self.max_gap * soft > 0:
                 rank_zero_warn(
-                    f"rounding raised the loss from {soft_loss:.4g} to {soft_loss + self.report.gap:.4g}: the choices "
-                    "were still open at the end; lower the final temperature or train longer"
+                    f"rounding raised the loss from {soft:.4g} to {soft + gap:.4g}: the choices were still open at the "
+                    "end; lower the final temperature or train longer"
                 )
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step + getattr(pl_module, "first_step", 0))

@@ -257,6 +257,8 @@ class BlockwiseRun:
                 f"{measures['trained']:.4g}; the block keeps its warm start"
             )
         measures["final"] = measures["start" if worse else "trained"]
+        flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for _, q in module.named_quantizers())
+        measures["flip_rate"] = flipped / sum(q.start_codes.numel() for _, q in module.named_quantizers())
         dtype = self.model.scale_dtype
         tensors = {
             name: _to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
