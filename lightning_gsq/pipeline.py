@@ -31,6 +31,7 @@ from lightning_gsq.modules import BlockQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of, seed_of
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.quantizers import GumbelQuantizer, InputStatistics, Start
+from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.scheme import QuantScheme, assign_schemes
 from lightning_gsq.sites import LinearSite, find_linear_sites
@@ -140,7 +141,7 @@ class BlockwiseRun:
                 if index in plans:
                     starts = self._starts(plans[index], block, hidden)
                     tensors = {
-                        site.name: QuantizedTensor(start.codes_OI, start.scales_OG.to(self.model.scale_dtype), scheme)
+                        site.name: quantized(start, scheme, self.model.scale_dtype)
                         for (site, scheme), start in zip(plans[index].weights.items(), starts, strict=True)
                     }
                     tensors = {name: _to_cpu(tensor) for name, tensor in tensors.items()}

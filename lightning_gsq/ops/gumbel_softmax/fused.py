@@ -147,10 +147,26 @@ def _functions(backend: Backend, device: torch.device) -> tuple[Callable[..., An
     return _sliced_forward, _sliced_backward
 
 
-def _tiles(columns: int, group_length: int) -> Iterator[tuple[slice, int]]:
-    """Column slices and their offsets: the whole matrix where groups divide it, else group by group."""
-    for start in range(0, columns, group_length):
-        yield slice(start, min(start + group_length, columns)), start
+Tile = tuple[Tensor, Tensor, Tensor | None, int, int]
+"""Logits ``L R C``, scales ``R``, base codes ``R C`` or None, row stride, offset of the first column."""
+
+
+def _tiles(logits_LOI: Tensor, scales_OG: Tensor, base_OI: Tensor | None, group_length: int) -> list[Tile]:
+    """One tile of ``O G`` rows where groups divide the columns, else one a group."""
+    count, _, columns = logits_LOI.shape
+    if columns % group_length == 0:
+        base = None if base_OI is None else base_OI.reshape(-1, group_length)
+        return [(logits_LOI.reshape(count, -1, group_length), scales_OG.reshape(-1), base, group_length, 0)]
+    return [
+        (
+            logits_LOI[..., start : start + group_length],
+            scales_OG[:, group],
+            None if base_OI is None else base_OI[:, start : start + group_length],
+            columns,
+            start,
+        )
+        for group, start in enumerate(range(0, columns, group_length))
+    ]
 
 
 class GumbelSoftmaxWeight(torch.autograd.Function):
@@ -172,30 +188,13 @@ class GumbelSoftmaxWeight(torch.autograd.Function):
         ctx.save_for_backward(logits_LOI, scales_OG, *(() if base_OI is None else (base_OI,)))
         ctx.settings = (levels, scalars, seed, group_length, backend)
         run, _ = _functions(backend, logits_LOI.device)
-        count, rows, columns = logits_LOI.shape
         numbers, words = _numbers(scalars, seed, logits_LOI)
         with torch.autocast(logits_LOI.device.type, enabled=False):
-            if columns % group_length == 0:
-                base = None if base_OI is None else base_OI.reshape(-1, group_length)
-                tiles = logits_LOI.reshape(count, -1, group_length)
-                w = run(tiles, scales_OG.reshape(-1), base, numbers, words, group_length, 0, levels)
-                return w.view(rows, columns)
-            parts = []
-            for group, (part, offset) in enumerate(_tiles(columns, group_length)):
-                base = None if base_OI is None else base_OI[:, part]
-                parts.append(
-                    run(
-                        logits_LOI[..., part],
-                        scales_OG[:, group],
-                        base,
-                        numbers,
-                        words,
-                        columns,
-                        offset,
-                        levels,
-                    )
-                )
-            return torch.cat(parts, dim=1)
+            parts = [
+                run(tile, scales, base, numbers, words, stride, offset, levels)
+                for tile, scales, base, stride, offset in _tiles(logits_LOI, scales_OG, base_OI, group_length)
+            ]
+        return parts[0].view(logits_LOI.shape[1:]) if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @staticmethod
     @once_differentiable
@@ -205,31 +204,20 @@ class GumbelSoftmaxWeight(torch.autograd.Function):
         base_OI = rest[0] if rest else None
         levels, scalars, seed, group_length, backend = ctx.settings
         _, run = _functions(backend, logits_LOI.device)
-        count, _, columns = logits_LOI.shape
         numbers, words = _numbers(scalars, seed, logits_LOI)
-        none = (None,) * 6
+        tiles = _tiles(logits_LOI, scales_OG, base_OI, group_length)
+        r_parts = [r_OI.reshape(-1, group_length)] if len(tiles) == 1 else r_OI.split(group_length, dim=1)
         with torch.autocast(logits_LOI.device.type, enabled=False):
-            if columns % group_length == 0:
-                base = None if base_OI is None else base_OI.reshape(-1, group_length)
-                tiles, r = logits_LOI.reshape(count, -1, group_length), r_OI.reshape(-1, group_length)
-                d_logits, d_scales = run(r, tiles, scales_OG.reshape(-1), base, numbers, words, group_length, 0, levels)
-                return d_logits.view_as(logits_LOI), d_scales.view_as(scales_OG), *none
-            parts = []
-            for group, (part, offset) in enumerate(_tiles(columns, group_length)):
-                base = None if base_OI is None else base_OI[:, part]
-                arguments = (
-                    logits_LOI[..., part],
-                    scales_OG[:, group],
-                    base,
-                    numbers,
-                    words,
-                    columns,
-                    offset,
-                    levels,
-                )
-                parts.append(run(r_OI[:, part], *arguments))
-            d_logits, d_scales = zip(*parts, strict=True)
-            return torch.cat(d_logits, dim=-1), torch.stack(d_scales, dim=1), *none
+            parts = [
+                run(r, tile, scales, base, numbers, words, stride, offset, levels)
+                for r, (tile, scales, base, stride, offset) in zip(r_parts, tiles, strict=True)
+            ]
+        none = (None,) * 6
+        if len(parts) == 1:
+            d_logits, d_scales = parts[0]
+            return d_logits.view_as(logits_LOI), d_scales.view_as(scales_OG), *none
+        d_logits, d_scales = zip(*parts, strict=True)
+        return torch.cat(d_logits, dim=-1), torch.stack(d_scales, dim=1), *none
 
 
 def _numbers(scalars: tuple[float, float, float], seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
