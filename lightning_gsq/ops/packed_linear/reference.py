@@ -50,7 +50,7 @@ def packed_linear_reference(
     in_features: int,
     group_length: int,
 ) -> Tensor:
-    """``x w^T + bias`` in fp32 (fp64 where x or the scales are), rounded once to x's dtype; ``bits`` are those stored."""
+    """``x w^T + bias`` in fp32 or wider, rounded once to x's dtype; ``bits`` are those stored."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, scales_OG.dtype), torch.float32)
     w_OI = dequantize_packed_reference(
         words_OW, scales_OG.to(dtype), bits=bits, in_features=in_features, group_length=group_length, dtype=dtype
