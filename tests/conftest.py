@@ -22,6 +22,14 @@ from tests.tiny import FAMILIES, save_tiny_model
 assert "callbacks" not in sys.modules and "data" not in sys.modules, "import the packages by their full names"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu need one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from lightning_gsq.ops.gumbel_softmax import fused, gumbel_softmax_weight
+from lightning_gsq.ops.compiler import compiler_available
+from lightning_gsq.ops.gumbel_softmax import fused, gumbel_softmax_weight, kernels, op
 from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
 from lightning_gsq.ops.gumbel_softmax.reference import gumbel_softmax_weight_reference
 
@@ -53,10 +56,78 @@ def test_eager(
     _check(case, noise, group_length, "eager")
 
 
-@pytest.mark.skipif(not fused.compiler_available("cpu"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiler_available("cpu"), reason="needs a C++ compiler")
 @pytest.mark.parametrize(("case", "group_length"), [("binary", 5), ("shifts", GROUP)])
 def test_compiled(case: str, group_length: int) -> None:
     _check(case, 1.0, group_length, "compile")
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group_length", [GROUP, 5, COLUMNS], ids=["ragged", "even", "one"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels(case: str, group_length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton against the specification in float64; in the interpreter where there is no GPU."""
+    monkeypatch.setattr(kernels, "COLUMNS", 4 if DEVICE == "cpu" else 16)  # long groups take several chunks
+    monkeypatch.setattr(kernels, "ELEMENTS", 32)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
+    logits, scales, levels, codes = _inputs(case)
+    logits = logits.detach().to(DEVICE, dtype).requires_grad_()
+    scales = scales[:, : -(-COLUMNS // group_length)].detach().to(DEVICE, torch.float32).requires_grad_()
+    codes = None if codes is None else codes.to(DEVICE)
+    settings = {"kappa": 80.0, "tau": 0.7, "seed": 2**40 + 3, "group_length": group_length}
+    w = gumbel_softmax_weight(logits, scales, levels, codes, backend="triton", **settings)  # type: ignore[arg-type]
+    exact = logits.detach().double().requires_grad_(), scales.detach().double().requires_grad_()
+    expected = gumbel_softmax_weight_reference(*exact, levels, codes, **settings)  # type: ignore[arg-type]
+    rough = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 2e-5}
+    assert w.dtype == dtype
+    torch.testing.assert_close(w.double(), expected, **rough)
+    upstream = torch.randn_like(w)
+    d_logits, d_scales = torch.autograd.grad(w, (logits, scales), upstream)
+    wanted = torch.autograd.grad(expected, exact, upstream.double())
+    rough["atol"] *= 100  # kappa / tau multiplies the gradient of a logit
+    torch.testing.assert_close(d_logits.double(), wanted[0].nan_to_num(0), **rough)
+    torch.testing.assert_close(d_scales.double(), wanted[1], rtol=1e-4, atol=1e-4)
+    torch.use_deterministic_algorithms(False)
+
+
+@triton.jit
+def _tail_kernel(u, out, FAST: tl.constexpr):
+    i = tl.arange(0, 8)
+    tl.store(out + i, kernels._minus_log2(tl.load(u + i), FAST))
+
+
+def test_kernels_keep_the_upper_tail() -> None:
+    """Draws near 1, where a logarithm of limited absolute error would give infinite noise."""
+    v = torch.tensor([2.0**-24, 3 * 2.0**-24, 2.0**-12, 2.0**-6, 0.031, 0.04, 0.5, 1 - 2.0**-24], device=DEVICE)
+    u, out = 1 - v, torch.empty_like(v)
+    _tail_kernel[(1,)](u, out, FAST=DEVICE == "cuda")
+    torch.testing.assert_close(out.double(), -torch.log2(u.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_operator_is_well_registered(backend: str) -> None:
+    logits, scales, levels, codes = _inputs("shifts")
+    logits, scales = (t.detach().float().to(DEVICE).requires_grad_() for t in (logits, scales))
+    numbers, seed = fused.numbers_of((1.0, 1.0, 1.0), 3, logits)
+    arguments = (logits, scales, codes.to(DEVICE), levels, numbers, seed, GROUP, backend)  # type: ignore[union-attr]
+    torch.library.opcheck(op.gumbel_softmax_weight, arguments)
+
+
+def test_low_precision_logits_and_autocast() -> None:
+    logits, scales, levels, codes = _inputs("shifts")
+    settings = {"kappa": 80.0, "tau": 0.7, "seed": 1, "group_length": GROUP, "backend": "eager"}
+    low = logits.detach().bfloat16().requires_grad_()
+    scales = scales.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        w = gumbel_softmax_weight(low, scales, levels, codes, **settings)  # type: ignore[arg-type]
+        full = gumbel_softmax_weight(low.detach().float(), scales, levels, codes, **settings)  # type: ignore[arg-type]
+    assert full.dtype == torch.float32
+    assert torch.equal(w, full.bfloat16())
+    d_logits, d_scales = torch.autograd.grad(w.sum(), (low, scales))
+    assert (d_logits.dtype, d_scales.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_gradcheck() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_gsq.ops.gumbel_softmax.fused import Backend, GumbelSoftmaxWeight
+from lightning_gsq.ops.gumbel_softmax import op
+from lightning_gsq.ops.gumbel_softmax.fused import Backend, numbers_of
 
 __all__ = ["Backend", "gumbel_softmax_weight"]
 
@@ -25,9 +26,9 @@ def gumbel_softmax_weight(
     """Samples ``w = s * (base + sum_l v_l softmax((kappa * logits + noise * g) / tau)_l)`` with ``g`` Gumbel noise.
 
     Args:
-        logits_LOI: fp32 or fp64; -inf rules a level out. ``L = 1`` means the binary form
+        logits_LOI: fp32, bf16 or fp64; -inf rules a level out. ``L = 1`` means the binary form
             ``w = s * tanh((2 kappa * logit + noise * logistic) / (2 tau))``.
-        scales_OG: Scales, same dtype.
+        scales_OG: Scales, fp32 or fp64.
         levels: Grid levels, or shifts around ``base_OI``; not used by the binary form.
         base_OI: Codes that the shifts are relative to (any dtype), or None.
         kappa: Logit scale.
@@ -35,12 +36,14 @@ def gumbel_softmax_weight(
         noise: Factor on the noise; 0 draws none.
         seed: Seed of this call's noise, 63 bits; the backward pass draws the same again.
         group_length: Weights in a full group; the last group of a row may be shorter.
-        backend: "compile" (``torch.compile``), "eager" (uncompiled), or "auto" for the first that this machine has.
+        backend: "triton" (CUDA), "compile" (``torch.compile``), "eager" (uncompiled), or "auto" for the first of them
+            that works here.
 
     Returns:
         ``w_OI`` in the logits' dtype, differentiable in logits and scales.
     """
-    result: Tensor = GumbelSoftmaxWeight.apply(
-        logits_LOI, scales_OG, base_OI, levels, (kappa, tau, noise), seed, group_length, backend
+    numbers, words = numbers_of((kappa, tau, noise), seed, logits_LOI)
+    result: Tensor = op.gumbel_softmax_weight(
+        logits_LOI, scales_OG, base_OI, levels, numbers, words, group_length, backend
     )
     return result

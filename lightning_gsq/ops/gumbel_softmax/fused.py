@@ -12,38 +12,34 @@ With ``r = dloss/dw``, ``p`` the probabilities and ``m = sum_l p_l v_l``:
 from __future__ import annotations
 
 import functools
-import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_gsq.ops.compiler import compiler_available
 from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
 
-Backend = Literal["auto", "compile", "eager"]
+Backend = Literal["auto", "triton", "compile", "eager"]
 SLICE_ELEMENTS = 1 << 16
 """Logits that the uncompiled form handles at once."""
 RECOMPILE_LIMIT = 64
 
-_log = logging.getLogger(__name__)
+
+def resolve(backend: str, logits_LOI: Tensor) -> str:
+    """ "triton", "compile" or "eager": "auto" is the first of them that works for these logits on their device."""
+    if backend != "auto":
+        return backend
+    if not compiler_available(logits_LOI.device.type):
+        return "eager"
+    return "triton" if logits_LOI.is_cuda and logits_LOI.dtype != torch.float64 else "compile"
 
 
 @functools.cache
-def compiler_available(device_type: str) -> bool:
-    """Whether ``torch.compile`` can work on this device: Triton for CUDA, a C++ compiler for the CPU."""
-    if device_type == "cuda":
-        return torch.utils._triton.has_triton()
-    found = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
-    if not found:
-        _log.warning(
-            "no C++ compiler found (g++ or clang++): weights are sampled by uncompiled PyTorch, some five times "
-            "slower; install one, or set --model.gumbel.backend eager to silence this"
-        )
-    return found
+def level_tensor(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """The levels as fp32 on the device; a launch copies nothing."""
+    return torch.tensor(levels or (0.0,), dtype=torch.float32, device=device)
 
 
 def _relax(
@@ -56,11 +52,11 @@ def _relax(
     if count == 1:
         u = uniform(position, seed).to(scalars.dtype)
         logistic = torch.log(u) - torch.log1p(-u)
-        return [], torch.tanh((2 * kappa * logits_LRC[0] + noise * logistic) / (2 * tau))
+        return [], torch.tanh((2 * kappa * logits_LRC[0].to(scalars.dtype) + noise * logistic) / (2 * tau))
     z = []
     for level in range(count):
         u = uniform(position + level, seed).to(scalars.dtype)
-        z.append((kappa * logits_LRC[level] - noise * torch.log(-torch.log(u))) / tau)
+        z.append((kappa * logits_LRC[level].to(scalars.dtype) - noise * torch.log(-torch.log(u))) / tau)
     top = functools.reduce(torch.maximum, z)
     e = [torch.exp(part - top) for part in z]
     total = sum(e[1:], e[0])
@@ -81,7 +77,7 @@ def _forward(
     _, mean_RC = _relax(logits_LRC, scalars, seed, row_stride, offset, levels)
     if base_RC is not None:
         mean_RC = mean_RC + base_RC
-    return mean_RC * scales_R[:, None]
+    return (mean_RC * scales_R[:, None]).to(logits_LRC.dtype)
 
 
 def _backward(
@@ -98,12 +94,12 @@ def _backward(
     p, mean_RC = _relax(logits_LRC, scalars, seed, row_stride, offset, levels)
     r_RC = r_RC.to(scalars.dtype)
     value_RC = mean_RC if base_RC is None else mean_RC + base_RC
-    d_scales_R = (r_RC * value_RC).sum(1)
+    d_scales_R = (r_RC * value_RC).sum(1).to(scales_R.dtype)
     r_RC = r_RC * scales_R[:, None] * (scalars[0] / scalars[1])
     if not p:
-        return (r_RC * (1 - mean_RC * mean_RC))[None], d_scales_R
+        return (r_RC * (1 - mean_RC * mean_RC))[None].to(logits_LRC.dtype), d_scales_R
     d_logits = [r_RC * p_l * (v_l - mean_RC) for p_l, v_l in zip(p, levels, strict=True)]
-    return torch.stack(d_logits), d_scales_R
+    return torch.stack(d_logits).to(logits_LRC.dtype), d_scales_R
 
 
 def _sliced_forward(logits_LRC: Tensor, scales_R: Tensor, base_RC: Tensor | None, *rest: Any) -> Tensor:
@@ -141,8 +137,8 @@ def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return torch.compile(_forward, dynamic=True), torch.compile(_backward, dynamic=True)
 
 
-def _functions(backend: Backend, device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    if backend == "compile" or (backend == "auto" and compiler_available(device.type)):
+def _functions(backend: str, logits_LOI: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if resolve(backend, logits_LOI) == "compile":
         return _compiled()
     return _sliced_forward, _sliced_backward
 
@@ -169,58 +165,52 @@ def _tiles(logits_LOI: Tensor, scales_OG: Tensor, base_OI: Tensor | None, group_
     ]
 
 
-class GumbelSoftmaxWeight(torch.autograd.Function):
-    """See :func:`lightning_gsq.ops.gumbel_softmax.gumbel_softmax_weight`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_LOI: Tensor,
-        scales_OG: Tensor,
-        base_OI: Tensor | None,
-        levels: tuple[float, ...],
-        scalars: tuple[float, float, float],
-        seed: int,
-        group_length: int,
-        backend: Backend,
-    ) -> Tensor:
-        """Samples the weight; see the module's docstring."""
-        ctx.save_for_backward(logits_LOI, scales_OG, *(() if base_OI is None else (base_OI,)))
-        ctx.settings = (levels, scalars, seed, group_length, backend)
-        run, _ = _functions(backend, logits_LOI.device)
-        numbers, words = _numbers(scalars, seed, logits_LOI)
-        with torch.autocast(logits_LOI.device.type, enabled=False):
-            parts = [
-                run(tile, scales, base, numbers, words, stride, offset, levels)
-                for tile, scales, base, stride, offset in _tiles(logits_LOI, scales_OG, base_OI, group_length)
-            ]
-        return parts[0].view(logits_LOI.shape[1:]) if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, r_OI: Tensor) -> tuple[Tensor | None, ...]:
-        """The exact gradient; see the module's docstring."""
-        logits_LOI, scales_OG, *rest = ctx.saved_tensors
-        base_OI = rest[0] if rest else None
-        levels, scalars, seed, group_length, backend = ctx.settings
-        _, run = _functions(backend, logits_LOI.device)
-        numbers, words = _numbers(scalars, seed, logits_LOI)
-        tiles = _tiles(logits_LOI, scales_OG, base_OI, group_length)
-        r_parts = [r_OI.reshape(-1, group_length)] if len(tiles) == 1 else r_OI.split(group_length, dim=1)
-        with torch.autocast(logits_LOI.device.type, enabled=False):
-            parts = [
-                run(r, tile, scales, base, numbers, words, stride, offset, levels)
-                for r, (tile, scales, base, stride, offset) in zip(r_parts, tiles, strict=True)
-            ]
-        none = (None,) * 6
-        if len(parts) == 1:
-            d_logits, d_scales = parts[0]
-            return d_logits.view_as(logits_LOI), d_scales.view_as(scales_OG), *none
-        d_logits, d_scales = zip(*parts, strict=True)
-        return torch.cat(d_logits, dim=-1), torch.stack(d_scales, dim=1), *none
+def forward(
+    logits_LOI: Tensor,
+    scales_OG: Tensor,
+    base_OI: Tensor | None,
+    levels: tuple[float, ...],
+    numbers: Tensor,
+    words: Tensor,
+    group_length: int,
+    backend: str,
+) -> Tensor:
+    """Samples the weight; see the module's docstring."""
+    run, _ = _functions(backend, logits_LOI)
+    parts = [
+        run(tile, scales, base, numbers, words, stride, offset, levels)
+        for tile, scales, base, stride, offset in _tiles(logits_LOI, scales_OG, base_OI, group_length)
+    ]
+    return parts[0].view(logits_LOI.shape[1:]) if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _numbers(scalars: tuple[float, float, float], seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def backward(
+    r_OI: Tensor,
+    logits_LOI: Tensor,
+    scales_OG: Tensor,
+    base_OI: Tensor | None,
+    levels: tuple[float, ...],
+    numbers: Tensor,
+    words: Tensor,
+    group_length: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The exact gradient; see the module's docstring."""
+    _, run = _functions(backend, logits_LOI)
+    tiles = _tiles(logits_LOI, scales_OG, base_OI, group_length)
+    r_parts = [r_OI.reshape(-1, group_length)] if len(tiles) == 1 else r_OI.split(group_length, dim=1)
+    parts = [
+        run(r, tile, scales, base, numbers, words, stride, offset, levels)
+        for r, (tile, scales, base, stride, offset) in zip(r_parts, tiles, strict=True)
+    ]
+    if len(parts) == 1:
+        d_logits, d_scales = parts[0]
+        return d_logits.view(logits_LOI.shape), d_scales.view(scales_OG.shape)
+    d_logits, d_scales = zip(*parts, strict=True)
+    return torch.cat(d_logits, dim=-1), torch.stack(d_scales, dim=1)
+
+
+def numbers_of(scalars: tuple[float, float, float], seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """kappa, tau and the noise's factor, and the seed, as tensors: changing values compile nothing anew."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.tensor(scalars, dtype=dtype, device=like.device), seed_words(seed).to(like.device)

@@ -25,7 +25,8 @@ def gumbel_softmax_weight_reference(
     group_length: int,
 ) -> Tensor:
     """The same as :func:`lightning_gsq.ops.gumbel_softmax.gumbel_softmax_weight`, differentiated by autograd."""
-    count, rows, columns = logits_LOI.shape
+    dtype, (count, rows, columns) = logits_LOI.dtype, logits_LOI.shape
+    logits_LOI = logits_LOI.to(torch.promote_types(dtype, torch.float32))
     position_OI = counters(rows, columns, columns, 0, logits_LOI.device)
     words = seed_words(seed).to(logits_LOI.device)
     u_LOI = torch.stack([uniform(position_OI * count + level, words) for level in range(count)]).to(logits_LOI.dtype)
@@ -38,4 +39,4 @@ def gumbel_softmax_weight_reference(
         mean_OI = (probabilities_LOI * v_L.view(-1, 1, 1)).sum(0)
     if base_OI is not None:
         mean_OI = mean_OI + base_OI
-    return mean_OI * expand_groups(scales_OG, columns, group_length)
+    return (mean_OI * expand_groups(scales_OG, columns, group_length)).to(dtype)
