@@ -1,10 +1,11 @@
 """The CPU form: a small C++ library, compiled at first use for the machine it runs on.
 
-``torch.compile`` of the same arithmetic was tried first and is CHECKED times slower at one token: Inductor has no
-way to say that a loop's shifts are constants and that a scale belongs to a group of lanes. The library knows nothing
-of torch (pointers in, pointers out), so it compiles in two seconds a width, once; it lies in the user's cache, under
-a name that changes with the source, the compiler and the instruction set. Its OpenMP is the one that torch loaded,
-so ``torch.set_num_threads`` holds for it too.
+``torch.compile`` of the same arithmetic, in the layout that suits it best (lanes are words, inputs laid out field by
+field), took 6.2 ms where this takes 3.3 (one token, 4096 x 14336, 2 bits, one thread of a Zen 4), compiles five times
+longer, and has no good form for widths that straddle words. The library knows nothing of torch (pointers in,
+pointers out), so it compiles in two seconds a width, once; it lies in the user's cache, under a name that changes
+with the source, the compiler and the instruction set. Its OpenMP is the one that torch loaded, so
+``torch.set_num_threads`` holds for it too.
 """
 
 from __future__ import annotations

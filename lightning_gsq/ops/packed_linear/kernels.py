@@ -24,6 +24,9 @@ from torch import Tensor
 
 from lightning_gsq.ops.packed_linear.tuning import Tile
 
+ONE = 0x3F800000
+"""The bits of 1.0, an argument of the kernels: as a constant, mask and exponent would take an instruction each."""
+
 
 @triton.jit
 def _arrange_kernel(
@@ -41,7 +44,7 @@ def _arrange_kernel(
 
 
 @triton.jit
-def _fraction(low, high, POSITION: tl.constexpr, BITS: tl.constexpr):
+def _fraction(low, high, one, POSITION: tl.constexpr, BITS: tl.constexpr):
     """``1 + q / 2^BITS`` of the value at this bit of ``low``, which may go on in ``high``."""
     base: tl.constexpr = 23 - BITS
     right: tl.constexpr = POSITION - base
@@ -53,7 +56,7 @@ def _fraction(low, high, POSITION: tl.constexpr, BITS: tl.constexpr):
     field &= ((1 << inside) - 1) << base
     if inside < BITS:
         field |= (high << (base + inside)) & (((1 << BITS) - (1 << inside)) << base)
-    return (field | 0x3F800000).to(tl.float32, bitcast=True)
+    return (field | one).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def _word(words, index, inside, count, stride, EVEN: tl.constexpr):
 @triton.jit
 def _gemv_kernel(
     arranged, sums, words, scales, bias, experts, y,
-    tokens, rows, units, units_padded, word_count, units_per_group,
+    tokens, rows, units, units_padded, word_count, units_per_group, one,
     stride_we, stride_wo, stride_ww, stride_se, stride_so, stride_sg, stride_be,
     BITS: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXPERTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
@@ -92,12 +95,11 @@ def _gemv_kernel(
         high = low
         part = tl.zeros([ROWS, UNITS], tl.float32)
         for field in tl.static_range(FIELDS):
-            position: tl.constexpr = field * BITS % 32
-            if position + BITS > 32:
+            if field * BITS % 32 + BITS > 32:
                 high = _word(words_row, index + (field * BITS // 32 + 1), inside, word_count, stride_ww, EVEN)
             x = tl.load(arranged + (field * tokens + token) * units_padded + unit).to(tl.float32)
-            part += _fraction(low, high, position, BITS) * x[None, :]
-            if position + BITS > 32:
+            part += _fraction(low, high, one, field * BITS % 32, BITS) * x[None, :]
+            if field * BITS % 32 + BITS > 32:
                 low = high
         offset = CENTRE * tl.load(sums + token * units_padded + unit)
         scale = tl.load(scales_row + (unit // units_per_group)[None, :] * stride_sg, mask=inside, other=0.0)
@@ -111,7 +113,7 @@ def _gemv_kernel(
 @triton.jit
 def _batch_kernel(
     arranged, words, scales, bias, y,
-    tokens, rows, units, units_padded, word_count, units_per_group,
+    tokens, rows, units, units_padded, word_count, units_per_group, one,
     stride_wo, stride_ww, stride_so, stride_sg,
     BITS: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
     HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
@@ -135,17 +137,16 @@ def _batch_kernel(
         scale = scale.to(tl.float32) * STEP
         offset = scale * -CENTRE
         for field in tl.static_range(FIELDS):
-            position: tl.constexpr = field * BITS % 32
-            if position + BITS > 32:
+            if field * BITS % 32 + BITS > 32:
                 high = _word(words_row, index + (field * BITS // 32 + 1), inside, word_count, stride_ww, EVEN)
             pointer = arranged + (field * tokens + token[None, :]) * units_padded + unit[:, None]
             x = tl.load(pointer, mask=present[None, :], other=0.0)
-            w = (_fraction(low, high, position, BITS) * scale + offset).to(x.dtype)
+            w = (_fraction(low, high, one, field * BITS % 32, BITS) * scale + offset).to(x.dtype)
             if UPCAST:
                 total = tl.dot(w.to(tl.float32), x.to(tl.float32), total, input_precision="ieee")
             else:
                 total = tl.dot(w, x, total)
-            if position + BITS > 32:
+            if field * BITS % 32 + BITS > 32:
                 low = high
     if HAS_BIAS:
         total += tl.load(bias + row).to(tl.float32)[:, None]

@@ -24,7 +24,8 @@ class Tile:
 
     Args:
         rows: Rows of the weight.
-        units: Units of packed words at a time; at least 16 for more than one token.
+        units: Units of packed words at a time; at least 16 for more than one token. For one token fewer than the
+            program's threads, or Triton passes every input through shared memory, with a barrier each.
         tokens: Tokens; 1 selects the kernel without tensor cores.
         warps: Warps.
     """
