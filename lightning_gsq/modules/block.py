@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_gsq.backbone import BlockCall, run_block
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.noise import seed_of
+from lightning_gsq.optim import Adam, Lion
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.quantizers import GumbelQuantizer
 from lightning_gsq.sites import LinearSite
@@ -147,6 +149,11 @@ class BlockQuantization(LightningModule):
                 {"params": scales, "name": "scales", "lr": self.scale_learning_rate, "weight_decay": 0.0},
             ]
         )
+        if any(p.dtype == torch.bfloat16 for p in logits) and not isinstance(optimizer, (Lion, Adam)):
+            raise ConfigurationError(
+                f"gumbel.logits_dtype=bfloat16 needs an optimizer that rounds stochastically, got {type(optimizer)}; "
+                "use lightning_gsq.optim.Lion or lightning_gsq.optim.Adam, or float32 logits"
+            )
         steps, floor = max(1, int(self.trainer.estimated_stepping_batches)), self.learning_rate_floor
         schedule = LambdaLR(
             optimizer, lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))

@@ -35,8 +35,10 @@ class GumbelOptions:
             "position", the weight before rounding, so that a weight near a rounding boundary changes sides easily.
         noise: Factor on the Gumbel noise; 1 is the distribution itself (as published), 0 a plain softmax. Runs of few
             steps do better with little.
-        backend: How weights are sampled: "compile" (one fused loop by torch.compile), "eager" (plain PyTorch, slower),
-            or "auto" for the first where a compiler is there.
+        backend: How weights are sampled: "triton" (CUDA), "compile" (one fused loop by torch.compile), "eager" (plain
+            PyTorch, slower), or "auto" for the first of them that works on the machine.
+        logits_dtype: "bfloat16" halves the memory of logits and optimizer; it needs an optimizer that rounds
+            stochastically, lightning_gsq.optim.Lion or Adam.
     """
 
     sigma: float = 0.01
@@ -45,6 +47,7 @@ class GumbelOptions:
     center: Literal["code", "position"] = "code"
     noise: float = 0.1
     backend: Backend = "auto"
+    logits_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.sigma <= 0:
@@ -53,13 +56,15 @@ class GumbelOptions:
             raise ConfigurationError(f"shifts must be at least 1, got {self.shifts}")
         if self.noise < 0:
             raise ConfigurationError(f"noise must not be negative, got {self.noise}")
+        if self.logits_dtype not in ("float32", "bfloat16"):
+            raise ConfigurationError(f"logits_dtype must be float32 or bfloat16, got {self.logits_dtype!r}")
 
 
 class GumbelQuantizer(nn.Module):
     """Logits and scales of one weight matrix ``O I``.
 
     Attributes:
-        logits: fp32 ``L O I``; ``L = 1`` for 1 bit, whose sign is the sign of the weight.
+        logits: fp32 or bfloat16, ``L O I``; ``L = 1`` for 1 bit, whose sign is the sign of the weight.
         log_scale: fp32 ``O G``, the logarithm of each scale's change since the warm start.
         temperature: tau.
         logit_scale: kappa.
@@ -85,7 +90,7 @@ class GumbelQuantizer(nn.Module):
         reach = range(-options.shifts, options.shifts + 1)
         self.levels = tuple(float(level) for level in (reach if self.local else scheme.levels))
         """The candidates: levels of the grid, or shifts around the start's code."""
-        self.logits = nn.Parameter(self._initial_logits(start, generator))
+        self.logits = nn.Parameter(self._initial_logits(start, generator).to(getattr(torch, options.logits_dtype)))
         self.log_scale = nn.Parameter(torch.zeros_like(self.start_scales))
 
     @property
@@ -101,8 +106,8 @@ class GumbelQuantizer(nn.Module):
     def forward(self, seed: int) -> Tensor:
         """Samples the weight ``O I``; the same seed draws the same noise. Rounded where ``hard`` is set."""
         if self.hard:
-            return self.harden().dequantize(self.logits.dtype)
-        return gumbel_softmax_weight(
+            return self.harden().dequantize()
+        w_OI = gumbel_softmax_weight(
             self.logits,
             self.scales_OG,
             self.levels,
@@ -114,6 +119,8 @@ class GumbelQuantizer(nn.Module):
             group_length=self.group_length,
             backend=self.options.backend,
         )
+        # Under autocast a bfloat16 weight goes into the matrix product as it is; a block in fp32 takes fp32.
+        return w_OI if torch.is_autocast_enabled(w_OI.device.type) else w_OI.float()
 
     @torch.no_grad()
     def codes_OI(self) -> Tensor:
@@ -141,10 +148,10 @@ class GumbelQuantizer(nn.Module):
     def entropy_OI(self) -> Tensor:
         """Entropy of each weight's choice at the current temperature, in bits, without noise."""
         if len(self.logits) == 1:
-            p = torch.sigmoid(2 * self.logit_scale * self.logits[0] / self.temperature)
+            p = torch.sigmoid(2 * self.logit_scale * self.logits[0].float() / self.temperature)
             p_LOI = torch.stack([p, 1 - p])
         else:
-            p_LOI = torch.softmax(self.logit_scale * self.logits / self.temperature, dim=0)
+            p_LOI = torch.softmax(self.logit_scale * self.logits.float() / self.temperature, dim=0)
         return -torch.xlogy(p_LOI, p_LOI).sum(0) / torch.log(torch.tensor(2.0))
 
     def _initial_logits(self, start: Start, generator: torch.Generator) -> Tensor:

@@ -114,3 +114,20 @@ def test_entropy_is_between_zero_and_the_number_of_bits() -> None:
 def test_bad_options(name: str, value: float) -> None:
     with pytest.raises(ConfigurationError, match=name):
         GumbelOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_low_precision_logits() -> None:
+    start = RTN()(torch.randn(4, 8), None, QuantScheme(3, 4))
+    options = {"backend": "eager"}
+    made = [
+        GumbelQuantizer(start, QuantScheme(3, 4), GumbelOptions(**options, logits_dtype=name), torch.Generator())  # type: ignore[arg-type]
+        for name in ("float32", "bfloat16")
+    ]
+    assert made[1].logits.dtype == torch.bfloat16
+    assert torch.equal(made[1].codes_OI(), made[0].codes_OI())
+    assert made[1](3).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made[1](3).dtype == torch.bfloat16
+    torch.testing.assert_close(made[1].entropy_OI(), made[0].entropy_OI(), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ConfigurationError, match="logits_dtype"):
+        GumbelOptions(logits_dtype="float16")  # type: ignore[arg-type]

@@ -215,14 +215,8 @@ def linear(
     y_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
     if bias_EO is not None:
         bias_EO = bias_EO.contiguous()
-    sizes = (
-        tokens,
-        rows,
-        units,
-        padded,
-        word_count,
-        max(group_length // fields, 1) if group_length < in_features else units,
-    )
+    units_per_group = group_length // fields if group_length < in_features else units
+    sizes = (tokens, rows, units, padded, word_count, units_per_group, ONE)
     even = padded == units and word_count == units * words
     options = {**constants, "HAS_BIAS": bias_EO is not None, "EVEN": even, "ROWS": tile.rows, "UNITS": tile.units}
     if tile.tokens == 1:
