@@ -35,6 +35,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
         "enable_checkpointing",
     },
     "model": {"phases"},
+    "data": {"cache_folder", "retries", "retry_pause"},
     "activations": {"memory_limit_gb", "folder"},
 }
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -73,9 +74,10 @@ def fit(
     """
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     limit = loading.max_length(loading.load_config(source))
+    trainer = make_trainer()
+    data.cache_folder = data.cache_folder or Path(trainer.default_root_dir) / "calibration"
     data.check(limit)
     evaluation.check(limit)
-    trainer = make_trainer()
     _check_trainer(trainer)
     folder = RunFolder(trainer.default_root_dir)
     model.load(source)
