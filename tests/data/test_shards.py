@@ -128,7 +128,7 @@ def test_bad_shards(tmp_path: Path, name: str, content: bytes | None, message: s
 def test_missing_columns(repository: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no column 'body'; it has \['id', 'text'\]"):
         LocalShards(str(repository), "body").check()
-    with pytest.raises(ConfigurationError, match="holds no file of .parquet, .jsonl"):
+    with pytest.raises(ConfigurationError, match=r"holds no file of \.parquet, \.jsonl"):
         (repository / "data" / "bare").mkdir()
         LocalShards(str(repository / "data" / "bare")).check()
     with pytest.raises(ConfigurationError, match="shuffle_buffer must be at least 2"):
