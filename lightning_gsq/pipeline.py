@@ -23,7 +23,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_gsq.backbone import BlockCall, check_chain, embed, find_blocks, run_block, trace
+from lightning_gsq.backbone import BlockCall, check_chain, compiled_run_block, embed, find_blocks, run_block, trace
+from lightning_gsq.compiling import compiler_available
 from lightning_gsq.data import ActivationDataset, ActivationOptions, ActivationStore, CalibrationDataModule
 from lightning_gsq.data.activations import first, slices
 from lightning_gsq.errors import ConfigurationError
@@ -115,6 +116,8 @@ class BlockwiseRun:
         self.plan, self.blocks = plan, find_blocks(model.network)[1]
         self.trainer = make_trainer()
         self.device = self.trainer.strategy.root_device
+        compiled = model.compile_blocks and compiler_available(self.device.type)
+        self.run_block = compiled_run_block() if compiled else run_block
         self.forward_size = max(1, FORWARD_TOKENS // data.sequence_length)
         traced = trace(model.network, data.train_ids_NT[:1])
         self.calls: list[BlockCall] = traced.calls
@@ -230,6 +233,7 @@ class BlockwiseRun:
             name=plan.name,
             seed=self.seed,
             position=(self.plan.index(plan), len(self.plan)),
+            run=self.run_block,
         )
         order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order"))
         size = self.data.batch_size
@@ -304,7 +308,7 @@ class BlockwiseRun:
         call = self.calls[index].to(self.device)
         with self._precision():
             for part in slices(len(source_NTD), self.forward_size):
-                out_NTD[part] = run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
+                out_NTD[part] = self.run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
 
     @torch.no_grad()
     def _error(
