@@ -221,6 +221,7 @@ class BlockwiseRun:
             )
             for (site, scheme), start in zip(plan.weights.items(), starts, strict=True)
         }
+        del starts  # their positions are as large as the weights, and needed no more
         module = BlockQuantization(
             block,
             self.calls[plan.index],

@@ -1,8 +1,8 @@
 """The terms of a run's memory, phase by phase.
 
-Every term is a product of sizes that the configuration gives, or measured in this process (what Python and the libraries
-take), or simulated (activations); nothing is scaled to fit. A phase's peak is the sum of its terms. Terms marked
-``device`` lie on the accelerator; without one, host and device are the same memory and everything counts there.
+Every term is a product of sizes that the configuration gives, or measured in this process (what Python and the
+libraries take), or simulated (activations); nothing is scaled to fit. A phase's peak is the sum of its terms. Terms
+of the ``device`` lie on the accelerator; without one, host and device are the same memory and everything counts there.
 
 What is not modelled: the allocator's fragmentation, and what libraries cache (packed weights, kernels).
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 
+from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.modules import ModelQuantization
 from lightning_gsq.modules.model import LOSS_POSITIONS
 from lightning_gsq.packing import packed_words
@@ -64,12 +64,14 @@ class Surroundings:
         bf16: Matrix products in bfloat16.
         optimizer_state: Bytes of optimizer state for each byte of parameters.
         file_bytes: Size of a GGUF file, which is mapped while the model loads; 0 for safetensors.
+        accelerated: The device has a memory of its own.
     """
 
     baseline: int
     bf16: bool
     optimizer_state: float
     file_bytes: int
+    accelerated: bool
 
 
 def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:
@@ -137,6 +139,8 @@ def phases_of(
         loading = Phase("load", dict(held))
     found = [loading]
     evaluate = _evaluation(evaluation, skeleton, around)
+    if around.accelerated:
+        evaluate = {"model": held["model"], **evaluate}
     found.append(Phase("perplexity", dict(held), evaluate))
     if "init" in names:
         own = {"hidden states": stream * hessian // data.wanted}

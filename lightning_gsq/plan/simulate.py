@@ -4,8 +4,8 @@ A forward and a backward pass run under ``FakeTensorMode``: shapes and dtypes on
 machine. A dispatch mode counts the bytes of every storage from its first sight until it is freed; the peak, less the
 weights, is what activations and temporaries take, the gradient of one weight at a time included.
 
-A block that looks at values (a router of experts) cannot run that way. It runs on real zeros instead, on few tokens, and
-the peak is extrapolated linearly.
+A block that looks at values (a router of experts) cannot run that way. It runs on real zeros instead, on few tokens,
+and the peak is extrapolated linearly.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _peak(
 
     weights = {name: fp32(p).requires_grad_(training) for name, p in block.module.named_parameters()}
     buffers = {name: fp32(b) for name, b in block.module.named_buffers()}
-    call = _longer(block.call, tokens)
+    call = longer(block.call, tokens)
     hidden, target = (torch.zeros(batch, tokens, width) for _ in range(2))
     live = _LiveBytes()
     autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
@@ -107,8 +107,8 @@ def _peak(
     return live.peak - before
 
 
-def _longer(call: BlockCall, tokens: int) -> BlockCall:
-    """The call for another number of tokens."""
+def longer(call: BlockCall, tokens: int) -> BlockCall:
+    """The call, recorded for a few tokens, for another number of them; the values are zeros."""
 
     def resize(value: Any) -> Any:
         if not isinstance(value, Tensor):

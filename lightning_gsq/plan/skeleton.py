@@ -124,7 +124,7 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 
 def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], BlockCall, int]]:
     """Sites, call and input width of every block; ``model`` is used up."""
-    prefix, blocks = find_blocks(model)
+    blocks = find_blocks(model)[1]
     known: dict[Any, tuple[list[LinearSite], Any]] = {}
     found: list[tuple[list[LinearSite], BlockCall, int]] = []
 
