@@ -65,11 +65,15 @@ class GSQArgumentParser(LightningArgumentParser):
 class PlanningTrainer(Trainer):
     """Lightning's Trainer; its further methods are the further commands, and say what arguments they take."""
 
-    def plan(self, probe: bool = True) -> None:
+    def plan(
+        self, probe: bool = True, host_memory_gb: float | None = None, device_memory_gb: float | None = None
+    ) -> None:
         """Say what ``fit`` would take with the same options: sizes, memory, disk, steps, time.
 
         Args:
             probe: Measure a few steps on one block of random weights, for an estimate of the time.
+            host_memory_gb: Plan for a machine with this much memory, in gigabytes (10^9 bytes); null for this one.
+            device_memory_gb: Plan for an accelerator with this much memory; null for this machine's.
         """
 
 
@@ -168,15 +172,23 @@ class GSQCLI(LightningCLI):
         windows, length = evaluation.ids_NT.shape
         self.console.print(f"perplexity {result['perplexity']:.3f}  ({windows} windows of {length} tokens)")
 
-    def plan(self, model: ModelQuantization, datamodule: CalibrationDataModule, probe: bool = True) -> None:
+    def plan(
+        self,
+        model: ModelQuantization,
+        datamodule: CalibrationDataModule,
+        probe: bool,
+        host_memory_gb: float | None,
+        device_memory_gb: float | None,
+    ) -> None:
         """Prints what ``fit`` would take.
 
         Raises:
-            ConfigurationError: it does not fit this machine.
+            ConfigurationError: it does not fit.
         """
         settings = self.config_init[self.subcommand]
+        host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
         trainer = self.evaluation_trainer()
-        found = estimate(model, datamodule, settings.evaluation, settings.activations, trainer, probe)
+        found = estimate(model, datamodule, settings.evaluation, settings.activations, trainer, probe, host, device)
         print_estimate(self.console, found, datamodule, model.pretrained)
         limits.refuse(found.problems)
 

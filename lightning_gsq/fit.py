@@ -20,6 +20,7 @@ from lightning_gsq.data import ActivationOptions, CalibrationDataModule, Perplex
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
+from lightning_gsq.plan import refuse_early
 from lightning_gsq.qtensor import BitsLedger
 from lightning_gsq.run_folder import RunFolder, write_atomically
 
@@ -89,6 +90,7 @@ def fit(
     folder.open_recipe(recipe)
 
     run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print)
+    refuse_early(model, data, activations, run.width)
     windows = evaluation.val_dataloader()
     weights = sum(site.rows * site.in_features for own in plan for site in own.weights)
     console.print(

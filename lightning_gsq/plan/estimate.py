@@ -7,7 +7,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer
 
 from lightning_gsq import loading
@@ -29,7 +28,6 @@ from lightning_gsq.plan.memory import (
 from lightning_gsq.plan.probe import Timing, probe
 from lightning_gsq.plan.skeleton import Skeleton, make_skeleton
 from lightning_gsq.qtensor import BitsLedger
-from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer
 from lightning_gsq.scheme import QuantScheme, assign_schemes
 
 SPARE_DISK = 50_000_000
@@ -84,8 +82,20 @@ def estimate(
     activations: ActivationOptions,
     trainer: Trainer,
     with_probe: bool = True,
+    host_memory: float | None = None,
+    device_memory: float | None = None,
 ) -> Estimate:
     """Plans the run that ``fit`` would do with these settings; loads no weight and reads no text.
+
+    Args:
+        model: The model, not loaded, and its settings.
+        data: Calibration text.
+        evaluation: Text for perplexity.
+        activations: How hidden states are kept.
+        trainer: A Trainer with the user's settings.
+        with_probe: Measure one block's steps.
+        host_memory: Bytes of another machine's host; None for this one's.
+        device_memory: Bytes of another machine's accelerator; None for what this one has.
 
     Raises:
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
@@ -98,11 +108,11 @@ def estimate(
     bf16 = trainer.precision == "bf16-mixed"
     compiled = model.gumbel.backend != "eager" and compiler_available(device.type)
     around = Surroundings(
-        baseline=_baseline(compiled and with_probe),
         bf16=bf16,
         optimizer_state=optimizer_state(model),
         file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
-        accelerated=device.type != "cpu",
+        accelerated=device.type != "cpu" or device_memory is not None,
+        mapped=source.gguf_file is None and model.dtype_name == "auto",
     )
     phases = phases_of(model, data, evaluation, activations, skeleton, plan, around)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
@@ -117,18 +127,17 @@ def estimate(
     }
     steps = _steps(trainer, data)
     timing, reason = None, "--probe false"
-    needed = next((p.total(True)[0] for p in phases if p.name.startswith("blocks: training")), 0) - sum(
-        phases[0].host.values()
-    )
     if with_probe:
         room = limits.device_bytes(device) or limits.host_bytes()
-        index, weights = next(iter(plan.items()))
-        reason = ""
-        if needed > room:
-            reason = f"one block in training takes {_gigabytes(needed)}, {_gigabytes(room)} are free"
-        else:
+        needed = max((sum(p.device.values()) for p in phases if p.name.startswith("blocks")), default=0)
+        reason = f"one block in training takes {_gigabytes(needed)}, {_gigabytes(room)} are free here"
+        if needed <= room:
+            index, weights = next(iter(plan.items()))
             run = compiled_run_block() if model.compile_blocks and compiled else run_block
             timing = probe(model, data, skeleton.width, skeleton.blocks[index], weights, device, bf16, run)
+    baseline = {"Python, libraries" + (", compiled code" if timing and compiled else ""): _baseline(source)}
+    for phase in phases:
+        phase.host = baseline | phase.host
     seconds = None
     if timing is not None:
         seconds = len(plan) * (
@@ -140,7 +149,7 @@ def estimate(
         plan,
         ledgers,
         phases,
-        device.type == "cpu",
+        not around.accelerated,
         streams,
         mapped,
         run_folder,
@@ -150,7 +159,10 @@ def estimate(
         reason,
         [],
     )
-    found.problems.extend(_problems(found, activations, trainer, device))
+    # What this process takes already is part of the plan's baseline.
+    host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
+    device_room = limits.device_bytes(device) if device_memory is None else int(device_memory)
+    found.problems.extend(_problems(found, activations, Path(trainer.default_root_dir), host_room, device_room))
     return found
 
 
@@ -174,29 +186,29 @@ def refuse_early(
         limits.refuse([_stream_problem(streams, room)])
 
 
-def _problems(found: Estimate, activations: ActivationOptions, trainer: Trainer, device: torch.device) -> list[str]:
+def _problems(
+    found: Estimate, activations: ActivationOptions, folder: Path, host_room: int, device_room: int | None
+) -> list[str]:
     problems = []
-    host, on_device = found.peak
-    # What this process takes already is part of the plan's baseline.
-    room = limits.host_bytes() + limits.own_bytes()
-    if host > room:
-        worst = max(found.phases, key=lambda phase: phase.total(found.on_host)[0])
-        problems.append(f"host memory: {_gigabytes(host)} are needed ({worst.name}), {_gigabytes(room)} are available")
-    if not found.mapped and found.streams > room:
-        problems.append(_stream_problem(found.streams, room))
-    free = limits.device_bytes(device)
-    if free is not None and on_device > free:
-        worst = max(found.phases, key=lambda phase: phase.total(found.on_host)[1])
+    worst = max(found.phases, key=lambda phase: phase.needed(found.on_host))
+    if (needed := worst.needed(found.on_host)) > host_room:
         problems.append(
-            f"device memory: {_gigabytes(on_device)} are needed ({worst.name}), {_gigabytes(free)} are free on {device}"
+            f"host memory: {_gigabytes(needed)} are needed ({worst.name}), {_gigabytes(host_room)} are available"
+        )
+    if not found.mapped and found.streams > host_room:
+        problems.append(_stream_problem(found.streams, host_room))
+    worst = max(found.phases, key=lambda phase: phase.total(found.on_host)[1])
+    if device_room is not None and (needed := worst.total(found.on_host)[1]) > device_room:
+        problems.append(
+            f"device memory: {_gigabytes(needed)} are needed ({worst.name}), {_gigabytes(device_room)} are free"
         )
     if found.mapped:
         problems += _disk_problems(found.streams, activations)
-    folder, needed = Path(trainer.default_root_dir), sum(found.run_folder.values())
-    if needed > (free_there := limits.free_disk(folder)):
+    needed, free = sum(found.run_folder.values()), limits.free_disk(folder)
+    if needed > free:
         problems.append(
             f"trainer.default_root_dir: the run folder takes {_gigabytes(needed)}, the disk of {folder} has "
-            f"{_gigabytes(free_there)} free"
+            f"{_gigabytes(free)} free"
         )
     return problems
 
@@ -253,16 +265,17 @@ def _steps(trainer: Trainer, data: CalibrationDataModule) -> int:
     return int(min(steps, trainer.max_steps if trainer.max_steps >= 0 else math.inf))
 
 
-def _baseline(compiles: bool) -> int:
-    """What this process takes after what every run loads: the libraries, and the compiler if it is used."""
+def _baseline(source: loading.ModelSource) -> int:
+    """What this process takes with everything a run loads beside the model, once the probe's tensors are gone."""
     import matplotlib.figure  # noqa: F401
-    import torch.utils.tensorboard
+    import torch.utils.tensorboard  # noqa: F401
 
-    if compiles:
-        scheme = QuantScheme(2, 16)
-        start = RTN()(torch.randn(16, 32), None, scheme)
-        GumbelQuantizer(start, scheme, GumbelOptions(), torch.Generator())(0).sum().backward()
-    return limits.own_bytes()
+    here = Path(source.path).is_dir() and (source.gguf_file or any(Path(source.path).glob("tokenizer*")))
+    tokenizer = loading.load_tokenizer(source) if here else None
+    limits.give_back_freed_memory()
+    taken = limits.own_bytes()
+    del tokenizer
+    return taken
 
 
 def _gigabytes(count: float) -> str:

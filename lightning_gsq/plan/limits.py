@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -16,6 +19,13 @@ from lightning_gsq.errors import ConfigurationError
 def own_bytes() -> int:
     """What this process takes now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def give_back_freed_memory() -> None:
+    """Returns memory that is free, but kept by the allocator, to the system, where the C library can (glibc)."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def host_bytes() -> int:

@@ -27,6 +27,7 @@ from lightning_gsq.scheme import QuantScheme
 from lightning_gsq.sites import LinearSite
 
 FP32 = 4
+MAPPED_MODEL = "model (mapped files)"
 CHOLESKY_COPIES = 6
 """Matrices ``I I`` alive at once while a Hessian is damped, factored and inverted."""
 GPTQ_COPIES = 3
@@ -54,24 +55,28 @@ class Phase:
         host, device = sum(self.host.values()), sum(self.device.values())
         return (host + device, 0) if on_host else (host, device)
 
+    def needed(self, on_host: bool) -> int:
+        """Bytes on the host without what the system can drop."""
+        return self.total(on_host)[0] - self.host.get(MAPPED_MODEL, 0)
+
 
 @dataclass(frozen=True)
 class Surroundings:
     """What this machine and the settings add to the model's sizes.
 
     Args:
-        baseline: Bytes that Python and the libraries take.
         bf16: Matrix products in bfloat16.
         optimizer_state: Bytes of optimizer state for each byte of parameters.
         file_bytes: Size of a GGUF file, which is mapped while the model loads; 0 for safetensors.
         accelerated: The device has a memory of its own.
+        mapped: The model's weights are a mapping of their files, which the system can drop and read again.
     """
 
-    baseline: int
     bf16: bool
     optimizer_state: float
     file_bytes: int
     accelerated: bool
+    mapped: bool
 
 
 def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:
@@ -120,9 +125,10 @@ def phases_of(
     plan: dict[int, Weights],
     around: Surroundings,
 ) -> list[Phase]:
-    """The phases of ``fit`` with these settings, in order."""
+    """The phases of ``fit`` with these settings, in order, without what the process takes by itself."""
     names = set(model.phases)
-    held = {"Python and libraries": around.baseline, "model": skeleton.parameters * skeleton.dtype.itemsize}
+    weights = skeleton.parameters * skeleton.dtype.itemsize
+    held = {MAPPED_MODEL if around.mapped else "model": weights}
     largest = max(p.numel() for p in skeleton.model.parameters())
     quantized = sum(site.rows * site.in_features for own in plan.values() for site in own)
     ledger = ledger_of(((s, q) for own in plan.values() for s, q in own.items()), model.scale_dtype.itemsize)
@@ -140,7 +146,7 @@ def phases_of(
     found = [loading]
     evaluate = _evaluation(evaluation, skeleton, around)
     if around.accelerated:
-        evaluate = {"model": held["model"], **evaluate}
+        evaluate = {"model": weights, **evaluate}
     found.append(Phase("perplexity", dict(held), evaluate))
     if "init" in names:
         own = {"hidden states": stream * hessian // data.wanted}

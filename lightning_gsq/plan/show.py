@@ -53,10 +53,8 @@ def print_estimate(console: Console, found: Estimate, data: CalibrationDataModul
         )
         table.add_row("time", f"about {_duration(found.seconds)} without measuring perplexity")
     console.print(table)
-    for problem in found.problems:
-        console.print(f"does not fit: {problem}", markup=False, soft_wrap=True)
     if not found.problems:
-        console.print("fits this machine")
+        console.print("fits")
 
 
 def _memory(found: Estimate) -> Table:
