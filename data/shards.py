@@ -320,7 +320,7 @@ class LocalShards(ShardedSource):
 
 def _open_text(file: Path) -> TextIO:
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")  # type: ignore[return-value]  # a TextIOWrapper in this mode
+        return gzip.open(file, "rt", encoding="utf-8")
     return file.open(encoding="utf-8")
 
 

@@ -29,6 +29,7 @@ from lightning_gsq.plan.probe import Timing, probe
 from lightning_gsq.plan.skeleton import Skeleton, make_skeleton
 from lightning_gsq.qtensor import BitsLedger
 from lightning_gsq.scheme import QuantScheme, assign_schemes
+from lightning_gsq.sites import LinearSite
 
 SPARE_DISK = 50_000_000
 """Room for the recipe, TensorBoard events and the summary."""
@@ -246,8 +247,8 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
     return dict(plan)
 
 
-def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple]]:  # type: ignore[type-arg]
-    found: dict[QuantScheme, list[tuple]] = defaultdict(list)  # type: ignore[type-arg]
+def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple[LinearSite, QuantScheme]]]:
+    found: dict[QuantScheme, list[tuple[LinearSite, QuantScheme]]] = defaultdict(list)
     for weights in plan.values():
         for site, scheme in weights.items():
             found[scheme].append((site, scheme))

@@ -152,11 +152,12 @@ def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], B
 
     inside = {id(p) for p in blocks.parameters()} | {id(b) for b in blocks.buffers()}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in inside:
-                    zeros = _zeros_like(tensor)
-                    tensors[name] = nn.Parameter(zeros, False) if tensors is module._parameters else zeros
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in inside:
+                module._parameters[name] = nn.Parameter(_zeros_like(parameter), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in inside:
+                module._buffers[name] = _zeros_like(buffer)
     for block in blocks:
         block.forward = instead_of(block)
     with torch.no_grad(), contextlib.suppress(_AllBlocksSeen):
