@@ -35,6 +35,7 @@ def _config(model: Path, corpus: Path, folder: Path, **changes: object) -> Path:
         },
         "model": {
             "pretrained": str(model),
+            "phases": ["init", "blocks"],
             "scheme": {"bits": 2, "group_size": 16},
             "gumbel": {"backend": "eager"},
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
@@ -188,7 +189,8 @@ def test_loss_that_is_not_finite_stops_with_the_blocks_name(
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family(family: str, corpus: Path, tmp_path: Path) -> None:
     model = save_tiny_model(family, tmp_path / family)
-    config = _config(model, corpus, tmp_path, data__num_sequences=16, trainer__logger=False)
+    phases = ["init", "blocks", "end_to_end"]
+    config = _config(model, corpus, tmp_path, data__num_sequences=16, trainer__logger=False, model__phases=phases)
     assert main(["fit", "--config", str(config)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert all(value > 0 for value in summary["perplexity"].values())
