@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq import loading
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.quantizers import GPTQ, GumbelOptions, WarmStart
+from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
 from lightning_gsq.scheme import QuantScheme, SchemeOverride
 
 LOSS_POSITIONS = 128
@@ -37,7 +37,7 @@ class ModelQuantization(LightningModule):
             the same run folder.
         target: What a block learns to output: "stream", the full-precision model's own activations at that depth, or
             "local", the full-precision block applied to the quantized model's activations.
-        warm_start: Codes and scales that training starts from.
+        warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
         hessian_sequences: Calibration sequences whose inputs the warm start sees.
         gumbel: How the logits start and how noisy their samples are.
         optimizer: Optimizer of the logits and scales; lr is the logits' learning rate.
@@ -89,7 +89,7 @@ class ModelQuantization(LightningModule):
         self.pretrained, self.revision, self.trust_remote_code = pretrained, revision, trust_remote_code
         self.scheme, self.include, self.exclude, self.overrides = scheme, include, exclude, overrides
         self.blocks, self.phases, self.target = blocks, phases, target
-        self.warm_start, self.hessian_sequences = warm_start or GPTQ(), hessian_sequences
+        self.warm_start, self.hessian_sequences = warm_start or RTN(weighted=True), hessian_sequences
         self.gumbel, self.optimizer = gumbel, optimizer
         self.scale_learning_rate, self.learning_rate_floor = scale_learning_rate, learning_rate_floor
         self.compile_blocks = compile_blocks
