@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file, save
 
-from lightning_gsq import loading, report
+from lightning_gsq import board, loading, report
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.end_to_end import EndToEndResult, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
@@ -71,6 +71,7 @@ def fit(
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
     kind = _last_kind(model, plan, folder)
+    board.log_recipe(trainer.loggers, recipe)
 
     run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print)
     windows = evaluation.val_dataloader()
@@ -128,6 +129,8 @@ def fit(
             _add_seconds(folder, "saving", began)
         summary = _summary(model, source, folder, recipe, kind, plan, tensors, result)
     folder.write_summary(summary)
+    figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
+    board.log_result(trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
     report.print_summary(console, summary, str(folder.root))
     return summary
 
