@@ -23,6 +23,7 @@ from lightning_gsq.pipeline import FORWARD_TOKENS
 from lightning_gsq.plan.simulate import activation_bytes
 from lightning_gsq.plan.skeleton import BlockSkeleton, Skeleton
 from lightning_gsq.qtensor import BitsLedger
+from lightning_gsq.quantizers import GPTQ
 from lightning_gsq.scheme import QuantScheme
 from lightning_gsq.sites import LinearSite
 
@@ -30,8 +31,8 @@ FP32 = 4
 MAPPED_MODEL = "model (mapped files)"
 CHOLESKY_COPIES = 6
 """Matrices ``I I`` alive at once while a Hessian is damped, factored and inverted."""
-GPTQ_COPIES = 3
-"""fp32 matrices ``O I`` beside the weight while its columns are rounded: working copy, codes, positions."""
+ROUNDING_COPIES = 3
+"""fp32 matrices ``O I`` beside the weight while it is rounded: working copy, codes, positions."""
 
 Weights = dict[LinearSite, QuantScheme]
 
@@ -157,7 +158,9 @@ def phases_of(
         found.append(Phase("blocks: warm start of a block", held | own, worst.start))
         found.append(Phase("blocks: training of a block", held | own, worst.training))
     if "end_to_end" in names:
-        found.append(Phase("end to end (estimate)", dict(held), _end_to_end(data, skeleton, ledger, around)))
+        found.append(
+            Phase("end to end (estimate, blocks recomputed)", dict(held), _end_to_end(data, skeleton, ledger, around))
+        )
     output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
     found.append(Phase("save", held | results | installed | output))
     return found
@@ -210,19 +213,21 @@ def _block_terms(
     working = {"codes and positions of the starts": 5 * count}
     squares = {site: max(site.experts, 1) * site.in_features**2 * FP32 for site in weights}
     matrices = {site: site.out_features * site.in_features * FP32 for site in weights}
+    factors = CHOLESKY_COPIES if isinstance(model.warm_start, GPTQ) else 0
+    rounding = max(
+        squares[site] * model.warm_start.needs_hessian
+        + factors * site.in_features**2 * FP32
+        + ROUNDING_COPIES * matrices[site]
+        for site in weights
+    )
+    gathering = 0
     if model.warm_start.needs_hessian:
-        rounding = max(
-            squares[site] + CHOLESKY_COPIES * site.in_features**2 * FP32 + GPTQ_COPIES * matrices[site]
-            for site in weights
-        )
-        working |= {"Hessians": sum(squares.values()), "largest matrix: factors and rounding": rounding}
-        inputs = max(site.in_features for site in weights) * sequences * tokens * FP32
-        gathering = forward + inputs
-        if gathering > rounding:
-            del working["largest matrix: factors and rounding"]
-            working["activations of a forward pass"] = gathering
+        working["Hessians"] = sum(squares.values())
+        gathering = forward + max(site.in_features for site in weights) * sequences * tokens * FP32
+    if gathering > rounding:
+        working["activations of a forward pass"] = gathering
     else:
-        working["largest matrix: rounding"] = GPTQ_COPIES * max(matrices.values())
+        working["largest matrix: factors and rounding"] = rounding
 
     training = {
         f"logits (fp32, {logits / count:.3g} a weight) and scales": trained,
@@ -253,15 +258,16 @@ def _evaluation(evaluation: PerplexityData, skeleton: Skeleton, around: Surround
 def _end_to_end(
     data: CalibrationDataModule, skeleton: Skeleton, ledger: BitsLedger, around: Surroundings
 ) -> dict[str, int]:
-    """Scales of the whole model under an Adam-like optimizer, activations checkpointed at each block's input."""
+    """Scales of the whole model under an Adam-like optimizer, each block run again in the backward pass."""
     tokens = data.batch_size * data.sequence_length
     groups = ledger.scale_bits // 16
     block = activation_bytes(
         skeleton.blocks[0], skeleton.width, data.batch_size, data.sequence_length, around.bf16, training=True
     )
     return {
+        "codes": ledger.weights,
         "scales, gradients, optimizer state": math.ceil(groups * FP32 * (2 + around.optimizer_state)),
         "inputs of all blocks": len(skeleton.blocks) * tokens * skeleton.width * FP32,
         "activations of one block": block,
-        "logits of a chunk of positions": 3 * min(tokens, 512) * skeleton.vocabulary * FP32,
+        "logits of a chunk of positions": 3 * LOSS_POSITIONS * skeleton.vocabulary * FP32,
     }
