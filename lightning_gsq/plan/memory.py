@@ -158,7 +158,8 @@ def phases_of(
         found.append(Phase("blocks: warm start of a block", held | own, worst.start))
         found.append(Phase("blocks: training of a block", held | own, worst.training))
     if "end_to_end" in names:
-        found.append(
+        terms = _end_to_end(data, skeleton, ledger, around)
+        found.append(Phase("end to end (estimate, blocks recomputed)", dict(held), terms))
             Phase("end to end (estimate, blocks recomputed)", dict(held), _end_to_end(data, skeleton, ledger, around))
         )
     output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
