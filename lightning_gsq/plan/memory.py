@@ -160,8 +160,6 @@ def phases_of(
     if "end_to_end" in names:
         terms = _end_to_end(data, skeleton, ledger, around)
         found.append(Phase("end to end (estimate, blocks recomputed)", dict(held), terms))
-            Phase("end to end (estimate, blocks recomputed)", dict(held), _end_to_end(data, skeleton, ledger, around))
-        )
     output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
     found.append(Phase("save", held | results | installed | output))
     return found
