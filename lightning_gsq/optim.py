@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_gsq.compiling import compile_function, compiler_available
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.noise import seed_of
-from lightning_gsq.ops.compiler import compiler_available
 from lightning_gsq.ops.gumbel_softmax.noise import counters, hash32, seed_words
 
 __all__ = ["Adam", "Lion"]
@@ -67,7 +67,7 @@ def _adam(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, nu
 
 @functools.cache
 def _compiled(update: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(update, dynamic=True)
+    return compile_function(update, dynamic=True)
 
 
 class _FusedOptimizer(torch.optim.Optimizer):
@@ -107,7 +107,7 @@ class _FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from lion_pytorch import Lion as PlainLion
 
+from lightning_gsq.compiling import compiler_available
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.ops.compiler import compiler_available
 from lightning_gsq.optim import Adam, Lion, round_stochastically
 
 PAIRS = {

@@ -18,17 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_gsq.ops.compiler import compiler_available
+from lightning_gsq.compiling import compile_function, compiler_available
 from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
 
 Backend = Literal["auto", "triton", "compile", "eager"]
 SLICE_ELEMENTS = 1 << 16
 """Logits that the uncompiled form handles at once."""
-RECOMPILE_LIMIT = 64
 
 
 def resolve(backend: str, logits_LOI: Tensor) -> str:
-    """ "triton", "compile" or "eager": "auto" is the first of them that works for these logits on their device."""
+    """The form that runs, "triton", "compile" or "eager": "auto" is the first of them that works for these logits on their device."""
     if backend != "auto":
         return backend
     if not compiler_available(logits_LOI.device.type):
@@ -131,10 +130,7 @@ def _slices(logits_LRC: Tensor, rest: tuple[Any, ...]) -> Iterator[tuple[slice, 
 
 @functools.cache
 def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    # One variant per level grid and layout: a model with mixed widths has more of them than the default limit of 8,
-    # beyond which the functions would run uncompiled and unsliced.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    return torch.compile(_forward, dynamic=True), torch.compile(_backward, dynamic=True)
+    return compile_function(_forward, dynamic=True), compile_function(_backward, dynamic=True)
 
 
 def _functions(backend: str, logits_LOI: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:

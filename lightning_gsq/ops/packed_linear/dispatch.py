@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gsq.ops.compiler import compiler_available
+from lightning_gsq.compiling import compiler_available
 from lightning_gsq.ops.packed_linear import cpu
 from lightning_gsq.ops.packed_linear.reference import dequantize_packed_reference, packed_linear_reference
 
@@ -42,7 +42,7 @@ def choose(x: Tensor, bits: int, group_length: int) -> Form:
         return "reference"
     in_features, device = x.shape[-1], x.device.type
     tokens = x.numel() // max(1, in_features)
-    form = next((form for most, form in CHOICES.get(device, ()) if tokens <= most), "dense")
+    form: Form = next((form for most, form in CHOICES.get(device, ()) if tokens <= most), "dense")
     if form in ("gemv", "batch", "cpu") and not cpu.supports(in_features, group_length):
         _say(
             f"groups of {group_length} weights, no multiple of 32, have no fast form: "
