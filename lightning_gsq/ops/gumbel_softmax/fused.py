@@ -27,7 +27,7 @@ SLICE_ELEMENTS = 1 << 16
 
 
 def resolve(backend: str, logits_LOI: Tensor) -> str:
-    """The form that runs, "triton", "compile" or "eager": "auto" is the first of them that works for these logits on their device."""
+    """The form that runs: "auto" is the first of "triton", "compile" and "eager" that works for these logits here."""
     if backend != "auto":
         return backend
     if not compiler_available(logits_LOI.device.type):
