@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -44,5 +44,4 @@ def compiler_available(device_type: str) -> bool:
 def compile_function(function: F, dynamic: bool | None = None) -> F:
     """``torch.compile`` with room for all variants of a run."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    compiled: F = torch.compile(function, dynamic=dynamic)
-    return compiled
+    return cast(F, torch.compile(function, dynamic=dynamic))
