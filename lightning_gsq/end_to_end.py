@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_gsq.callbacks import EndToEndProgress
 from lightning_gsq.data import CalibrationDataModule
@@ -28,6 +29,7 @@ from lightning_gsq.modules import EndToEndOptions, EndToEndQuantization, ModelQu
 from lightning_gsq.noise import generator_of
 from lightning_gsq.pipeline import BlockPlan, to_cpu
 from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.ranks import Ranks
 from lightning_gsq.recipe import WATCHERS, fingerprint
 from lightning_gsq.run_folder import RunFolder, compare
 from lightning_gsq.teacher import StoredTeacher
@@ -65,6 +67,7 @@ def run_end_to_end(
     make_trainer: Callable[..., Trainer],
     seed: int,
     say: Callable[[str], None],
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> EndToEndResult:
     """Trains the quantized model end to end, or reads what a finished phase left.
 
@@ -79,6 +82,7 @@ def run_end_to_end(
         make_trainer: Makes a Trainer with the user's settings, some of them replaced.
         seed: Seed of everything random.
         say: Prints a line for the user.
+        ranks: This process among those that share the sequences.
 
     Raises:
         ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
@@ -86,7 +90,8 @@ def run_end_to_end(
     settings = {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
     blocks = fingerprint(part for own in start for t in own.values() for part in (t.codes_OI, t.scales_OG.float()))
     known = folder.read_dense("end_to_end")
-    if known is not None:
+    if ranks.agree(known is not None):
+        assert known is not None
         dense, report = known
         differences = compare(report["settings"], settings, "end_to_end.")
         if report["blocks"] != blocks:
@@ -108,7 +113,7 @@ def run_end_to_end(
     own = (
         {} if options.accumulate_grad_batches is None else {"accumulate_grad_batches": options.accumulate_grad_batches}
     )
-    batches = max(1, data.num_sequences // options.batch_size)
+    batches = max(1, data.num_sequences // ranks.world // options.batch_size)
     trainer = make_trainer(
         max_epochs=options.max_epochs,
         max_steps=options.max_steps,
@@ -135,14 +140,15 @@ def run_end_to_end(
             "top_k": str(options.top_k),
         }
         sequences = module.stored = StoredTeacher(folder.root / "teacher", data.train_ids_NT, options.top_k, key)
+    own_numbers = ranks.share(torch.arange(data.num_sequences)).tolist()
     loader = DataLoader(
-        sequences,
+        Subset(sequences, own_numbers),
         batch_size=options.batch_size,
         shuffle=True,
-        generator=generator_of(seed, "end_to_end", "order"),
-        drop_last=data.num_sequences >= options.batch_size,
+        generator=generator_of(seed, "end_to_end", "order", *([ranks.rank] if ranks.rank else [])),
+        drop_last=len(own_numbers) >= options.batch_size,
     )
-    held_out = DataLoader(TensorDataset(data.validation_ids_NT), batch_size=options.batch_size)
+    held_out = DataLoader(TensorDataset(ranks.share(data.validation_ids_NT, even=False)), batch_size=options.batch_size)
     (found,) = trainer.validate(module, held_out, verbose=False)
     start_loss = float(found["end_to_end/val_loss"])
     trainer.fit(module, loader, held_out)
@@ -172,4 +178,5 @@ def run_end_to_end(
         for part in plan:
             folder.write_block("end_to_end", part.index, {n: to_cpu(t) for n, t in tensors[part.index].items()})
     folder.write_dense("end_to_end", dense, report)
+    ranks.wait()
     return EndToEndResult(report, dense)
