@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader
 
-from lightning_gsq import loading, report
+from lightning_gsq import board, loading, report
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.end_to_end import EndToEndResult, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
@@ -75,6 +75,7 @@ def fit(
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
     kind = _last_kind(model, plan, folder)
+    board.log_recipe(trainer.loggers, recipe)
 
     shared = {"data__num_sequences": data.train_ids_NT, "data__num_validation_sequences": data.validation_ids_NT}
     shared["evaluation__num_windows"] = evaluation.ids_NT
@@ -173,6 +174,8 @@ def _phases(
             _add_seconds(folder, "saving", began)
         summary = _summary(model, source, folder, recipe, kind, plan, tensors, result)
     folder.write_summary(summary)
+    figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
+    board.log_result(trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
     report.print_summary(console, summary, str(folder.root))
     return summary
 

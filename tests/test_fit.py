@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_gsq.cli import main
@@ -67,7 +68,9 @@ def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp
     for key in ("seconds", "seconds_per_block", "peak_memory_bytes", "scheme", "seed", "versions"):
         assert key in summary
     assert yaml.safe_load((run / "recipe.yaml").read_text())["settings"]["model"]["scheme"]["bits"] == 2
-    assert list((run / "tensorboard").glob("events*"))
+    board = EventAccumulator(str(run / "tensorboard")).Reload().Tags()
+    assert "recipe/text_summary" in board["tensors"]
+    assert {"perplexity/blocks", "result/perplexity_blocks", "result/bits_per_weight"} <= set(board["scalars"])
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert model.dtype == torch.bfloat16
     assert len(model.model.layers[0].mlp.down_proj.weight[0, :16].unique()) <= 4
