@@ -175,7 +175,7 @@ def _phases(
         summary = _summary(model, source, folder, recipe, kind, plan, tensors, result)
     folder.write_summary(summary)
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
-    board.log_result(trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
+    board.log_result(run.trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
     report.print_summary(console, summary, str(folder.root))
     return summary
 
