@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from lightning_gsq.callbacks import EndToEndProgress
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.head import find_head
 from lightning_gsq.modules import EndToEndOptions, EndToEndQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of
 from lightning_gsq.pipeline import BlockPlan, to_cpu
@@ -54,6 +55,47 @@ class EndToEndResult:
     def rejected(self) -> bool:
         """Whether no state was better than the blocks' result."""
         return bool(self.report["rejected"])
+
+
+def check_end_to_end(
+    model: ModelQuantization, options: EndToEndOptions, settings: dict[str, Any], folder: RunFolder, trainer: Trainer
+) -> None:
+    """Verifies, before the blocks, that the phase can do what it is asked for.
+
+    Raises:
+        ConfigurationError: it cannot, or the folder holds a finished phase with other settings.
+    """
+    vocabulary = len(find_head(model.network).weight_VD)
+    if options.top_k is not None and options.top_k > vocabulary:
+        raise ConfigurationError(
+            f"end_to_end.top_k: {options.top_k} tokens were asked for, the vocabulary has {vocabulary}"
+        )
+    if trainer.limit_val_batches == 0:
+        raise ConfigurationError(
+            "trainer.limit_val_batches: the end-to-end phase keeps the state that is best on the held-out sequences, "
+            "so it needs them; leave the option out"
+        )
+    known = folder.read_dense("end_to_end")
+    if known is not None:
+        _refuse_another(folder, known[1], _kept(settings))
+
+
+def _kept(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
+
+
+def _refuse_another(
+    folder: RunFolder, report: dict[str, Any], settings: dict[str, Any], blocks: str | None = None
+) -> None:
+    differences = compare(report["settings"], settings, "end_to_end.")
+    if blocks is not None and report["blocks"] != blocks:
+        differences.append("blocks: the phase started from other codes and scales")
+    if differences:
+        raise ConfigurationError(
+            f"end_to_end: {folder.root} holds a finished end-to-end phase of another kind; delete "
+            f"{folder.dense_file('end_to_end')} to have it run again. What differs:\n"
+            + "\n".join(f"  {line}" for line in differences)
+        )
 
 
 def run_end_to_end(
@@ -87,21 +129,13 @@ def run_end_to_end(
     Raises:
         ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
     """
-    settings = {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
+    settings = _kept(settings)
     blocks = fingerprint(part for own in start for t in own.values() for part in (t.codes_OI, t.scales_OG.float()))
     known = folder.read_dense("end_to_end")
     if ranks.agree(known is not None):
         assert known is not None
         dense, report = known
-        differences = compare(report["settings"], settings, "end_to_end.")
-        if report["blocks"] != blocks:
-            differences.append("blocks: the phase started from other codes and scales")
-        if differences:
-            raise ConfigurationError(
-                f"end_to_end: {folder.root} holds a finished end-to-end phase of another kind; delete "
-                f"{folder.dense_file('end_to_end')} to have it run again. What differs:\n"
-                + "\n".join(f"  {line}" for line in differences)
-            )
+        _refuse_another(folder, report, settings, blocks)
         return EndToEndResult(report, dense)
 
     began = time.perf_counter()
@@ -118,7 +152,7 @@ def run_end_to_end(
         max_epochs=options.max_epochs,
         max_steps=options.max_steps,
         val_check_interval=max(1, batches // options.validations),
-        check_val_every_n_epoch=1,
+        check_val_every_n_epoch=None,  # counts batches across passes, however few a pass has
         callbacks=[*quiet, EndToEndProgress()],
         **own,
     )

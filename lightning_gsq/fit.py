@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file, save
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_gsq import board, loading, report
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
-from lightning_gsq.end_to_end import EndToEndResult, run_end_to_end
+from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
@@ -68,6 +69,8 @@ def fit(
     if trainer.global_rank:
         console = Console(quiet=True)
     model.load(source)
+    if "end_to_end" in model.phases:
+        check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
     folder.check_room(_bytes_to_write(model))
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
@@ -107,7 +110,7 @@ def _phases(
 ) -> dict[str, Any]:
     """The phases asked for, one after another, each with its perplexity; the model and the summary."""
     model, data, plan, folder, ranks = run.model, run.data, run.plan, run.folder, run.ranks
-    windows = DataLoader(ranks.share(evaluation.ids_NT, even=False), batch_size=1)  # type: ignore[arg-type]
+    windows: DataLoader[Tensor] = DataLoader(ranks.share(evaluation.ids_NT, even=False), batch_size=1)  # type: ignore
     weights = sum(site.rows * site.in_features for own in plan for site in own.weights)
     console.print(
         f"{model.pretrained}: {len(plan)} blocks, {weights:,} weights to quantize ({model.scheme}), "

@@ -64,6 +64,8 @@ class RunFolder:
         Raises:
             ConfigurationError: they do not.
         """
+        if self.rank:
+            return
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise ConfigurationError(
