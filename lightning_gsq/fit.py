@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_t
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
+from lightning_gsq.plan import refuse_early
 from lightning_gsq.qtensor import BitsLedger, QuantizedTensor
 from lightning_gsq.ranks import Ranks, check_shares
 from lightning_gsq.recipe import make_recipe
@@ -61,9 +63,10 @@ def fit(
     """
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     limit = loading.max_length(loading.load_config(source))
+    trainer = make_trainer()
+    data.cache_folder = data.cache_folder or Path(trainer.default_root_dir) / "calibration"
     data.check(limit)
     evaluation.check(limit)
-    trainer = make_trainer()
     _check_trainer(trainer)
     folder = RunFolder(trainer.default_root_dir, trainer.global_rank)
     if trainer.global_rank:
@@ -89,6 +92,7 @@ def fit(
         folder.open_recipe(recipe)
         folder.share_progress(ranks.agree)
         run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print, ranks)
+        refuse_early(model, data, activations, run.width)
         summary = _phases(run, evaluation, end_to_end, settings, recipe, source, kind, make_evaluation_trainer, console)
     except BaseException:
         ranks.leave(failed=True)

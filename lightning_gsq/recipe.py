@@ -31,6 +31,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
         "use_distributed_sampler",
     },
     "model": {"phases"},
+    "data": {"cache_folder", "retries", "retry_pause"},
     "activations": {"memory_limit_gb", "folder"},
 }
 LATER = {"config", "end_to_end"}
