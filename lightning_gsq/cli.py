@@ -33,6 +33,7 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
     "inference_mode": False,  # torch.no_grad is enough, and compiles nothing a second time
+    "use_distributed_sampler": False,  # each process has its share of the sequences already
     "log_every_n_steps": 5,
 }
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130

@@ -17,17 +17,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_gsq.callbacks import EndToEndProgress
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.head import find_head
 from lightning_gsq.modules import EndToEndOptions, EndToEndQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of
 from lightning_gsq.pipeline import BlockPlan, to_cpu
 from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.ranks import Ranks
 from lightning_gsq.recipe import WATCHERS, fingerprint
 from lightning_gsq.run_folder import RunFolder, compare
 from lightning_gsq.teacher import StoredTeacher
@@ -54,6 +57,47 @@ class EndToEndResult:
         return bool(self.report["rejected"])
 
 
+def check_end_to_end(
+    model: ModelQuantization, options: EndToEndOptions, settings: dict[str, Any], folder: RunFolder, trainer: Trainer
+) -> None:
+    """Verifies, before the blocks, that the phase can do what it is asked for.
+
+    Raises:
+        ConfigurationError: it cannot, or the folder holds a finished phase with other settings.
+    """
+    vocabulary = len(find_head(model.network).weight_VD)
+    if options.top_k is not None and options.top_k > vocabulary:
+        raise ConfigurationError(
+            f"end_to_end.top_k: {options.top_k} tokens were asked for, the vocabulary has {vocabulary}"
+        )
+    if trainer.limit_val_batches == 0:
+        raise ConfigurationError(
+            "trainer.limit_val_batches: the end-to-end phase keeps the state that is best on the held-out sequences, "
+            "so it needs them; leave the option out"
+        )
+    known = folder.read_dense("end_to_end")
+    if known is not None:
+        _refuse_another(folder, known[1], _kept(settings))
+
+
+def _kept(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
+
+
+def _refuse_another(
+    folder: RunFolder, report: dict[str, Any], settings: dict[str, Any], blocks: str | None = None
+) -> None:
+    differences = compare(report["settings"], settings, "end_to_end.")
+    if blocks is not None and report["blocks"] != blocks:
+        differences.append("blocks: the phase started from other codes and scales")
+    if differences:
+        raise ConfigurationError(
+            f"end_to_end: {folder.root} holds a finished end-to-end phase of another kind; delete "
+            f"{folder.dense_file('end_to_end')} to have it run again. What differs:\n"
+            + "\n".join(f"  {line}" for line in differences)
+        )
+
+
 def run_end_to_end(
     model: ModelQuantization,
     data: CalibrationDataModule,
@@ -65,6 +109,7 @@ def run_end_to_end(
     make_trainer: Callable[..., Trainer],
     seed: int,
     say: Callable[[str], None],
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> EndToEndResult:
     """Trains the quantized model end to end, or reads what a finished phase left.
 
@@ -79,24 +124,18 @@ def run_end_to_end(
         make_trainer: Makes a Trainer with the user's settings, some of them replaced.
         seed: Seed of everything random.
         say: Prints a line for the user.
+        ranks: This process among those that share the sequences.
 
     Raises:
         ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
     """
-    settings = {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
+    settings = _kept(settings)
     blocks = fingerprint(part for own in start for t in own.values() for part in (t.codes_OI, t.scales_OG.float()))
     known = folder.read_dense("end_to_end")
-    if known is not None:
+    if ranks.agree(known is not None):
+        assert known is not None
         dense, report = known
-        differences = compare(report["settings"], settings, "end_to_end.")
-        if report["blocks"] != blocks:
-            differences.append("blocks: the phase started from other codes and scales")
-        if differences:
-            raise ConfigurationError(
-                f"end_to_end: {folder.root} holds a finished end-to-end phase of another kind; delete "
-                f"{folder.dense_file('end_to_end')} to have it run again. What differs:\n"
-                + "\n".join(f"  {line}" for line in differences)
-            )
+        _refuse_another(folder, report, settings, blocks)
         return EndToEndResult(report, dense)
 
     began = time.perf_counter()
@@ -108,12 +147,12 @@ def run_end_to_end(
     own = (
         {} if options.accumulate_grad_batches is None else {"accumulate_grad_batches": options.accumulate_grad_batches}
     )
-    batches = max(1, data.num_sequences // options.batch_size)
+    batches = max(1, data.num_sequences // ranks.world // options.batch_size)
     trainer = make_trainer(
         max_epochs=options.max_epochs,
         max_steps=options.max_steps,
         val_check_interval=max(1, batches // options.validations),
-        check_val_every_n_epoch=1,
+        check_val_every_n_epoch=None,  # counts batches across passes, however few a pass has
         callbacks=[*quiet, EndToEndProgress()],
         **own,
     )
@@ -135,14 +174,15 @@ def run_end_to_end(
             "top_k": str(options.top_k),
         }
         sequences = module.stored = StoredTeacher(folder.root / "teacher", data.train_ids_NT, options.top_k, key)
+    own_numbers = ranks.share(torch.arange(data.num_sequences)).tolist()
     loader = DataLoader(
-        sequences,
+        Subset(sequences, own_numbers),
         batch_size=options.batch_size,
         shuffle=True,
-        generator=generator_of(seed, "end_to_end", "order"),
-        drop_last=data.num_sequences >= options.batch_size,
+        generator=generator_of(seed, "end_to_end", "order", *([ranks.rank] if ranks.rank else [])),
+        drop_last=len(own_numbers) >= options.batch_size,
     )
-    held_out = DataLoader(TensorDataset(data.validation_ids_NT), batch_size=options.batch_size)
+    held_out = DataLoader(TensorDataset(ranks.share(data.validation_ids_NT, even=False)), batch_size=options.batch_size)
     (found,) = trainer.validate(module, held_out, verbose=False)
     start_loss = float(found["end_to_end/val_loss"])
     trainer.fit(module, loader, held_out)
@@ -172,4 +212,5 @@ def run_end_to_end(
         for part in plan:
             folder.write_block("end_to_end", part.index, {n: to_cpu(t) for n, t in tensors[part.index].items()})
     folder.write_dense("end_to_end", dense, report)
+    ranks.wait()
     return EndToEndResult(report, dense)

@@ -11,15 +11,18 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_gsq import board, loading, report
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
-from lightning_gsq.end_to_end import EndToEndResult, run_end_to_end
+from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
 from lightning_gsq.plan import refuse_early
 from lightning_gsq.qtensor import BitsLedger, QuantizedTensor
+from lightning_gsq.ranks import Ranks, check_shares
 from lightning_gsq.recipe import make_recipe
 from lightning_gsq.run_folder import RunFolder, write_atomically
 
@@ -65,8 +68,12 @@ def fit(
     data.check(limit)
     evaluation.check(limit)
     _check_trainer(trainer)
-    folder = RunFolder(trainer.default_root_dir)
+    folder = RunFolder(trainer.default_root_dir, trainer.global_rank)
+    if trainer.global_rank:
+        console = Console(quiet=True)
     model.load(source)
+    if "end_to_end" in model.phases:
+        check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
     folder.check_room(_bytes_to_write(model))
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
@@ -76,14 +83,43 @@ def fit(
     kind = _last_kind(model, plan, folder)
     board.log_recipe(trainer.loggers, recipe)
 
-    run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print)
-    refuse_early(model, data, activations, run.width)
-    windows = evaluation.val_dataloader()
+    shared = {"data__num_sequences": data.train_ids_NT, "data__num_validation_sequences": data.validation_ids_NT}
+    shared["evaluation__num_windows"] = evaluation.ids_NT
+    check_shares(trainer.world_size, **{name: len(ids_NT) for name, ids_NT in shared.items()})
+    ranks = Ranks.join(trainer)
+    try:
+        ranks.wait()
+        folder.open_recipe(recipe)
+        folder.share_progress(ranks.agree)
+        run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print, ranks)
+        refuse_early(model, data, activations, run.width)
+        summary = _phases(run, evaluation, end_to_end, settings, recipe, source, kind, make_evaluation_trainer, console)
+    except BaseException:
+        ranks.leave(failed=True)
+        raise
+    ranks.leave()
+    return summary
+
+
+def _phases(
+    run: BlockwiseRun,
+    evaluation: PerplexityData,
+    end_to_end: EndToEndOptions,
+    settings: dict[str, Any],
+    recipe: dict[str, Any],
+    source: loading.ModelSource,
+    kind: str,
+    make_evaluation_trainer: Callable[[], Trainer],
+    console: Console,
+) -> dict[str, Any]:
+    """The phases asked for, one after another, each with its perplexity; the model and the summary."""
+    model, data, plan, folder, ranks = run.model, run.data, run.plan, run.folder, run.ranks
+    windows: DataLoader[Tensor] = DataLoader(ranks.share(evaluation.ids_NT, even=False), batch_size=1)  # type: ignore
     weights = sum(site.rows * site.in_features for own in plan for site in own.weights)
     console.print(
         f"{model.pretrained}: {len(plan)} blocks, {weights:,} weights to quantize ({model.scheme}), "
-        f"{data.num_sequences} calibration sequences of {data.sequence_length} tokens, {trainer.precision}, "
-        f"{run.device.type}",
+        f"{data.num_sequences} calibration sequences of {data.sequence_length} tokens, {run.trainer.precision}, "
+        f"{run.device.type}" + (f", {ranks.world} processes" if ranks.world > 1 else ""),
         soft_wrap=True,
     )
 
@@ -95,7 +131,7 @@ def fit(
             known = {**known, name: result["perplexity"]}
             folder.update_progress(perplexity=known)
             _add_seconds(folder, "evaluation", began)
-            for logger in trainer.loggers:
+            for logger in run.trainer.loggers:
                 logger.log_metrics({f"perplexity/{name}": known[name]}, step=0)
                 logger.save()
         console.print(f"perplexity {action}: {known[name]:.2f}")
@@ -110,6 +146,7 @@ def fit(
             folder.update_progress(blocks={**blocks, str(own.index): {"seconds": seconds, **measures}})
 
         run.train_blocks(finished)
+        ranks.wait()
     tensors = [folder.read_block(kind, own.index, own.expected) for own in plan]
     if "blocks" in model.phases:
         with installed(model, plan, tensors):
@@ -118,7 +155,17 @@ def fit(
     if "end_to_end" in model.phases:
         own_settings = settings["end_to_end"]
         result = run_end_to_end(
-            model, data, plan, tensors, end_to_end, own_settings, folder, make_trainer, seed, console.print
+            model,
+            data,
+            plan,
+            tensors,
+            end_to_end,
+            own_settings,
+            folder,
+            run.make_trainer,
+            run.seed,
+            console.print,
+            ranks,
         )
         if not result.rejected:
             kind = "end_to_end"
@@ -128,13 +175,14 @@ def fit(
     with installed(model, plan, tensors, result.dense if result else None):
         if folder.progress.get("model") != kind:
             began = time.perf_counter()
-            loading.save_dense(model.network, model.tokenizer, folder.model, model.output_dtype)
+            if ranks.first:
+                loading.save_dense(model.network, model.tokenizer, folder.model, model.output_dtype)
             folder.update_progress(model=kind)
             _add_seconds(folder, "saving", began)
         summary = _summary(model, source, folder, recipe, kind, plan, tensors, result)
     folder.write_summary(summary)
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
-    board.log_result(trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
+    board.log_result(run.trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
     report.print_summary(console, summary, str(folder.root))
     return summary
 
@@ -173,11 +221,6 @@ def _init_phase(run: BlockwiseRun, folder: RunFolder, perplexity: Callable[[], N
 
 
 def _check_trainer(trainer: Trainer) -> None:
-    if trainer.world_size > 1:
-        raise ConfigurationError(
-            f"trainer.devices: the block phase runs on one device in this version, got {trainer.world_size}; "
-            "use --trainer.devices 1"
-        )
     if trainer.precision not in PRECISIONS:
         raise ConfigurationError(
             f"trainer.precision: logits and scales train in 32 bits, got {trainer.precision}; use one of "
@@ -201,7 +244,7 @@ def _calibrate(data: CalibrationDataModule, model: ModelQuantization, folder: Ru
         data.train_ids_NT, data.validation_ids_NT = stored["train"].long(), stored["validation"].long()
         return
     data.tokenize(model.tokenizer, model.network)
-    if data.source.needs_model:
+    if data.source.needs_model and folder.rank == 0:
         ids = {"train": data.train_ids_NT.int(), "validation": data.validation_ids_NT.int()}
         write_atomically(file, save(ids))
 

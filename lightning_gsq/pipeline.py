@@ -34,6 +34,7 @@ from lightning_gsq.noise import generator_of, seed_of
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.quantizers import GumbelQuantizer, InputStatistics, Start
 from lightning_gsq.quantizers.warm_start import quantized
+from lightning_gsq.ranks import Ranks
 from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.scheme import QuantScheme, assign_schemes
 from lightning_gsq.sites import LinearSite, find_linear_sites
@@ -99,6 +100,7 @@ class BlockwiseRun:
         activations: How hidden states are kept.
         seed: Seed of everything random.
         say: Prints a line for the user.
+        ranks: This process among those that share the sequences.
     """
 
     def __init__(
@@ -107,12 +109,16 @@ class BlockwiseRun:
         data: CalibrationDataModule,
         plan: list[BlockPlan],
         folder: RunFolder,
-        make_trainer: Callable[[], Trainer],
+        make_trainer: Callable[..., Trainer],
         activations: ActivationOptions,
         seed: int,
         say: Callable[[str], None],
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     ) -> None:
         self.model, self.data, self.folder, self.seed, self.say = model, data, folder, seed, say
+        self.ranks = ranks
+        self.train_ids_NT = ranks.share(data.train_ids_NT)
+        self.validation_ids_NT = ranks.share(data.validation_ids_NT, even=False)
         self.make_trainer, self.activations = make_trainer, activations
         self.plan, self.blocks = plan, find_blocks(model.network)[1]
         self.trainer = make_trainer()
@@ -132,12 +138,12 @@ class BlockwiseRun:
         Returns:
             The quantized weights of each planned block. The model is left as it was.
         """
-        if self._have("warm_start"):
+        if self.ranks.agree(self.folder.has_blocks("warm_start", [plan.index for plan in self.plan])):
             return [self.folder.read_block("warm_start", plan.index, plan.expected) for plan in self.plan]
-        count = min(self.model.hessian_sequences, self.data.num_sequences) if self.model.warm_start.needs_hessian else 0
+        count = self._hessian_sequences if self.model.warm_start.needs_hessian else 0
         with self._store(count, streams=1) as store:
             hidden = store.new()
-            self._embed(self.data.train_ids_NT[:count], hidden)
+            self._embed(self.train_ids_NT[:count], hidden)
             plans = {plan.index: plan for plan in self.plan}
             results = []
             for index in range(self.plan[-1].index + 1):
@@ -175,7 +181,7 @@ class BlockwiseRun:
         finished: Callable[[BlockPlan, float, dict[str, float]], None],
     ) -> None:
         plans = {plan.index: plan for plan in self.plan}
-        ids_NT = torch.cat([self.data.train_ids_NT, self.data.validation_ids_NT])
+        ids_NT = torch.cat([self.train_ids_NT, self.validation_ids_NT])
         stream = self.model.target == "stream"
         with self._store(len(ids_NT), streams=3 if stream else 2) as store:
             quantized, target = store.new(), store.new()
@@ -210,8 +216,8 @@ class BlockwiseRun:
     def _fit(
         self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor
     ) -> tuple[dict[str, QuantizedTensor], dict[str, float]]:
-        train = self.data.num_sequences
-        starts = self._starts(plan, block, inputs_NTD[: min(self.model.hessian_sequences, train)])
+        train = len(self.train_ids_NT)
+        starts = self._starts(plan, block, inputs_NTD[: self._hessian_sequences])
         quantizers = {
             site: GumbelQuantizer(
                 start, scheme, self.model.gumbel, generator_of(self.seed, plan.index, site.name, "logits")
@@ -226,14 +232,15 @@ class BlockwiseRun:
             self.model.optimizer,
             scale_learning_rate=self.model.scale_learning_rate,
             learning_rate_floor=self.model.learning_rate_floor,
-            target_power=_mean_square(targets_NTD[:train]),
+            target_power=self._mean_square(targets_NTD[:train]),
             index=plan.index,
             name=plan.name,
             seed=self.seed,
             position=(self.plan.index(plan), len(self.plan)),
             run=self.run_block,
         )
-        order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order"))
+        own = (self.ranks.rank,) if self.ranks.rank else ()
+        order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order", *own))
         size = self.data.batch_size
         loader = DataLoader(
             ActivationDataset(inputs_NTD[:train], targets_NTD[:train]),
@@ -281,6 +288,8 @@ class BlockwiseRun:
             with torch.no_grad(), statistics.watching(block), self._precision():
                 for part in slices(len(inputs_NTD), self.forward_size):
                     run_block(block, self._fetch(inputs_NTD[part]), self.calls[plan.index].to(self.device))
+            if self.ranks.world > 1:
+                statistics.reduce(self.ranks.sum)
         starts = []
         with torch.no_grad():
             for site, scheme in plan.weights.items():
@@ -319,9 +328,19 @@ class BlockwiseRun:
                 batch = (inputs.to(self.device), targets.to(self.device))
                 total += float(module.loss(batch, weights)) * len(inputs)
                 count += len(inputs)
+        total, count = self.ranks.sum(torch.tensor([total, count], dtype=torch.float64, device=self.device)).tolist()
         return total / count
 
     # -- helpers
+
+    @property
+    def _hessian_sequences(self) -> int:
+        """This process's share of the sequences whose inputs the warm start sees."""
+        return self.ranks.share_of(min(self.model.hessian_sequences, len(self.train_ids_NT) * self.ranks.world))
+
+    def _mean_square(self, x_NTD: Tensor) -> float:
+        mean = sum(float(x.float().square().mean()) for x in x_NTD) / len(x_NTD)
+        return float(self.ranks.sum(torch.tensor(mean, dtype=torch.float64, device=self.device))) / self.ranks.world
 
     def _precision(self):  # type: ignore[no-untyped-def]  # a context manager of Lightning's, whose type varies
         return self.trainer.precision_plugin.forward_context()
@@ -346,14 +365,12 @@ class BlockwiseRun:
         finally:
             store.close()
 
-    def _have(self, kind: str) -> bool:
-        return all(self.folder.block_file(kind, plan.index).exists() for plan in self.plan)
-
     def _finished_blocks(self) -> dict[int, dict[str, QuantizedTensor]]:
         """Blocks on disk, up to the first that is missing."""
         done = {}
-        for plan in self.plan:
-            if not self.folder.block_file("block", plan.index).exists():
+        there = [self.folder.has_blocks("block", [plan.index]) for plan in self.plan]
+        for plan, exists in zip(self.plan, self.ranks.agree(there), strict=True):
+            if not exists:
                 break
             done[plan.index] = self.folder.read_block("block", plan.index, plan.expected)
         return done
@@ -421,7 +438,3 @@ def to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
             f"model.scale_dtype: a scale does not fit into {tensor.scales_OG.dtype}; use bfloat16 or float32"
         )
     return QuantizedTensor(tensor.codes_OI.cpu(), tensor.scales_OG.cpu(), tensor.scheme)
-
-
-def _mean_square(x_NTD: Tensor) -> float:
-    return sum(float(x.float().square().mean()) for x in x_NTD) / len(x_NTD)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,20 @@ class RunFolder:
     """Reads and writes a run folder.
 
     Args:
-        root: The folder; made if it does not exist.
+        root: The folder; made if it does not exist. Several processes must all see it.
+        rank: Number of this process; only the first one writes.
 
     Raises:
         ConfigurationError: it cannot be written.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | Path, rank: int = 0) -> None:
+        self.root, self.rank = Path(root), rank
+        self._progress: dict[str, Any] | None = None
         self.blocks = self.root / "blocks"
         self.model = self.root / "model"
+        if rank:
+            return
         try:
             self.blocks.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".writable"
@@ -60,6 +64,8 @@ class RunFolder:
         Raises:
             ConfigurationError: they do not.
         """
+        if self.rank:
+            return
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise ConfigurationError(
@@ -75,7 +81,8 @@ class RunFolder:
         """
         file = self.root / "recipe.yaml"
         if not file.exists():
-            write_atomically(file, yaml.safe_dump(recipe, sort_keys=False).encode())
+            if self.rank == 0:
+                write_atomically(file, yaml.safe_dump(recipe, sort_keys=False).encode())
             return
         try:
             known = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -93,6 +100,8 @@ class RunFolder:
     @property
     def progress(self) -> dict[str, Any]:
         """What is done so far; empty for a new run."""
+        if self._progress is not None:
+            return self._progress
         file = self.root / "progress.json"
         if not file.exists():
             return {}
@@ -104,12 +113,26 @@ class RunFolder:
             ) from error
         return content
 
+    def share_progress(self, agree: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Several processes go on from what the first one read, each keeping its own copy.
+
+        Args:
+            agree: Returns the first process's value in all of them.
+        """
+        self._progress = agree(self.progress if self.rank == 0 else {})
+
     def update_progress(self, **changes: Any) -> None:
         """Replaces some entries of the progress file."""
-        write_atomically(self.root / "progress.json", json.dumps({**self.progress, **changes}, indent=1).encode())
+        content = {**self.progress, **changes}
+        if self._progress is not None:
+            self._progress = content
+        if self.rank == 0:
+            write_atomically(self.root / "progress.json", json.dumps(content, indent=1).encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``."""
+        if self.rank:
+            return
         write_atomically(self.root / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
 
     def block_file(self, kind: str, index: int) -> Path:
@@ -122,6 +145,8 @@ class RunFolder:
 
     def write_block(self, kind: str, index: int, tensors: Mapping[str, QuantizedTensor]) -> None:
         """Writes a finished block atomically."""
+        if self.rank:
+            return
         content: dict[str, Tensor] = {}
         layout: dict[str, Any] = {}
         for name, tensor in tensors.items():
@@ -170,6 +195,8 @@ class RunFolder:
 
     def write_dense(self, name: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         """Writes parameters that are not quantized, and how they came about, atomically."""
+        if self.rank:
+            return
         write_atomically(self.dense_file(name), save(dict(tensors), {"report": json.dumps(report)}))
 
     def read_dense(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -15,7 +15,6 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.ops.distillation import Head
 from lightning_gsq.run_folder import write_atomically
 
@@ -71,12 +70,8 @@ class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
             How many files were written.
 
         Raises:
-            ConfigurationError: ``k`` exceeds the vocabulary, or the disk is full.
+            ConfigurationError: the disk is full.
         """
-        if self.k > len(head.weight_VD):
-            raise ConfigurationError(
-                f"end_to_end.top_k: {self.k} tokens were asked for, the vocabulary has {len(head.weight_VD)}"
-            )
         self.folder.mkdir(parents=True, exist_ok=True)
         parts = self.ids_NT.split(SEQUENCES_A_FILE)
         missing = [n for n in range(rank, len(parts), world) if not self._is_whole(n)]

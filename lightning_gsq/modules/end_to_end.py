@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lightning_gsq.backbone import find_blocks
@@ -162,6 +163,8 @@ class EndToEndQuantization(LightningModule):
             for name, parameter in self.named_parameters():
                 if name.endswith("log_scale"):
                     parameter.requires_grad_(False)
+        # Means over the sequences of all processes, however many each of them has.
+        self.held_out = nn.ModuleDict({name: MeanMetric() for name in ("loss", "divergence", "cross_entropy")})
         self.stored: StoredTeacher | None = None
         """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
         self.best_loss = self.last_loss = math.inf
@@ -238,11 +241,10 @@ class EndToEndQuantization(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the losses of some held-out sequences, scales rounded as they are stored."""
-        loss, kl, ce = self.loss(batch)
-        figures = {"val_loss": loss, "val_divergence": kl, "val_cross_entropy": ce}
-        self.log_dict(
-            {f"end_to_end/{name}": value for name, value in figures.items()}, batch_size=len(batch[0]), sync_dist=True
-        )
+        for (name, mean), value in zip(self.held_out.items(), self.loss(batch), strict=True):
+            assert isinstance(mean, MeanMetric)
+            mean.update(value, weight=len(batch[0]))
+            self.log(f"end_to_end/val_{name}", mean, metric_attribute=f"held_out.{name}")
 
     def on_validation_end(self) -> None:
         """Keeps the state if it is the best so far."""

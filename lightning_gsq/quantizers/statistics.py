@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,19 @@ class InputStatistics:
         with watch_inputs(block, self._add):
             yield
         self._last = None
+
+    def reduce(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Adds up what several processes have seen.
+
+        Args:
+            add: Sums a tensor over the processes, in place. Called in the same order everywhere.
+        """
+        for site in self.sites.values():
+            for expert in range(max(site.experts, 1)):
+                key = (site.name, expert)
+                empty = torch.zeros(site.in_features, site.in_features, device=self.device)
+                count = torch.tensor([self.counts.get(key, 0)], device=self.device)
+                self.sums[key], self.counts[key] = add(self.sums.get(key, empty)), int(add(count))
 
     def hessians(self, site: LinearSite) -> list[Tensor]:
         """The Hessian ``I I`` of each of the site's matrices; zeros for an expert that no token reached."""

@@ -1,0 +1,116 @@
+"""This process among those of a run: who shares what, and who writes.
+
+Lightning starts the other processes with the first ``fit`` or ``validate`` of a Trainer. A run works before that
+(hidden states, Hessians), so :meth:`Ranks.join` brings that moment forward. What one process can refuse, it has refused
+by then.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
+
+from lightning_gsq.errors import ConfigurationError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of several; with the defaults, the only one.
+
+    Args:
+        rank: Its number.
+        world: How many there are.
+        strategy: Lightning's strategy, through which they talk; None for one process.
+    """
+
+    rank: int = 0
+    world: int = 1
+    strategy: Strategy | None = None
+
+    @classmethod
+    def join(cls, trainer: Trainer) -> Ranks:
+        """Starts the other processes where that is Lightning's task, and meets them.
+
+        Raises:
+            ConfigurationError: the strategy starts processes in a way that a run cannot use.
+        """
+        if trainer.world_size == 1:
+            return cls()
+        strategy = trainer.strategy
+        if isinstance(strategy.launcher, _MultiProcessingLauncher):
+            raise ConfigurationError(
+                "trainer.strategy: forked and spawned processes end with each fit, and a run has one for every block; "
+                "use ddp, or torchrun"
+            )
+        if strategy.launcher is not None:
+            strategy.launcher.launch(lambda: None)
+        strategy.setup_environment()
+        return cls(trainer.global_rank, trainer.world_size, strategy)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, sequences: Tensor, even: bool = True) -> Tensor:
+        """This process's part of ``N ...``; ``even`` drops what cannot be divided evenly."""
+        stop = len(sequences) - len(sequences) % self.world if even else len(sequences)
+        return sequences[self.rank : stop : self.world]
+
+    def share_of(self, count: int) -> int:
+        """How many of ``count`` things are this process's part."""
+        return len(range(self.rank, count, self.world))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def agree(self, value: T) -> T:
+        """The first process's value, everywhere."""
+        return value if self.strategy is None else self.strategy.broadcast(value)
+
+    def wait(self) -> None:
+        """Waits for all."""
+        if self.strategy is not None:
+            self.strategy.barrier()
+
+    def leave(self, failed: bool = False) -> None:
+        """Ends what :meth:`join` began; after a failure without waiting for anybody."""
+        if self.strategy is None:
+            return
+        if failed:
+            launcher: Any = self.strategy.launcher
+            if launcher is not None:
+                launcher.kill(signal.SIGKILL)
+            return
+        self.wait()
+        torch.distributed.destroy_process_group()
+
+
+def check_shares(ranks: int, **counts: int) -> None:
+    """Verifies that every process gets something.
+
+    Args:
+        ranks: How many processes there are.
+        counts: What is shared, by option; two underscores stand for a dot.
+
+    Raises:
+        ConfigurationError: there are more processes than things to share.
+    """
+    for name, count in counts.items():
+        if count < ranks:
+            raise ConfigurationError(
+                f"{name.replace('__', '.')}: {count} sequences cannot be shared by {ranks} processes; give at least "
+                f"{ranks}, or use fewer devices"
+            )
