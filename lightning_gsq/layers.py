@@ -30,17 +30,20 @@ class PackedWeight(nn.Module):
         scheme: Grid and group size.
         site: Shape and orientation.
         scale_dtype: Dtype of the scales.
+        dtype: Dtype of dense matrices that are made of it; casting the module changes it.
         device: Where to make the buffers.
     """
 
     codes: Tensor
     scales: Tensor
+    cast: Tensor
 
     def __init__(
         self,
         scheme: QuantScheme,
         site: LinearSite,
         scale_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -49,6 +52,8 @@ class PackedWeight(nn.Module):
         groups = scheme.num_groups(site.in_features)
         self.register_buffer("codes", torch.zeros(site.rows, words, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.zeros(site.rows, groups, dtype=scale_dtype, device=device))
+        # Holds no number: it is there to be cast together with the model's parameters.
+        self.register_buffer("cast", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def fill(self, tensor: QuantizedTensor) -> Self:
         """Takes over codes and scales."""
@@ -93,7 +98,7 @@ class QuantLinear(PackedWeight):
         site: Shape.
         bias: Whether there is one.
         scale_dtype: Dtype of the scales.
-        dtype: Dtype of the bias.
+        dtype: Dtype of the bias and of ``weight``.
         device: Where to make the buffers.
 
     Example:
@@ -112,7 +117,7 @@ class QuantLinear(PackedWeight):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(scheme, site, scale_dtype, device)
+        super().__init__(scheme, site, scale_dtype, dtype, device)
         self.in_features, self.out_features = site.in_features, site.out_features
         self.bias: nn.Parameter | None
         if bias:
@@ -120,6 +125,13 @@ class QuantLinear(PackedWeight):
             self.bias = nn.Parameter(zeros, requires_grad=False)
         else:
             self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew each time: for code that looks at a layer's weight, its dtype or device."""
+        weight = self.dequantize(self.cast.dtype)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from filling it at random
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``... I`` to ``... O``."""
@@ -129,27 +141,11 @@ class QuantLinear(PackedWeight):
 
 
 class PackedExperts(PackedWeight):
-    """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix.
-
-    The matrix has the dtype that the module was cast to last, as a parameter would.
-    """
-
-    def __init__(
-        self,
-        scheme: QuantScheme,
-        site: LinearSite,
-        scale_dtype: torch.dtype = torch.float16,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(scheme, site, scale_dtype, device)
-        # Holds no number: it is there to be cast together with the model's parameters.
-        self.register_buffer("cast", torch.empty(0, dtype=dtype, device=device), persistent=False)
+    """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix."""
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """The matrix of one expert, ``O I`` (``I O`` if the parameter is stored that way)."""
-        if not isinstance(expert, int):
-            expert = int(expert)
-        own = slice(expert * self.site.out_features, (expert + 1) * self.site.out_features)
-        w_OI = dequantize_packed(self.codes[own], self.scales[own], **self.layout, dtype=self.cast.dtype)
+        stored = (part.unflatten(0, (self.site.experts, -1)) for part in (self.codes, self.scales))
+        codes_OW, scales_OG = (part[int(expert)] for part in stored)
+        w_OI = dequantize_packed(codes_OW, scales_OG, **self.layout, dtype=self.cast.dtype)
         return w_OI.T if self.site.transposed else w_OI

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_gsq import loading
 from lightning_gsq.data import PythonDocumentation
 from lightning_gsq.export.formats import CheckFailedError, CheckReport
 from lightning_gsq.export.source import FinishedRun
@@ -89,7 +90,7 @@ def compare(
         texts.append(follows(loaded, ids_BT, greedy(reference, ids_BT)))
     if not difference <= LOGIT_TOLERANCE * largest:
         raise CheckFailedError(f"{runtime}: logits differ by {difference:.3g}, the largest is {largest:.3g}")
-    ids_BT = short_text(run.tokenizer)
+    ids_BT = short_text(run.tokenizer)[:, : loading.max_length(run.config)]
     return CheckReport(
         runtime,
         weights=(len(run.weights), len(run.weights)),
