@@ -126,7 +126,8 @@ def export_run(
 def print_loadability(console: Console, chosen: Sequence[ExportFormat], weights: Sequence[QuantizedWeight]) -> None:
     """Prints which program loads which folder, and how exactly."""
     schemes = " and ".join(sorted({str(weight.scheme) for weight in weights}))
-    table = Table("format", "runtime", "weights", "how to load", title=f"What loads {schemes}", title_justify="left")
+    table = Table("format", "runtime", "weights", title=f"What loads {schemes}", title_justify="left")
+    table.add_column("how to load", overflow="fold")
     for own in chosen:
         for runtime in own.runtimes(weights):
             table.add_row(own.name, runtime.name, runtime.exactness, runtime.usage.format(folder="FOLDER"))
