@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gsq.ops.packed_linear import dequantize_packed, packed_linear
-from lightning_gsq.packing import packed_words
+from lightning_gsq.packing import pack, packed_words
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
 from lightning_gsq.sites import LinearSite
@@ -74,6 +74,21 @@ class PackedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight in the shape of the parameter that it stands for."""
         return self.site.from_matrix(dequantize_packed(self.codes, self.scales, **self.layout, dtype=dtype))
+
+    def check_values(self) -> None:
+        """Checks what came from a file.
+
+        Raises:
+            ValueError: a scale is not finite, or a code is not a level of the scheme.
+        """
+        if not bool(torch.isfinite(self.scales).all()):
+            raise ValueError("the scales are not all finite")
+        if self.scheme.bits == "ternary":
+            # Of the four codes of two bits, 0 is no level: every code has a bit set. Tested on whole words, where
+            # the mask has the lower bit of each code that is not padding.
+            mask_W = pack(torch.ones(1, self.site.in_features, dtype=torch.uint8), 2)[0].to(self.codes.device)
+            if not bool(((self.codes | self.codes >> 1) & mask_W == mask_W).all()):
+                raise ValueError(f"a code lies below the lowest level {self.scheme.low} of a {self.scheme} weight")
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -14,7 +14,9 @@ from lightning_gsq.scheme import Bits, QuantScheme
 def test_an_entry_counts_every_stored_bit(bits: Bits, group_size: int, columns: int) -> None:
     scheme = QuantScheme(bits, group_size)
     tensor = QuantizedTensor(
-        torch.full((5, columns), scheme.high, dtype=torch.int8), torch.ones(5, scheme.num_groups(columns)).half(), scheme
+        torch.full((5, columns), scheme.high, dtype=torch.int8),
+        torch.ones(5, scheme.num_groups(columns)).half(),
+        scheme,
     )
     entry = LedgerEntry.packed("w", (5, columns), scheme, 16)
     assert entry.bits == 8 * sum(part.nbytes for part in tensor.pack().values())

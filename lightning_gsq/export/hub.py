@@ -53,7 +53,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ConfigurationError(
-            f"push_to_hub: the hub did not take {name}: {error}; the files are in {folder}. Log in with "
+            f"push_to_hub: the hub did not take {name}: {str(error).splitlines()[0]}; the files are in {folder}. Log in with "
             "`hf auth login` or set HF_TOKEN, and try again with `hf upload`"
         ) from error
     return str(repository)

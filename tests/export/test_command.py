@@ -99,9 +99,7 @@ def test_a_crash_leaves_nothing_that_looks_whole(new_run: MakeRun, monkeypatch: 
 def test_output_elsewhere_and_small_shards(new_run: MakeRun, tmp_path: Path) -> None:
     run = new_run()
     out = tmp_path / "elsewhere"
-    assert (
-        _command("--run", str(run), "--format", "native", "--output", str(out), "--shard_size_gb", "1e-5") == 0
-    )
+    assert _command("--run", str(run), "--format", "native", "--output", str(out), "--shard_size_gb", "1e-5") == 0
     assert len(list((out / "native").glob("model-*.safetensors"))) > 1
 
 
@@ -118,9 +116,7 @@ def test_output_elsewhere_and_small_shards(new_run: MakeRun, tmp_path: Path) -> 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input(
-    llama_run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_bad_input(llama_run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert _command(*[str(llama_run) if part == "RUN" else part for part in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

@@ -77,10 +77,9 @@ def test_a_folder_arrives(stub: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# card")
     (tmp_path / "config.json").write_text("{}")
     assert hub.push(tmp_path, "me/tiny", private=True) == f"{stub}/me/tiny"
-    paths = [path for _, path, _ in Hub.calls]
-    assert paths[0] == "/api/repos/create"
-    created = Hub.calls[0][2][0]
-    assert created["name"] == "tiny" and created["organization"] == "me" and created["private"]
+    ((created,),) = [lines for _, path, lines in Hub.calls if path == "/api/repos/create"]
+    assert created["name"] == "tiny" and created["organization"] == "me"
+    assert created["visibility"] == "private"
     (commit,) = [lines for _, path, lines in Hub.calls if "/commit/" in path]
     assert {line["value"]["path"] for line in commit if line["key"] == "file"} == {"README.md", "config.json"}
 
