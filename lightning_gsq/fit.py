@@ -143,7 +143,7 @@ def fit(
     files = [folder.block_file(kind, own.index) for own in plan]
     ledger = _ledger(model, plan, tensors, files)
     summary = _summary(model, source, folder, recipe, report.ledger_of(tensors), ledger, files)
-    folder.write_summary(summary)
+    folder.write_summary({**summary, "exports": folder.summary.get("exports", {})})
     report.print_summary(console, summary, str(folder.root))
     _export(FinishedRun(folder, recipe, summary, model, plan), exports, console)
     return folder.summary
