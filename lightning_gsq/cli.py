@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_gsq fit | validate | export | predict``, on LightningCLI."""
+"""The command line: ``python -m lightning_gsq fit | validate | plan | export | predict``, on LightningCLI."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.command import export
 from lightning_gsq.fit import fit
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization, NonFiniteLossError
+from lightning_gsq.plan import estimate, limits, print_estimate
 from lightning_gsq.predict import predict
 
 TRAINER_DEFAULTS = {
@@ -65,7 +66,7 @@ class Command:
         explained = {p.arg_name: p.description for p in parse_docstring(self.run.__doc__ or "").params}
         for name in self.repeated:
             required = inspect.signature(self.run).parameters[name].default is inspect.Parameter.empty
-            settings = {"type": str, "nargs": "+", "action": "extend", "required": required}
+            settings: dict[str, Any] = {"type": str, "nargs": "+", "action": "extend", "required": required}
             parser.add_argument(f"--{name}", **settings, help=explained[name])
         for name in self.flags:
             parser.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=explained[name])
@@ -102,6 +103,21 @@ class GSQArgumentParser(LightningArgumentParser):
         return list(subcommands._name_parser_map.values()) if subcommands is not None else []
 
 
+class PlanningTrainer(Trainer):
+    """Lightning's Trainer; its further methods are the further commands, and say what arguments they take."""
+
+    def plan(
+        self, probe: bool = True, host_memory_gb: float | None = None, device_memory_gb: float | None = None
+    ) -> None:
+        """Say what ``fit`` would take with the same options: sizes, memory, disk, steps, time.
+
+        Args:
+            probe: Measure a few steps on one block of random weights, for an estimate of the time.
+            host_memory_gb: Plan for a machine with this much memory, in gigabytes (10^9 bytes); null for this one.
+            device_memory_gb: Plan for an accelerator with this much memory; null for this machine's.
+        """
+
+
 class GSQCLI(LightningCLI):
     """LightningCLI whose ``fit`` runs a Trainer for every block.
 
@@ -117,6 +133,7 @@ class GSQCLI(LightningCLI):
         super().__init__(
             ModelQuantization,
             CalibrationDataModule,
+            trainer_class=PlanningTrainer,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
@@ -130,6 +147,7 @@ class GSQCLI(LightningCLI):
                 "validate": {
                     "description": "Measure the perplexity of a model, a finished run folder or an exported one."
                 },
+                "plan": {"description": "Say what fit would take with the same options, without doing it."},
             },
             args=args,
         )
@@ -140,7 +158,9 @@ class GSQCLI(LightningCLI):
             own = self.init_parser(prog=f"{kwargs.get('prog', parser.prog)} {name}", description=command.summary)
             command.add_arguments(own)
             self._subcommand_parsers[name] = own
-            parser._subcommands_action.add_subcommand(name, own, help=command.summary)
+            subcommands = parser._subcommands_action
+            assert subcommands is not None  # made by the call above
+            subcommands.add_subcommand(name, own, help=command.summary)
 
     def _set_seed(self) -> None:
         if self.subcommand not in COMMANDS:
@@ -164,6 +184,7 @@ class GSQCLI(LightningCLI):
         return {
             "fit": {*skip, "train_dataloaders", "val_dataloaders"},
             "validate": {*skip, "dataloaders"},
+            "plan": set(),
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -196,7 +217,7 @@ class GSQCLI(LightningCLI):
             config["logger"] = self._logger
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Trainer(**config)
+            return PlanningTrainer(**config)
 
     def evaluation_trainer(self) -> Trainer:
         """A Trainer that only evaluates: neither logger nor callbacks."""
@@ -229,6 +250,26 @@ class GSQCLI(LightningCLI):
         (result,) = self.evaluation_trainer().validate(model, evaluation.val_dataloader(), verbose=False)
         windows, length = evaluation.ids_NT.shape
         self.console.print(f"perplexity {result['perplexity']:.3f}  ({windows} windows of {length} tokens)")
+
+    def plan(
+        self,
+        model: ModelQuantization,
+        datamodule: CalibrationDataModule,
+        probe: bool,
+        host_memory_gb: float | None,
+        device_memory_gb: float | None,
+    ) -> None:
+        """Prints what ``fit`` would take.
+
+        Raises:
+            ConfigurationError: it does not fit.
+        """
+        settings = self.config_init[self.subcommand]
+        host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
+        trainer = self.evaluation_trainer()
+        found = estimate(model, datamodule, settings.evaluation, settings.activations, trainer, probe, host, device)
+        print_estimate(self.console, found, datamodule, model.pretrained)
+        limits.refuse(found.problems)
 
 
 def command_arguments(settings: Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lightning_gsq.export.source import FinishedRun, quantized_weights
 from lightning_gsq.ledger import Ledger, LedgerEntry
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, as_stored, installed, make_plan
+from lightning_gsq.plan import refuse_early
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.recipe import make_recipe
 from lightning_gsq.run_folder import RunFolder, write_atomically
@@ -66,9 +68,10 @@ def fit(
     exports = [format_of(name) for name in dict.fromkeys(formats)]
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     limit = loading.max_length(loading.load_config(source))
+    trainer = make_trainer()
+    data.cache_folder = data.cache_folder or Path(trainer.default_root_dir) / "calibration"
     data.check(limit)
     evaluation.check(limit)
-    trainer = make_trainer()
     _check_trainer(trainer)
     folder = RunFolder(trainer.default_root_dir)
     model.load(source)
@@ -83,6 +86,7 @@ def fit(
     board.log_recipe(trainer.loggers, recipe)
 
     run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print)
+    refuse_early(model, data, activations, run.width)
     windows = evaluation.val_dataloader()
     weights = sum(site.rows * site.in_features for own in plan for site in own.weights)
     console.print(

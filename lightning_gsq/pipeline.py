@@ -218,6 +218,7 @@ class BlockwiseRun:
             )
             for (site, scheme), start in zip(plan.weights.items(), starts, strict=True)
         }
+        del starts  # their positions are as large as the weights, and needed no more
         module = BlockQuantization(
             block,
             self.calls[plan.index],
@@ -249,6 +250,10 @@ class BlockwiseRun:
         trainer.fit(module, loader, held_out)
         if trainer.interrupted:
             raise KeyboardInterrupt
+        # Lightning binds it to the module: callbacks outlive a block, and would keep its training state alive.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            vars(callback).pop("log", None)
+            vars(callback).pop("log_dict", None)
         module.to(self.device)
         weights = {"start": module.start_weights(), "trained": module.hard_weights()}
         measures = {key: self._error(module, held_out, own) for key, own in weights.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from lightning_gsq import loading
@@ -64,7 +65,8 @@ def predict(
     prompts = _prompts(prompt, file)
     source = loading.resolve(loading.finished_model(model), revision, trust_remote_code)
     tokenizer = loading.load_tokenizer(source)
-    network = loading.load_model(source, dtype, quantized=True).to(place)
+    network = loading.load_model(source, dtype, quantized=True)
+    nn.Module.to(network, place)
     # The command's options decide alone, whatever the model's own generation config says of sampling.
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
@@ -78,7 +80,7 @@ def predict(
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
             output = network.generate(**inputs.to(place), max_new_tokens=max_new_tokens, streamer=streamer, **options)
-        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        texts.append(str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
     return texts
 
 

@@ -92,7 +92,9 @@ def _to_plain(scheme: QuantScheme, site: LinearSite) -> dict[str, Any]:
 def _from_plain(name: str, content: Any) -> tuple[QuantScheme, LinearSite]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"quantization_config: the layout of {name} is {content!r}, expected an object")
-    bits, group_size, shape = content.get("bits"), content.get("group_size"), content.get("shape")
+    bits: Any = content.get("bits")
+    group_size: Any = content.get("group_size")
+    shape: Any = content.get("shape")
     experts, transposed = content.get("experts", 0), content.get("transposed", False)
     whole = [group_size, experts, *(shape if isinstance(shape, list) and len(shape) == 2 else [None])]
     if not all(type(number) is int for number in whole) or min(experts, *shape, 0) < 0 or 0 in shape:
@@ -170,10 +172,12 @@ def load(
         )
     GSQConfig(**quantization)
     weight_files(root)
+    found: dict[str, Any]
+    loaded: PreTrainedModel
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded, found = AutoModelForCausalLM.from_pretrained(
             root, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        )  # type: ignore[misc]
     except ConfigurationError:
         raise
     except Exception as error:  # transformers raises a dozen unrelated types
@@ -184,8 +188,7 @@ def load(
                 f"model: the files in {root} do not fit the model: {problem.replace('_', ' ')} "
                 f"{', '.join(str(key) for key in sorted(found[problem], key=str)[:3])}"
             )
-    loaded: PreTrainedModel = model
-    return loaded.to(device) if device is not None else loaded
+    return nn.Module.to(loaded, device) if device is not None else loaded
 
 
 def exchange_modules(model: nn.Module, layouts: Layouts, scale_dtypes: Mapping[str, torch.dtype]) -> None:

@@ -114,7 +114,7 @@ def short_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 def greedy(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """A text and its most probable continuation, token ids ``1 T``."""
-    output: Tensor = model.generate(  # type: ignore[assignment]
+    output: Tensor = model.generate(  # type: ignore[operator]
         ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=NEW_TOKENS
     )
     return output

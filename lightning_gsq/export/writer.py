@@ -63,7 +63,8 @@ class ShardWriter:
     def finish(self) -> Ledger:
         """Writes what is left and the index; returns the ledger, checked against the files."""
         self._flush()
-        headers, index = {}, {}
+        headers: dict[str, int] = {}
+        index: dict[str, str] = {}
         for number, (path, names, size) in enumerate(self._shards, start=1):
             final = SINGLE if len(self._shards) == 1 else SHARD.format(number, len(self._shards))
             path = path.replace(self.folder / final)
