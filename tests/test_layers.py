@@ -35,7 +35,7 @@ def test_a_packed_layer_is_its_dense_layer(bits: Bits, group_size: int) -> None:
     layer, dense = _layer(QuantScheme(bits, group_size))
     assert torch.equal(layer.dequantize(), dense.weight)
     x = torch.randn(2, 3, 40)
-    torch.testing.assert_close(layer(x), dense(x))
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)  # kernels sum in another order
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
