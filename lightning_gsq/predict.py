@@ -79,7 +79,9 @@ def predict(
         set_seed(seed)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
-            output = network.generate(**inputs.to(place), max_new_tokens=max_new_tokens, streamer=streamer, **options)
+            output = network.generate(  # type: ignore[operator]  # a class attribute's type hides the method
+                **inputs.to(place), max_new_tokens=max_new_tokens, streamer=streamer, **options
+            )
         texts.append(str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
     return texts
 
