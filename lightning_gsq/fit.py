@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from lightning_gsq import board, loading, report
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.command import check_possible, export_run
+from lightning_gsq.export.formats import ExportFormat, ExportOptions, format_of
+from lightning_gsq.export.source import FinishedRun, quantized_weights
+from lightning_gsq.ledger import Ledger, LedgerEntry
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
-from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
+from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, as_stored, installed, make_plan
 from lightning_gsq.plan import refuse_early
-from lightning_gsq.qtensor import BitsLedger, QuantizedTensor
+from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.ranks import Ranks, check_shares
 from lightning_gsq.recipe import make_recipe
 from lightning_gsq.run_folder import RunFolder, write_atomically
@@ -40,6 +45,7 @@ def fit(
     settings: dict[str, Any],
     seed: int,
     console: Console,
+    formats: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Quantizes a model into a run folder, or goes on where an earlier start of the same run stopped.
 
@@ -54,6 +60,7 @@ def fit(
         settings: All resolved settings, for the recipe.
         seed: Seed of everything random.
         console: Where to print.
+        formats: Formats to export the finished run to.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -61,6 +68,7 @@ def fit(
     Raises:
         ConfigurationError: something asked for cannot be done; raised before any long work.
     """
+    exports = [format_of(name) for name in dict.fromkeys(formats)]
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     limit = loading.max_length(loading.load_config(source))
     trainer = make_trainer()
@@ -77,6 +85,7 @@ def fit(
     folder.check_room(_bytes_to_write(model))
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
+    check_possible(exports, quantized_weights(plan))
     _calibrate(data, model, folder)
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
@@ -98,7 +107,10 @@ def fit(
         ranks.leave(failed=True)
         raise
     ranks.leave()
-    return summary
+    if folder.rank:
+        return summary
+    _export(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+    return folder.summary
 
 
 def _phases(
@@ -127,7 +139,10 @@ def _phases(
         known = folder.progress.get("perplexity", {})
         if name not in known:
             began = time.perf_counter()
-            (result,) = make_evaluation_trainer().validate(model, windows, verbose=False)
+            # What is reported of the quantized model is what its files give: nothing more precise than they are.
+            stored = contextlib.nullcontext() if name == "full_precision" else as_stored(model, plan)
+            with stored:
+                (result,) = make_evaluation_trainer().validate(model, windows, verbose=False)
             known = {**known, name: result["perplexity"]}
             folder.update_progress(perplexity=known)
             _add_seconds(folder, "evaluation", began)
@@ -180,11 +195,22 @@ def _phases(
             folder.update_progress(model=kind)
             _add_seconds(folder, "saving", began)
         summary = _summary(model, source, folder, recipe, kind, plan, tensors, result)
-    folder.write_summary(summary)
+    folder.write_summary({**summary, "exports": folder.summary.get("exports", {})})
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
     board.log_result(run.trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
     report.print_summary(console, summary, str(folder.root))
     return summary
+
+
+def _export(run: FinishedRun, exports: list[ExportFormat], console: Console) -> None:
+    """Exports the finished run, except to what an earlier start has exported already."""
+    done = run.folder.progress.get("exports", {})
+    for own in exports:
+        folder = run.folder.root / "export" / own.name
+        if done.get(own.name) != run.kind or not folder.is_dir():
+            export_run(run, [own], folder.parent, ExportOptions(), check=True, console=console)
+            done = {**done, own.name: run.kind}
+            run.folder.update_progress(exports=done)
 
 
 def _last_kind(model: ModelQuantization, plan: list[BlockPlan], folder: RunFolder) -> str:
@@ -254,6 +280,32 @@ def _add_seconds(folder: RunFolder, part: str, began: float) -> None:
     folder.update_progress(seconds={**seconds, part: seconds.get(part, 0.0) + time.perf_counter() - began})
 
 
+def _ledger(
+    model: ModelQuantization,
+    plan: list[BlockPlan],
+    tensors: list[dict[str, QuantizedTensor]],
+    folder: RunFolder,
+    kind: str,
+) -> Ledger:
+    """The bits of the block files, and of everything that is not quantized in the dtype of the saved model."""
+    entries, headers = [], {}
+    for own, weights in zip(plan, tensors, strict=True):
+        file = folder.block_file(kind, own.index)
+        stored = [
+            LedgerEntry.packed(f"{own.name}.{name}", tensor.shape, tensor.scheme, 8 * tensor.scales_OG.element_size())
+            for name, tensor in weights.items()
+        ]
+        entries += stored
+        headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
+    quantized = {entry.name for entry in entries}
+    entries += [
+        LedgerEntry(name, p.numel(), unquantized=8 * model.output_dtype.itemsize * p.numel())
+        for name, p in model.network.named_parameters()
+        if name not in quantized
+    ]
+    return Ledger(tuple(entries), headers)
+
+
 def _summary(
     model: ModelQuantization,
     source: loading.ModelSource,
@@ -264,7 +316,7 @@ def _summary(
     tensors: list[dict[str, QuantizedTensor]],
     result: EndToEndResult | None,
 ) -> dict[str, Any]:
-    ledger: BitsLedger = report.ledger_of(tensors)
+    ledger = _ledger(model, plan, tensors, folder, kind)
     progress = folder.progress
     blocks = progress.get("blocks", {})
     seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
@@ -274,11 +326,12 @@ def _summary(
     folder.update_progress(peak_memory_bytes=peak)
     summary = {
         "perplexity": progress["perplexity"],
-        "bits_per_weight": ledger.per_weight(),
+        "bits_per_weight": report.ledger_of(tensors).per_weight(),
+        "ledger": ledger.summary(),
         "bytes": {
             "original": loading.num_bytes(source, model.network),
             "dense": 2 * parameters,
-            "quantized": files + 2 * (parameters - ledger.weights),
+            "quantized": ledger.num_bytes,
             "blocks": files,
         },
         "seconds_per_block": seconds_of["blocks"] / max(1, len(blocks)),

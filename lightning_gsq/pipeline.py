@@ -407,12 +407,12 @@ def installed(
             for name, data in parameters.items():
                 undo.callback(setattr, blocks[own.index].get_parameter(name), "data", data)
         for name, value in (dense or {}).items():
-            undo.enter_context(_replaced(model.network, name, value))
+            undo.enter_context(replaced(model.network, name, value))
         yield
 
 
 @contextmanager
-def _replaced(network: PreTrainedModel, name: str, value: Tensor) -> Iterator[None]:
+def replaced(network: PreTrainedModel, name: str, value: Tensor) -> Iterator[None]:
     """Another parameter under this name, and under no other name that shared the original."""
     owner, _, last = name.rpartition(".")
     module, config = network.get_submodule(owner), network.config
@@ -425,6 +425,20 @@ def _replaced(network: PreTrainedModel, name: str, value: Tensor) -> Iterator[No
     finally:
         setattr(module, last, original)
         config.tie_word_embeddings = tied
+
+
+@contextmanager
+def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]:
+    """Inside the context, every parameter that is not quantized has the precision that the saved files give it."""
+    quantized = {f"{own.name}.{site.name}" for own in plan for site in own.weights}
+    originals = {p: p.data for name, p in model.network.named_parameters() if name not in quantized}
+    try:
+        for parameter, data in originals.items():
+            parameter.data = data.to(model.output_dtype).to(data.dtype)
+        yield
+    finally:
+        for parameter, data in originals.items():
+            parameter.data = data
 
 
 def to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:

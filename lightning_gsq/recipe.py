@@ -34,8 +34,8 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
     "data": {"cache_folder", "retries", "retry_pause"},
     "activations": {"memory_limit_gb", "folder"},
 }
-LATER = {"config", "end_to_end"}
-"""Groups that are no part of it: the end-to-end phase keeps its settings beside its own result."""
+LATER = {"config", "end_to_end", "export"}
+"""Groups that are no part of it: the end-to-end phase keeps its settings beside its own result, exports come after."""
 
 
 def make_recipe(
@@ -56,7 +56,7 @@ def make_recipe(
     watchers = {f"lightning_gsq.callbacks.{watcher.__name__}" for watcher in WATCHERS}
     kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in watchers]
     fingerprints = {
-        "model": fingerprint(_parameter_samples(model)),
+        "model": model_fingerprint(model),
         "calibration": fingerprint([data.train_ids_NT, data.validation_ids_NT]),
         "evaluation": fingerprint([evaluation.ids_NT]),
     }
@@ -72,6 +72,6 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _parameter_samples(model: ModelQuantization) -> list[Tensor]:
-    """Some numbers of every parameter: enough to tell two models apart, without reading all of a large one."""
-    return [p.detach().flatten()[:: max(1, p.numel() // 256)].float() for p in model.network.parameters()]
+def model_fingerprint(model: ModelQuantization) -> str:
+    """A digest of some numbers of every parameter: enough to tell two models apart, without reading a large one."""
+    return fingerprint(p.detach().flatten()[:: max(1, p.numel() // 256)].float() for p in model.network.parameters())

@@ -34,19 +34,20 @@ class RunFolder:
     """Reads and writes a run folder.
 
     Args:
-        root: The folder; made if it does not exist. Several processes must all see it.
+        root: The folder. Several processes must all see it.
         rank: Number of this process; only the first one writes.
+        create: Make it if it does not exist, and check that it can be written.
 
     Raises:
         ConfigurationError: it cannot be written.
     """
 
-    def __init__(self, root: str | Path, rank: int = 0) -> None:
+    def __init__(self, root: str | Path, rank: int = 0, create: bool = True) -> None:
         self.root, self.rank = Path(root), rank
         self._progress: dict[str, Any] | None = None
         self.blocks = self.root / "blocks"
         self.model = self.root / "model"
-        if rank:
+        if rank or not create:
             return
         try:
             self.blocks.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,15 @@ class RunFolder:
         """What is done so far; empty for a new run."""
         if self._progress is not None:
             return self._progress
-        file = self.root / "progress.json"
+        return self._read_json("progress.json")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The results; empty for a run that has none yet."""
+        return self._read_json("summary.json")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        file = self.root / name
         if not file.exists():
             return {}
         try:
