@@ -1,0 +1,104 @@
+"""The GPTQ format: gptqmodel loads it, and for 4 and 8 bits most runtimes with GPTQ kernels.
+
+A linear layer ``x`` is stored as
+
+    x.qweight   int32 ceil(I bits / 32) O      code + 2^(bits - 1), packed along the input dimension
+    x.qzeros    int32 G ceil(O bits / 32)      zero points less one, packed along the output dimension
+    x.scales    fp16 G O
+    x.g_idx     int32 I                        the group of every input
+
+The packing is that of :mod:`lightning_gsq.packing`, transposed. The grid is symmetric, so that every zero point is
+2^(bits - 1); the checkpoint format ``gptq`` stores it less one, a habit of the first implementation that every reader
+undoes. Codes of 1 bit and ternary codes are stored as 2 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gsq.export.check import compare
+from lightning_gsq.export.formats import CheckFailedError, CheckReport, ExportFormat, ExportOptions, Runtime
+from lightning_gsq.export.gguf_blocks import fp16_scales
+from lightning_gsq.export.linear import layer_names, linear_bits, refuse_other_than_linear
+from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.writer import ShardWriter, write_companions
+from lightning_gsq.ledger import Ledger, LedgerEntry
+from lightning_gsq.packing import WORD_BITS, pack
+from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.scheme import QuantScheme
+
+PACKAGE = "gptqmodel"
+BITS = (2, 3, 4, 8)
+BLOCK = 32
+"""3-bit kernels unpack 32 codes from three words at once."""
+
+
+def encode(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of one layer.
+
+    Raises:
+        ConfigurationError: a scale is no fp16 number.
+    """
+    bits, (rows, columns) = linear_bits(tensor.scheme), tensor.shape
+    zero, groups = 2 ** (bits - 1), tensor.scales_OG.shape[1]
+    length = tensor.scheme.group_length(columns)
+    return {
+        "qweight": pack(tensor.codes_OI.to(torch.int16) + zero, bits).T.contiguous(),
+        "qzeros": pack(torch.full((groups, rows), zero - 1), bits),
+        "scales": fp16_scales(tensor.scales_OG).T.contiguous(),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // length,
+    }
+
+
+def quantization_config(layers: Mapping[str, QuantScheme], others: Sequence[str], writer: str) -> dict[str, Any]:
+    """``quantization_config`` of config.json, and the whole of quantize_config.json.
+
+    Args:
+        layers: Scheme of every quantized layer, by its name.
+        others: Names of the linear layers inside the blocks that are not quantized.
+        writer: Name and version of the program that wrote the file, as ``name:version``.
+    """
+    kinds = {name: (linear_bits(scheme), scheme.group_size) for name, scheme in layers.items()}
+    (bits, group_size), _ = Counter(kinds.values()).most_common(1)[0]
+    dynamic: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in others}
+    for name, (own_bits, own_size) in kinds.items():
+        if (own_bits, own_size) != (bits, group_size):
+            dynamic[f"^{re.escape(name)}$"] = {"bits": own_bits, "group_size": own_size}
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": dynamic or None,
+        "meta": {"quantizer": [writer]},
+    }
+
+
+class GPTQFormat(ExportFormat):
+    """GPTQ safetensors."""
+
+    name: ClassVar[str] = "gptq"
+
+    def refuse(self, weights: Sequence[QuantizedWeight]) -> str | None:
+        """Refuses bits without a kernel, 3-bit matrices that are not made of blocks of 32, and fused experts."""
+        for weight in weights:
+            bits = linear_bits(weight.scheme)
+            if bits not in BITS:
+                return f"{self.name} has no {bits}-bit kernels, and {weight.name} has {bits}; {OTHER} holds it"
+            if bits == 3 and any(size % BLOCK for size in weight.shape):
+                return f"{self.name} at 3 bits needs sizes of multiples of {BLOCK}, and {weight.name} is {weight.shape}"
+        return refuse_other_than_linear(self.name, weights)
