@@ -2,7 +2,11 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from lightning_gsq.runtime import load
+
 try:
     __version__ = version("lightning-gsq")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
+
+__all__ = ["__version__", "load"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,12 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file, save
-from torch import Tensor
 
 from lightning_gsq import loading, report
 from lightning_gsq.callbacks import BlockProgress, HardRounding, QuantizationMonitor
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.fingerprint import fingerprint, model_fingerprint
 from lightning_gsq.modules import ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
 from lightning_gsq.qtensor import BitsLedger
@@ -204,24 +203,11 @@ def _recipe(
     callbacks = kept["trainer"].get("callbacks") or []
     kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in WATCHERS]
     fingerprints = {
-        "model": _fingerprint(*_parameter_samples(model)),
-        "calibration": _fingerprint(data.train_ids_NT, data.validation_ids_NT),
-        "evaluation": _fingerprint(evaluation.ids_NT),
+        "model": model_fingerprint(model.network),
+        "calibration": fingerprint(data.train_ids_NT, data.validation_ids_NT),
+        "evaluation": fingerprint(evaluation.ids_NT),
     }
     return {"seed": seed, "settings": kept, "fingerprints": fingerprints, "versions": report.versions()}
-
-
-def _parameter_samples(model: ModelQuantization) -> list[Tensor]:
-    """Some numbers of every parameter: enough to tell two models apart, without reading all of a large one."""
-    return [p.detach().flatten()[:: max(1, p.numel() // 256)].float() for p in model.network.parameters()]
-
-
-def _fingerprint(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _add_seconds(folder: RunFolder, part: str, began: float) -> None:

@@ -33,16 +33,19 @@ class RunFolder:
     """Reads and writes a run folder.
 
     Args:
-        root: The folder; made if it does not exist.
+        root: The folder.
+        create: Make it if it does not exist, and check that it can be written.
 
     Raises:
         ConfigurationError: it cannot be written.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, create: bool = True) -> None:
         self.root = Path(root)
         self.blocks = self.root / "blocks"
         self.model = self.root / "model"
+        if not create:
+            return
         try:
             self.blocks.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".writable"
@@ -92,7 +95,15 @@ class RunFolder:
     @property
     def progress(self) -> dict[str, Any]:
         """What is done so far; empty for a new run."""
-        file = self.root / "progress.json"
+        return self._read_json("progress.json")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The results; empty for a run that has none yet."""
+        return self._read_json("summary.json")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        file = self.root / name
         if not file.exists():
             return {}
         try:

@@ -1,0 +1,16 @@
+"""Files that other programs load, from a finished run."""
+
+from lightning_gsq.export.formats import CheckFailedError, CheckReport, ExportFormat, ExportOptions, Runtime, formats
+from lightning_gsq.export.source import FinishedRun, QuantizedWeight, open_run
+
+__all__ = [
+    "CheckFailedError",
+    "CheckReport",
+    "ExportFormat",
+    "ExportOptions",
+    "FinishedRun",
+    "QuantizedWeight",
+    "Runtime",
+    "formats",
+    "open_run",
+]

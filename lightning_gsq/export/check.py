@@ -1,0 +1,125 @@
+"""Loading an export back: is the file what the run computes?
+
+The run's own weights go into the original model, in fp32; the loaded model runs in fp32 as well. Weights have to agree
+bit for bit. Logits, greedy text and perplexity then differ by the order of summation alone, where they differ at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_gsq.data import PythonDocumentation
+from lightning_gsq.export.formats import CheckFailedError, CheckReport
+from lightning_gsq.export.source import FinishedRun
+
+PROMPTS = ("The capital of France is", "Water boils when", "def fibonacci(n):")
+NEW_TOKENS = 16
+PERPLEXITY_TOKENS = 256
+LOGIT_TOLERANCE = 1e-3
+"""Of the largest logit: a hundred times what summing in another order does in fp32."""
+
+
+def compare_model(
+    run: FinishedRun,
+    folder: Path,
+    package: str,
+    dense_of: Callable[[PreTrainedModel, str], Tensor] | None = None,
+    rounded_to: torch.dtype | None = None,
+) -> CheckReport:
+    """Loads a folder through ``AutoModelForCausalLM`` and compares it with the run.
+
+    Args:
+        run: The run.
+        folder: The exported folder.
+        package: The package that reads it, for the report.
+        dense_of: Gives a quantized weight of the loaded model by name, in the shape of the original parameter; by
+            default the parameter of that name.
+        rounded_to: Dtype that the format rounds dequantized weights to; None compares in fp32.
+
+    Raises:
+        CheckFailedError: it does not load, or differs.
+    """
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # whatever the package raises, the file is not what it should be
+        raise CheckFailedError(f"{package} cannot load {folder}: {error}") from error
+    return compare(run, loaded.eval(), f"{package} {version(package)}", dense_of or nn.Module.get_parameter, rounded_to)
+
+
+@torch.no_grad()
+def compare(
+    run: FinishedRun,
+    loaded: PreTrainedModel,
+    runtime: str,
+    dense_of: Callable[[PreTrainedModel, str], Tensor],
+    rounded_to: torch.dtype | None = None,
+) -> CheckReport:
+    """Compares a loaded model with the run: weights, logits, text, perplexity.
+
+    Raises:
+        CheckFailedError: a weight differs, or the logits differ by more than the order of summation explains.
+    """
+    different = [
+        name
+        for name in run.weights
+        if not torch.equal(
+            dense_of(loaded, name).float(),
+            run.dense(name, rounded_to or torch.float32).float(),
+        )
+    ]
+    if different:
+        raise CheckFailedError(
+            f"{runtime} loads {len(different)} of {len(run.weights)} weights with other values, first {different[0]}"
+        )
+    reference = run.reference(rounded_to or torch.float32)
+    difference = largest = 0.0
+    texts = []
+    for prompt in PROMPTS:
+        ids_BT = encode(run.tokenizer, prompt)
+        own, other = (model(ids_BT, use_cache=False).logits.float() for model in (reference, loaded))
+        difference = max(difference, float((own - other).abs().max()))
+        largest = max(largest, float(own.abs().max()))
+        texts.append([greedy(model, ids_BT) for model in (reference, loaded)])
+    if not difference <= LOGIT_TOLERANCE * largest:
+        raise CheckFailedError(f"{runtime}: logits differ by {difference:.3g}, the largest is {largest:.3g}")
+    ids_BT = short_text(run.tokenizer)
+    return CheckReport(
+        runtime,
+        weights=(len(run.weights), len(run.weights)),
+        logits=(difference, largest),
+        same_text=all(own == other for own, other in texts),
+        perplexity=(perplexity(reference, ids_BT), perplexity(loaded, ids_BT)),
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Token ids ``1 T``."""
+    ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+    return ids
+
+
+def short_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids ``1 T`` of a text that every Python installation has."""
+    text = next(iter(PythonDocumentation(part="evaluation").documents()))
+    return encode(tokenizer, text)[:, :PERPLEXITY_TOKENS]
+
+
+def greedy(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
+    """The most probable continuation, token ids."""
+    output = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=NEW_TOKENS)
+    tokens: list[int] = output[0, ids_BT.shape[1] :].tolist()
+    return tokens
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids_BT: Tensor) -> float:
+    """Perplexity of one sequence."""
+    logits_TV = model(ids_BT, use_cache=False).logits[0, :-1].float()
+    return math.exp(float(nn.functional.cross_entropy(logits_TV, ids_BT[0, 1:])))

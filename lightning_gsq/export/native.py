@@ -1,0 +1,78 @@
+"""The project's own format: packed codes and scales in safetensors, loaded without unpacking.
+
+A quantized weight ``<stem>.weight`` is stored as ``<stem>.codes`` (int32 words ``O W``, the canonical packing) and
+``<stem>.scales`` (``O G``, the run's scale dtype); every other parameter as plain numbers under its usual name. The
+layout of each weight stands in ``quantization_config`` of config.json, so that a reader needs nothing else:
+
+    {"quant_method": "lightning_gsq", "version": 1,
+     "weights": {"model.layers.0.mlp.down_proj.weight": {"bits": 3, "group_size": 64, "shape": [576, 1536]}, ...}}
+
+It holds every scheme exactly, and a loaded model takes as much memory as the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_gsq.export.check import compare_model
+from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, Runtime
+from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.writer import ShardWriter, file_names, write_companions
+from lightning_gsq.layers import PackedWeight
+from lightning_gsq.ledger import Ledger, LedgerEntry
+from lightning_gsq.runtime import GSQConfig
+
+
+class NativeFormat(ExportFormat):
+    """Packed safetensors for :func:`lightning_gsq.load`."""
+
+    name: ClassVar[str] = "native"
+
+    def refuse(self, weights: Sequence[QuantizedWeight]) -> str | None:
+        """Holds everything."""
+        return None
+
+    def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
+        """Writes ``model.safetensors`` (or shards), config and tokenizer."""
+        writer = ShardWriter(folder, options.shard_size)
+        for names in run.units():
+            plain = {name: run.parameter(name) for name in names if name not in run.weights}
+            for name, value in file_names(run, plain).items():
+                writer.add_plain(name, value)
+            for name in names:
+                if name in run.weights:
+                    weight, tensor = run.weights[name], run.tensor(name)
+                    parts = {f"{weight.stem}.{part}": value for part, value in tensor.pack().items()}
+                    scale_bits = 8 * tensor.scales_OG.element_size()
+                    writer.add(parts, LedgerEntry.packed(name, weight.shape, weight.scheme, scale_bits))
+        layouts = {name: (weight.scheme, weight.site) for name, weight in run.weights.items()}
+        write_companions(run, folder, GSQConfig.of(layouts).to_dict())
+        return writer.finish()
+
+    def check(self, run: FinishedRun, folder: Path) -> CheckReport:
+        """Loads it with the project's runtime."""
+        return compare_model(run, folder, "lightning-gsq", _dense_of)
+
+    def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
+        """The project's runtime, by itself or inside transformers."""
+        return [
+            Runtime("lightning-gsq", "exact", 'lightning_gsq.load("{folder}")'),
+            Runtime(
+                "transformers",
+                "exact",
+                'import lightning_gsq; AutoModelForCausalLM.from_pretrained("{folder}")',
+            ),
+        ]
+
+
+def _dense_of(model: PreTrainedModel, name: str) -> Tensor:
+    module = model.get_submodule(name.removesuffix(".weight"))
+    if not isinstance(module, PackedWeight):
+        raise TypeError(f"{name} is not packed in the loaded model but a {type(module).__name__}")
+    return module.dequantize(torch.float32)

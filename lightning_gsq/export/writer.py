@@ -1,0 +1,120 @@
+"""Writing a model folder shard by shard, with a ledger of every byte.
+
+Tensors are collected up to a limit and written as one safetensors file; the index names every shard. Only one shard is
+ever in memory. What a tensor counts as in the ledger is said when it is added.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.ledger import Ledger, LedgerEntry
+
+SINGLE, SHARD, INDEX = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors", "model.safetensors.index.json"
+
+
+class ShardWriter:
+    """Writes tensors into the safetensors files of a model folder.
+
+    Args:
+        folder: The folder.
+        shard_size: Bytes after which a new file begins.
+    """
+
+    def __init__(self, folder: Path, shard_size: int) -> None:
+        self.folder, self.shard_size = folder, shard_size
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = self._total = 0
+        self._shards: list[tuple[Path, list[str], int]] = []
+        self._entries: list[LedgerEntry] = []
+
+    def add(self, tensors: dict[str, Tensor], entry: LedgerEntry) -> None:
+        """Adds the tensors that store one parameter.
+
+        Args:
+            tensors: By their names in the file; together they have the entry's bits.
+            entry: What they count as.
+
+        Raises:
+            ValueError: the tensors do not have that many bits.
+        """
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if 8 * size != entry.bits:
+            raise ValueError(f"{entry.name} takes {8 * size} bits in the file, its ledger entry says {entry.bits}")
+        if self._pending and self._pending_bytes + size > self.shard_size:
+            self._flush()
+        self._pending |= {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._pending_bytes += size
+        self._entries.append(entry)
+
+    def add_plain(self, name: str, tensor: Tensor, parameter: str | None = None) -> None:
+        """Adds a parameter that is stored as plain numbers; ``parameter`` is its name in the model, if another."""
+        self.add({name: tensor}, LedgerEntry(parameter or name, tensor.numel(), unquantized=8 * tensor.nbytes))
+
+    def finish(self) -> Ledger:
+        """Writes what is left and the index; returns the ledger, checked against the files."""
+        self._flush()
+        headers, index = {}, {}
+        for number, (path, names, size) in enumerate(self._shards, start=1):
+            final = SINGLE if len(self._shards) == 1 else SHARD.format(number, len(self._shards))
+            path = path.replace(self.folder / final)
+            headers[final] = path.stat().st_size - size
+            index |= dict.fromkeys(names, final)
+        if len(self._shards) > 1:
+            content = {"metadata": {"total_size": self._total}, "weight_map": index}
+            (self.folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        ledger = Ledger(tuple(self._entries), headers)
+        ledger.verify(self.folder / name for name in headers)
+        return ledger
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        path = self.folder / f".shard-{len(self._shards)}.safetensors"
+        # "format" tells transformers which framework wrote the file; it refuses files without.
+        save_file(self._pending, path, {"format": "pt"})
+        self._shards.append((path, list(self._pending), self._pending_bytes))
+        self._total += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+
+def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters under the names, and in the pieces, that the model's family uses in files.
+
+    In memory some families differ from their files, for example by fusing experts into one parameter.
+
+    Args:
+        run: The run.
+        tensors: By name in the model; all parameters of a block have to come together.
+    """
+    named: dict[str, Tensor] = revert_weight_conversion(run.network, tensors)
+    return named
+
+
+def write_companions(run: FinishedRun, folder: Path, quantization: dict[str, Any] | None) -> None:
+    """Writes what stands beside the weights: config.json, generation_config.json, the tokenizer, recipe.yaml.
+
+    Args:
+        run: The run.
+        folder: The folder.
+        quantization: ``quantization_config`` of config.json; None for a model without one.
+    """
+    config = run.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(run.network).__name__]
+    config["dtype"] = str(run.dtype).removeprefix("torch.")
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    run.config.__class__.from_dict(config).save_pretrained(folder)
+    if run.generation_config is not None:
+        run.generation_config.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")

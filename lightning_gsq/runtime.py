@@ -1,0 +1,244 @@
+"""Loading a model whose weights stay packed.
+
+    model = lightning_gsq.load("runs/x/export/native")
+
+or, because importing ``lightning_gsq`` registers the format with transformers,
+
+    model = AutoModelForCausalLM.from_pretrained("runs/x/export/native")
+
+The model is built without weights, its quantized modules are exchanged for packed ones, and the files are then loaded
+into those. Everything that the files say is checked against the model before a number of them is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lightning_gsq.checkpoint import TensorInfo, read_headers, read_json, weight_files
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.layers import PackedExperts, PackedWeight, QuantLinear
+from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.sites import LinearSite
+
+METHOD = "lightning_gsq"
+VERSION = 1
+SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+Layouts = Mapping[str, tuple[QuantScheme, LinearSite]]
+"""Scheme and shape of each packed weight, by parameter name."""
+
+
+@register_quantization_config(METHOD)
+class GSQConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a native folder.
+
+    Args:
+        weights: Layout of each packed weight, by parameter name: ``bits``, ``group_size``, ``shape`` (``[O, I]``), and
+            for fused experts ``experts`` and ``transposed``.
+        version: Version of the format.
+
+    Raises:
+        ConfigurationError: it is another version, or a layout is not one.
+    """
+
+    def __init__(self, weights: dict[str, Any] | None = None, version: int = VERSION, **_: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # a registered method is no member of the enumeration
+        self.version, self.weights = version, weights
+        if version != VERSION:
+            raise ConfigurationError(
+                f"quantization_config: version {version!r} of the native format, this package reads {VERSION}; use "
+                "the lightning-gsq that wrote it, or a newer one"
+            )
+        if not isinstance(weights, dict) or not weights:
+            raise ConfigurationError("quantization_config: it lists no weights")
+        self.layouts()
+
+    @classmethod
+    def of(cls, layouts: Layouts) -> GSQConfig:
+        """The configuration of a model with these packed weights."""
+        return cls({name: _to_plain(scheme, site) for name, (scheme, site) in layouts.items()})
+
+    def layouts(self) -> Layouts:
+        """Scheme and shape of each packed weight.
+
+        Raises:
+            ConfigurationError: a layout is not one.
+        """
+        return {name: _from_plain(name, content) for name, content in (self.weights or {}).items()}
+
+
+def _to_plain(scheme: QuantScheme, site: LinearSite) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "shape": [site.out_features, site.in_features],
+    }
+    if site.experts:
+        plain["experts"] = site.experts
+    if site.transposed:
+        plain["transposed"] = True
+    return plain
+
+
+def _from_plain(name: str, content: Any) -> tuple[QuantScheme, LinearSite]:
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"quantization_config: the layout of {name} is {content!r}, expected an object")
+    bits, group_size, shape = content.get("bits"), content.get("group_size"), content.get("shape")
+    experts, transposed = content.get("experts", 0), content.get("transposed", False)
+    whole = [group_size, experts, *(shape if isinstance(shape, list) and len(shape) == 2 else [None])]
+    if not all(type(number) is int for number in whole) or min(experts, *shape, 0) < 0 or 0 in shape:
+        raise ConfigurationError(
+            f"quantization_config: {name} needs whole numbers as group_size, shape [O, I] and experts, got {content}"
+        )
+    if type(bits) not in (int, str) or not isinstance(transposed, bool):
+        raise ConfigurationError(f"quantization_config: {name} has bits {bits!r} and transposed {transposed!r}")
+    return QuantScheme(bits, group_size), LinearSite(name, experts, shape[0], shape[1], transposed)
+
+
+@register_quantizer(METHOD)
+class GSQQuantizer(HfQuantizer):
+    """What transformers calls while it loads a native folder."""
+
+    requires_calibration = True  # a model becomes one of these by a run, not by loading
+    quantization_config: GSQConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        layouts = self.quantization_config.layouts()
+        stored = read_headers(Path(file) for file in checkpoint_files or [])
+        exchange_modules(model, layouts, {name: _scale_dtype(name, stored) for name in layouts})
+        check_stored(model, stored)
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the same format again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """``torch.compile`` and static caches work."""
+        return True
+
+
+def load(
+    folder: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A model with packed weights, in evaluation mode.
+
+    Args:
+        folder: A folder in the native format.
+        dtype: Dtype of what is not quantized, and of the arithmetic; "auto" for that of the file.
+        device: Where to put it; the CPU by default.
+
+    Raises:
+        ConfigurationError: it is no native folder, or a damaged one.
+    """
+    root = Path(folder).expanduser()
+    config = read_json(root / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise ConfigurationError(
+            f"model: {root} is not in the native format (its quantization_config names no {METHOD}); load it with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    GSQConfig(**quantization)
+    weight_files(root)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, local_files_only=True)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # transformers raises a dozen unrelated types
+        raise ConfigurationError(f"model: cannot load {root}: {error}") from error
+    return model.to(device) if device is not None else model
+
+
+def exchange_modules(model: nn.Module, layouts: Layouts, scale_dtypes: Mapping[str, torch.dtype]) -> None:
+    """Puts packed modules, without values, in the place of those with the named weights.
+
+    Args:
+        model: The model, on the meta device.
+        layouts: What to exchange, by parameter name.
+        scale_dtypes: Stored dtype of the scales, by parameter name.
+
+    Raises:
+        ConfigurationError: there is no such weight, it has another shape, or its module computes something else.
+    """
+    parameters = dict(model.named_parameters())
+    for name, (scheme, site) in layouts.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise ConfigurationError(f"quantization_config: the model has no weight {name}")
+        shape = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
+        if tuple(parameter.shape) != ((site.experts, *shape) if site.experts else shape):
+            raise ConfigurationError(
+                f"quantization_config: {name} has shape {tuple(parameter.shape)} in the model, {site} in the file"
+            )
+        owner_name, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        dtypes = {"scale_dtype": scale_dtypes[name], "dtype": parameter.dtype}
+        if site.experts:
+            delattr(owner, attribute)
+            setattr(owner, attribute, PackedExperts(scheme, site, device=parameter.device, **dtypes))
+            _select_eager_experts(model)
+        elif type(owner) in (nn.Linear, Conv1D) and attribute == "weight":
+            bias = getattr(owner, "bias", None) is not None
+            model.set_submodule(owner_name, QuantLinear(scheme, site, bias, device=parameter.device, **dtypes))
+        else:
+            raise ConfigurationError(
+                f"quantization_config: {name} belongs to a {type(owner).__name__}, which has no packed form; export "
+                "the run as dequantized"
+            )
+
+
+def check_stored(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
+    """Checks the packed tensors of the files against the modules that they are for.
+
+    Raises:
+        ConfigurationError: one is missing, or has another dtype or shape.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            for part in ("codes", "scales"):
+                found, wanted = stored.get(f"{name}.{part}"), getattr(module, part)
+                if found is None:
+                    raise ConfigurationError(f"model: no file holds {name}.{part}")
+                if found.shape != tuple(wanted.shape) or _torch_dtype(found) != wanted.dtype:
+                    raise ConfigurationError(
+                        f"model: {name}.{part} is {found.dtype} {found.shape} in {found.file.name}, expected "
+                        f"{wanted.dtype} {tuple(wanted.shape)}"
+                    )
+
+
+def _scale_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:
+    stem = name.removesuffix(".weight")
+    found = stored.get(f"{stem}.scales")
+    if found is None:
+        raise ConfigurationError(f"model: no file holds {stem}.scales")
+    if found.dtype not in SCALE_DTYPES:
+        raise ConfigurationError(f"model: {stem}.scales is {found.dtype}, expected one of {', '.join(SCALE_DTYPES)}")
+    return SCALE_DTYPES[found.dtype]
+
+
+def _torch_dtype(info: TensorInfo) -> torch.dtype | None:
+    return {**SCALE_DTYPES, "I32": torch.int32}.get(info.dtype)
+
+
+def _select_eager_experts(model: nn.Module) -> None:
+    """Lets fused experts run one by one: the other forms want all of their matrices in one tensor."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._experts_implementation = "eager"
