@@ -6,9 +6,9 @@ A linear layer ``x`` is stored as
     x.weight_scale     O G
     x.weight_shape     int64 (O, I)
 
-and ``quantization_config`` in config.json says which layers those are: one config group for every pair of bits and group
-size, with the layers' names as targets, and an ignore list for linear layers that were not quantized. Codes of 1 bit
-(-1, +1) and ternary codes (-1, 0, +1) are stored as 2 bits, the narrowest grid of the format that holds them.
+and ``quantization_config`` in config.json says which layers those are: one config group for every pair of bits and
+group size, with the layers' names as targets, and an ignore list for linear layers that were not quantized. Codes of
+1 bit (-1, +1) and ternary codes (-1, 0, +1) are stored as 2 bits, the narrowest grid of the format that holds them.
 
 A runtime multiplies codes by scales in the dtype that the model is loaded with. config.json therefore names the scales'
 dtype rather than the original model's: with any other of 16 bits, loading would round the scales first.
@@ -17,7 +17,6 @@ dtype rather than the original model's: with any other of 16 bits, loading would
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,10 +26,17 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare_model
 from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.linear import linear_bits, linear_layers, refuse_other_than_linear
+from lightning_gsq.export.linear import (
+    entry_of,
+    fits_dtype,
+    linear_bits,
+    other_linear_layers,
+    refuse_other_than_linear,
+)
+from lightning_gsq.export.packages import not_checked
 from lightning_gsq.export.source import FinishedRun, QuantizedWeight
 from lightning_gsq.export.writer import ShardWriter, write_companions
-from lightning_gsq.ledger import Ledger, LedgerEntry
+from lightning_gsq.ledger import Ledger
 from lightning_gsq.packing import pack
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
@@ -107,20 +113,21 @@ class CompressedTensorsFormat(ExportFormat):
             for name in names:
                 if name in run.weights:
                     weight = run.weights[name]
-                    parts = encode(run.tensor(name))
-                    writer.add({f"{weight.stem}.{part}": value for part, value in parts.items()}, _entry(name, parts))
+                    tensor = run.tensor(name)
+                    parts = encode(tensor)
+                    writer.add(
+                        {f"{weight.stem}.{part}": value for part, value in parts.items()},
+                        entry_of(name, tensor, parts, "weight_packed", "weight_scale"),
+                    )
                 else:
-                    writer.add_plain(name, run.parameter(name))
-        quantized, others = linear_layers(run)
-        schemes = {weight.stem: (weight.scheme, weight.site.in_features) for weight in quantized}
-        write_companions(run, folder, quantization_config(schemes, others), run.scale_dtype)
+                    writer.add_plain(name, fits_dtype(name, run.parameter(name), run.scale_dtype))
+        layers = {weight.stem: (weight.scheme, weight.site.in_features) for weight in run.weights.values()}
+        write_companions(run, folder, quantization_config(layers, other_linear_layers(run)), run.scale_dtype)
         return writer.finish()
 
     def check(self, run: FinishedRun, folder: Path) -> CheckReport:
         """Loads it with transformers and the compressed-tensors package."""
-        if find_spec("compressed_tensors") is None:
-            return CheckReport.impossible("transformers", PACKAGE)
-        return compare_model(run, folder, PACKAGE, _dense)
+        return not_checked(PACKAGE) or compare_model(run, folder, PACKAGE, _dense)
 
     def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
         """transformers, vLLM, SGLang."""
@@ -128,11 +135,6 @@ class CompressedTensorsFormat(ExportFormat):
             Runtime("transformers", "exact", 'AutoModelForCausalLM.from_pretrained("{folder}")'),
             Runtime("vLLM", "exact", "vllm serve {folder}"),
         ]
-
-
-def _entry(name: str, parts: Mapping[str, Tensor]) -> LedgerEntry:
-    rows, columns = parts["weight_shape"].tolist()
-    return LedgerEntry(name, rows * columns)
 
 
 def _dense(model: PreTrainedModel, name: str) -> Tensor:

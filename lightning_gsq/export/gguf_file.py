@@ -249,7 +249,8 @@ def write_gguf(path: Path, fields: Mapping[str, Field], tensors: Iterable[NewTen
     writer = gguf.GGUFWriter(path, architecture)
     try:
         for key, field in fields.items():
-            if key != "general.architecture":  # written by the writer itself
+            # The first is written by the writer itself; an empty list has no form in its files.
+            if key != "general.architecture" and field.value != []:
                 writer.add_key_value(key, field.value, field.kind, field.element)
         for tensor in tensors:
             # The number rather than its enum, which lacks Q2_0; any dtype other than uint8 leaves the shape as it is.

@@ -1,9 +1,8 @@
 """The key-values of a GGUF file: from the file that the run started from, or from a Hugging Face folder.
 
-A file's own key-values are copied as they are, except those that say how its weights are stored. From a folder they are
-derived: the hyperparameters of the Llama family and a byte-level BPE tokenizer. llama.cpp splits text before merging by a
-rule that it knows by name; a tokenizer whose rule is not among :data:`SPLITS` is refused rather than written with a rule
-that almost fits.
+A file's own key-values are copied as they are, except those that say how its weights are stored. From a folder they
+are derived: the hyperparameters of the Llama family and a byte-level BPE tokenizer. llama.cpp splits text by a rule that
+it knows by name; a tokenizer whose rule is not known here is refused rather than written with one that almost fits.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def fields_of_model(
 
 
 def rotary_factors(config: PretrainedConfig) -> Tensor | None:
-    """Llama 3's scaling of the rotary frequencies as the divisors that llama.cpp expects, fp32; None without scaling."""
+    """Llama 3's scaling of the rotary frequencies, as fp32 divisors, as llama.cpp expects it; None without scaling."""
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "llama3":
         return None
@@ -121,8 +120,8 @@ def _tokenizer_fields(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
     split = _split_name(content)
     if split is None:
         raise ConfigurationError(
-            f"format: gguf: the tokenizer ({type(tokenizer).__name__}) is not one of the byte-level BPE tokenizers that "
-            "can be written (GPT-2, SmolLM, Llama 3, Qwen2); start the run from a GGUF file of the model, whose "
+            f"format: gguf: the tokenizer ({type(tokenizer).__name__}) is not one of the byte-level BPE tokenizers "
+            "that can be written (GPT-2, SmolLM, Llama 3, Qwen2); start the run from a GGUF file of the model, whose "
             "tokenizer is copied, or export to dequantized and convert that with llama.cpp's convert_hf_to_gguf.py"
         )
     tokens, kinds = _vocabulary(config, tokenizer, content)

@@ -1,7 +1,7 @@
 """How a Hugging Face model of the Llama family lies in a GGUF file: architecture, tensor names, order of rows.
 
-llama.cpp rotates neighbouring rows of a query or key head together where Hugging Face's Llama rotates row ``i`` with row
-``i + d/2``; files of the ``llama`` architecture therefore hold those two matrices with the halves of every head
+llama.cpp rotates neighbouring rows of a query or key head together where Hugging Face's Llama rotates row ``i`` with
+row ``i + d/2``; files of the ``llama`` architecture therefore hold those two matrices with the halves of every head
 interleaved. Rows are independent of each other, so codes and scales move with them and nothing is rounded. The Qwen
 architectures are rotated by halves in llama.cpp too.
 """

@@ -19,26 +19,35 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare
 from lightning_gsq.export.formats import CheckFailedError, CheckReport, ExportFormat, ExportOptions, Runtime
 from lightning_gsq.export.gguf_blocks import fp16_scales
-from lightning_gsq.export.linear import layer_names, linear_bits, refuse_other_than_linear
+from lightning_gsq.export.linear import (
+    entry_of,
+    fits_dtype,
+    linear_bits,
+    other_linear_layers,
+    refuse_other_than_linear,
+)
+from lightning_gsq.export.packages import not_checked
 from lightning_gsq.export.source import FinishedRun, QuantizedWeight
 from lightning_gsq.export.writer import ShardWriter, write_companions
-from lightning_gsq.ledger import Ledger, LedgerEntry
-from lightning_gsq.packing import WORD_BITS, pack
+from lightning_gsq.ledger import Ledger
+from lightning_gsq.packing import pack
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
 
 PACKAGE = "gptqmodel"
 BITS = (2, 3, 4, 8)
+DTYPE = torch.float16
+"""Of the scales, and what readers compute in."""
 BLOCK = 32
 """3-bit kernels unpack 32 codes from three words at once."""
 
@@ -98,7 +107,58 @@ class GPTQFormat(ExportFormat):
         for weight in weights:
             bits = linear_bits(weight.scheme)
             if bits not in BITS:
-                return f"{self.name} has no {bits}-bit kernels, and {weight.name} has {bits}; {OTHER} holds it"
+                return f"{self.name} has no kernels for {bits} bits ({weight.name}); compressed-tensors holds them"
             if bits == 3 and any(size % BLOCK for size in weight.shape):
-                return f"{self.name} at 3 bits needs sizes of multiples of {BLOCK}, and {weight.name} is {weight.shape}"
+                return (
+                    f"{self.name} at 3 bits needs sizes that are multiples of {BLOCK}, and {weight.name} is "
+                    f"{weight.shape}; compressed-tensors holds it"
+                )
         return refuse_other_than_linear(self.name, weights)
+
+    def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
+        """Writes safetensors, config, quantize_config.json and tokenizer."""
+        writer = ShardWriter(folder, options.shard_size)
+        for names in run.units():
+            for name in names:
+                if name in run.weights:
+                    weight, tensor = run.weights[name], run.tensor(name)
+                    parts = encode(tensor)
+                    writer.add(
+                        {f"{weight.stem}.{part}": value for part, value in parts.items()},
+                        entry_of(name, tensor, parts, "qweight", "scales"),
+                    )
+                else:
+                    writer.add_plain(name, fits_dtype(name, run.parameter(name), DTYPE))
+        layers = {weight.stem: weight.scheme for weight in run.weights.values()}
+        config = quantization_config(layers, other_linear_layers(run), f"lightning-gsq:{version('lightning-gsq')}")
+        write_companions(run, folder, config, DTYPE)
+        content = json.dumps(config, indent=2) + "\n"
+        (folder / "quantize_config.json").write_text(content, encoding="utf-8")
+        return writer.finish()
+
+    def check(self, run: FinishedRun, folder: Path) -> CheckReport:
+        """Loads it with gptqmodel's torch kernel on the CPU, compared in fp32: fp16 scales become that unchanged."""
+        report = not_checked(PACKAGE)
+        if report is not None:
+            return report
+        try:
+            loaded = _load(folder)
+        except Exception as error:  # whatever the package raises, the file is not what it should be
+            raise CheckFailedError(f"{PACKAGE} cannot load {folder}: {error}") from error
+        return compare(run, loaded.float().eval(), f"{PACKAGE} {version(PACKAGE)}", _dense)
+
+    def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
+        """gptqmodel; others for the widths that they have kernels for."""
+        return [Runtime(PACKAGE, "exact", 'GPTQModel.load("{folder}")')]
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    from gptqmodel import BACKEND, GPTQModel
+
+    model: PreTrainedModel = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=DTYPE).model
+    return model
+
+
+def _dense(model: PreTrainedModel, name: str) -> Tensor:
+    """A weight as gptqmodel's torch kernel unpacks it, ``O I``."""
+    return model.get_submodule(name.removesuffix(".weight")).dequantize_weight().T

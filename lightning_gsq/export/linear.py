@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.ledger import LedgerEntry
+from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
 
 NARROWEST = 2
@@ -18,11 +22,11 @@ def linear_bits(scheme: QuantScheme) -> int:
     return max(NARROWEST, scheme.storage_bits)
 
 
-def layer_names(run: FinishedRun) -> tuple[list[str], list[str]]:
-    """Names of the quantized linear layers of a run's model, and of its other ones."""
+def other_linear_layers(run: FinishedRun) -> list[str]:
+    """Names of the model's linear layers that are not quantized."""
     quantized = {weight.stem for weight in run.weights.values()}
-    linear = [name for name, module in run.network.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if name in quantized], [name for name in linear if name not in quantized]
+    modules = run.network.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and name not in quantized]
 
 
 def refuse_other_than_linear(format_name: str, weights: Sequence[QuantizedWeight]) -> str | None:
@@ -32,3 +36,40 @@ def refuse_other_than_linear(format_name: str, weights: Sequence[QuantizedWeight
             what = "fuses several experts" if weight.site.experts else "is stored transposed"
             return f"{format_name} holds plain linear layers, and {weight.name} {what}; native and dequantized hold it"
     return None
+
+
+def entry_of(name: str, tensor: QuantizedTensor, parts: Mapping[str, Tensor], codes: str, scales: str) -> LedgerEntry:
+    """What a layer's tensors cost.
+
+    Args:
+        name: The weight's name in the model.
+        tensor: The weight.
+        parts: Everything that is stored for it, by the part's name.
+        codes: Which part holds the codes.
+        scales: Which part holds the scales.
+    """
+    weights = tensor.codes_OI.numel()
+    code_bits = weights * linear_bits(tensor.scheme)
+    return LedgerEntry(
+        name,
+        weights,
+        codes=code_bits,
+        scales=8 * parts[scales].nbytes,
+        padding=8 * parts[codes].nbytes - code_bits,
+        redundant=8 * sum(part.nbytes for key, part in parts.items() if key not in (codes, scales)),
+    )
+
+
+def fits_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value as it is, if a reader can load it in ``dtype`` without overflow.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if value.is_floating_point() and not bool(torch.isfinite(value.to(dtype)).all()):
+        raise ConfigurationError(
+            f"export: {name} reaches {float(value.abs().max()):.3g}, more than {dtype} holds, in which a reader loads "
+            "the folder because the scales are stored in it; quantize with --model.scale_dtype bfloat16, or export to "
+            "native"
+        )
+    return value
