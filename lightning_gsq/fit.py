@@ -81,6 +81,7 @@ def fit(
     folder.check_room(_bytes_to_write(model))
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
+    model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
     _calibrate(data, model, folder)
     recipe = _recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)

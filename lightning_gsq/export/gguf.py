@@ -1,6 +1,6 @@
 """GGUF: llama.cpp and everything built on it load it.
 
-Each quantized matrix is stored in the smallest ggml block type that holds it exactly (:mod:`gguf_blocks`): 1 bit in
+Each quantized matrix is stored in the smallest ggml block type that holds it exactly (:mod:`lightning_gsq.gguf.blocks`): 1 bit in
 Q1_0, 2 bits and ternary in Q2_0, 3 and 4 bits in Q4_0, 5 in Q5_0, 6 to 8 in Q8_0, where rows and groups are whole
 blocks. Other matrices are projected: rounded anew to a type with blocks of 32 (``gguf_projection``), or stored as F16
 where a row is no whole blocks either. The table of runtimes and the check say which.
@@ -28,12 +28,12 @@ from torch import Tensor
 from lightning_gsq import loading
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.gguf_blocks import BLOCK_TYPES, BlockType, encode, exact_type, projection
-from lightning_gsq.export.gguf_file import Field, GGUFFile, NewTensor, write_gguf
-from lightning_gsq.export.gguf_metadata import fields_of_file, fields_of_model, rotary_factors, storage_fields
-from lightning_gsq.export.gguf_names import Layout
 from lightning_gsq.export.linear import fits_dtype, refuse_other_than_linear
 from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.gguf.blocks import BLOCK_TYPES, BlockType, encode, exact_type, projection
+from lightning_gsq.gguf.file import Field, GGUFFile, NewTensor, write_gguf
+from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, rotary_factors, storage_fields
+from lightning_gsq.gguf.names import Layout
 from lightning_gsq.ledger import Ledger, LedgerEntry
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
@@ -134,11 +134,16 @@ class GGUFFormat(ExportFormat):
 
 
 def source_file(run: FinishedRun) -> GGUFFile | None:
-    """The GGUF file that the run started from; None if it started from a folder.
+    """The GGUF file whose remaining contents an export keeps; None for a run that has none.
+
+    That is the file whose codes the run started from (``FromFile``), or the one that holds its original model.
 
     Raises:
-        ConfigurationError: the file cannot be read.
+        ConfigurationError: the file is not there or cannot be read.
     """
+    start = run.recipe["settings"]["model"].get("warm_start")
+    if isinstance(start, dict) and str(start.get("class_path", "")).rpartition(".")[2] == "FromFile":
+        return GGUFFile(Path(start["init_args"]["file"]).expanduser())
     source = loading.resolve(run.address, run.model.revision, run.model.trust_remote_code)
     if source.gguf_file is None:
         return None
@@ -162,7 +167,7 @@ def _from_file(
         )
 
     def tensors() -> Iterator[NewTensor]:
-        from lightning_gsq.export.gguf_blocks import dequantize
+        from lightning_gsq.gguf.blocks import dequantize
 
         for name, stored in source.tensors.items():
             if name in EMBEDDINGS and options.gguf_embedding is not None:

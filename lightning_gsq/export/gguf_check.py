@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from lightning_gsq.export import llama_cpp
 from lightning_gsq.export.check import LOGIT_TOLERANCE, NEW_TOKENS, PROMPTS, encode, greedy, perplexity, short_text
 from lightning_gsq.export.formats import CheckFailedError, CheckReport
-from lightning_gsq.export.gguf import F16, SUPPORTED_BY_TRANSFORMERS, Storage
-from lightning_gsq.export.gguf_blocks import dequantize
-from lightning_gsq.export.gguf_file import GGUFFile
-from lightning_gsq.export.gguf_names import Layout
+from lightning_gsq.export.gguf import F16, ROTARY, SUPPORTED_BY_TRANSFORMERS, Storage
 from lightning_gsq.export.packages import not_checked
 from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.gguf.blocks import dequantize
+from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.gguf.names import Layout
 
 LOGPROB_TOLERANCE = 0.2
 """Natural units, of the mean log-probability of a token."""
@@ -51,9 +51,11 @@ def check_file(run: FinishedRun, path: Path, source: GGUFFile | None) -> CheckRe
     network = run.reference()
     ids_BT = short_text(run.tokenizer)[:, :TEXT_TOKENS]
     own = perplexity(network, ids_BT)
-    exact, error = _compare_values(run, network, file, layout)
+    exact, error = _compare_values(run, network, file, layout, source)
     notes = [] if exact == len(run.weights) else [f"a projection: weights change by up to {error:.2g} of the largest"]
-    if {stored.number for stored in file.tensors.values()} <= SUPPORTED_BY_TRANSFORMERS:
+    if ROTARY in file.tensors:
+        notes.append("transformers ignores the scaling of the rotary frequencies in GGUF files")
+    elif {stored.number for stored in file.tensors.values()} <= SUPPORTED_BY_TRANSFORMERS:
         difference = _compare_with_transformers(run, network, path)
         notes.append(f"transformers {version('transformers')}: logits differ by {difference:.2g}")
     else:
@@ -78,7 +80,9 @@ def check_file(run: FinishedRun, path: Path, source: GGUFFile | None) -> CheckRe
     return report
 
 
-def _compare_values(run: FinishedRun, network: PreTrainedModel, file: GGUFFile, layout: Layout) -> tuple[int, float]:
+def _compare_values(
+    run: FinishedRun, network: PreTrainedModel, file: GGUFFile, layout: Layout, source: GGUFFile | None
+) -> tuple[int, float]:
     """Compares every tensor and puts the file's values into the network.
 
     Returns:
@@ -97,7 +101,10 @@ def _compare_values(run: FinishedRun, network: PreTrainedModel, file: GGUFFile, 
         value = value.view_as(parameter)
         error = float((value - parameter).abs().max() / parameter.abs().max().clamp(min=1e-30))
         if name not in run.weights:
-            if not error <= OTHER_TOLERANCE:
+            copied = source is not None and source.tensors[stored_name].number == stored.number
+            if copied and source.raw(stored_name).tobytes() != file.raw(stored_name).tobytes():
+                raise CheckFailedError(f"{file.path}: {stored_name} is not that of {source.path}")
+            if not copied and not error <= OTHER_TOLERANCE:
                 raise CheckFailedError(f"{file.path}: {stored_name} differs by {error:.2g} of its largest value")
         else:
             weight = run.weights[name]
@@ -145,7 +152,7 @@ def _compare_with_transformers(run: FinishedRun, network: PreTrainedModel, path:
 
 
 def _compare_with_llama_cpp(run: FinishedRun, network: PreTrainedModel, answer: llama_cpp.Answer) -> tuple[float, str]:
-    """Largest difference among the log-probabilities of llama.cpp's most probable tokens; how many texts are the same."""
+    """Largest difference of a log-probability among llama.cpp's most probable tokens; how many texts are the same."""
     difference, same = 0.0, 0
     for prompt, text, top, ids in zip(PROMPTS, answer.texts, answer.tops, answer.ids, strict=True):
         ids_BT = encode(run.tokenizer, prompt)

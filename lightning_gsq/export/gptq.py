@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare
 from lightning_gsq.export.formats import CheckFailedError, CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.gguf_blocks import fp16_scales
 from lightning_gsq.export.linear import (
     entry_of,
     fits_dtype,
@@ -39,6 +38,7 @@ from lightning_gsq.export.linear import (
 from lightning_gsq.export.packages import not_checked
 from lightning_gsq.export.source import FinishedRun, QuantizedWeight
 from lightning_gsq.export.writer import ShardWriter, write_companions
+from lightning_gsq.gguf.blocks import fp16_scales
 from lightning_gsq.ledger import Ledger
 from lightning_gsq.packing import pack
 from lightning_gsq.qtensor import QuantizedTensor

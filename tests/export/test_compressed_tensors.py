@@ -15,7 +15,7 @@ from lightning_gsq.export.formats import CheckFailedError, ExportOptions
 from lightning_gsq.export.linear import linear_bits
 from lightning_gsq.scheme import QuantScheme
 from tests.export.exported import edit_config, quantize, save_model
-from tests.export.test_gguf_blocks import random_tensor
+from tests.gguf.test_blocks import random_tensor
 
 FORMAT = CompressedTensorsFormat()
 

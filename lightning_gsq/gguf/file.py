@@ -25,7 +25,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.gguf_blocks import BLOCK_TYPES
+from lightning_gsq.gguf.blocks import BLOCK_TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -1,8 +1,8 @@
 """The key-values of a GGUF file: from the file that the run started from, or from a Hugging Face folder.
 
 A file's own key-values are copied as they are, except those that say how its weights are stored. From a folder they
-are derived: the hyperparameters of the Llama family and a byte-level BPE tokenizer. llama.cpp splits text by a rule that
-it knows by name; a tokenizer whose rule is not known here is refused rather than written with one that almost fits.
+are derived: the hyperparameters of the Llama family and a byte-level BPE tokenizer. llama.cpp splits text by a rule
+that it knows by name; a tokenizer with a rule that is not known here is refused, not written with one that almost fits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.gguf_file import Field, GGUFFile
+from lightning_gsq.gguf.file import Field, GGUFFile
 
 STORAGE_KEYS = {"general.file_type", "general.quantization_version", "general.alignment"}
 QUANTIZATION_VERSION = 2
@@ -126,6 +126,8 @@ def _tokenizer_fields(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
         )
     tokens, kinds = _vocabulary(config, tokenizer, content)
     merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    if not merges:
+        raise ConfigurationError("format: gguf: the tokenizer has no merges, without which llama.cpp loads no file")
     fields = {
         "ggml.model": _text("gpt2"),
         "ggml.pre": _text(split),

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.gguf_blocks import Q2_0, Q4_0
-from lightning_gsq.export.gguf_file import Field, GGUFFile, NewTensor, write_gguf
+from lightning_gsq.gguf.blocks import Q2_0, Q4_0
+from lightning_gsq.gguf.file import Field, GGUFFile, NewTensor, write_gguf
 
 FIELDS = {
     "general.architecture": Field("llama", GGUFValueType.STRING),
