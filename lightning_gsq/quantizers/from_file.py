@@ -97,14 +97,14 @@ class FromFile(WarmStart):
         if stored is None or stored.shape != shape:
             found = "no such tensor" if stored is None else f"the shape {stored.shape}"
             raise ConfigurationError(
-                f"model.warm_start.file: {self.file.path} has {found} for {name} ({stored_name}, {shape}): it is a file "
-                "of another model"
+                f"model.warm_start.file: {self.file.path} has {found} for {name} ({stored_name}, {shape}): it is a "
+                "file of another model"
             )
         own = SCHEMES.get(stored.number)
         if own is None:
             raise ConfigurationError(
-                f"model.warm_start.file: {stored_name} is stored in ggml's type {stored.number}, whose grid is not one of "
-                f"this project's; those are {', '.join(BLOCK_TYPES)}. Leave it out with --model.exclude"
+                f"model.warm_start.file: {stored_name} is stored in ggml's type {stored.number}, whose grid is not one "
+                f"of this project's; those are {', '.join(BLOCK_TYPES)}. Leave it out with --model.exclude"
             )
         if own != scheme:
             raise ConfigurationError(
