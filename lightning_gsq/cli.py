@@ -1,17 +1,21 @@
-"""The command line: ``python -m lightning_gsq fit | validate``, on LightningCLI."""
+"""The command line: ``python -m lightning_gsq fit | validate | export | predict``, on LightningCLI."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import Namespace
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ActionYesNo, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -20,8 +24,10 @@ from rich.console import Console
 from lightning_gsq import loading
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.command import export
 from lightning_gsq.fit import fit
 from lightning_gsq.modules import ModelQuantization, NonFiniteLossError
+from lightning_gsq.predict import predict
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs/quantized",
@@ -35,6 +41,40 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 5,
 }
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand that needs no Trainer.
+
+    Args:
+        run: What it does; its signature and docstring are its options. It also gets the console.
+        summary: One line for ``--help``.
+        repeated: Options that can be given several times, with several values each.
+        flags: Options that can be given without a value.
+    """
+
+    run: Callable[..., Any]
+    summary: str
+    repeated: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+    def add_arguments(self, parser: LightningArgumentParser) -> None:
+        """Adds its options to its parser."""
+        parser.add_function_arguments(self.run, skip={"console", *self.repeated, *self.flags})
+        explained = {p.arg_name: p.description for p in parse_docstring(self.run.__doc__ or "").params}
+        for name in self.repeated:
+            required = inspect.signature(self.run).parameters[name].default is inspect.Parameter.empty
+            settings = {"type": str, "nargs": "+", "action": "extend", "required": required}
+            parser.add_argument(f"--{name}", **settings, help=explained[name])
+        for name in self.flags:
+            parser.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=explained[name])
+
+
+COMMANDS = {
+    "export": Command(export, "Write a finished run as files that other programs load.", ("format",), ("overwrite",)),
+    "predict": Command(predict, "Write text from prompts.", ("prompt",)),
+}
 
 
 class GSQArgumentParser(LightningArgumentParser):
@@ -54,7 +94,8 @@ class GSQArgumentParser(LightningArgumentParser):
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             if nearest:
                 message += f"\ndid you mean {nearest[0]!r}?"
-        self.exit(EXIT_USAGE, f"error: {message}\n(every option: python -m lightning_gsq fit --help)\n")
+        command = next((name for name in sys.argv[1:] if name in COMMANDS), "fit")
+        self.exit(EXIT_USAGE, f"error: {message}\n(every option: python -m lightning_gsq {command} --help)\n")
 
     def _parsers(self) -> list[LightningArgumentParser]:
         subcommands = getattr(self, "_subcommands_action", None)
@@ -86,10 +127,35 @@ class GSQCLI(LightningCLI):
                 "prog": "python -m lightning_gsq",
                 "description": "Quantize large language models to 1-4 bits a weight, block by block.",
                 "fit": {"description": "Quantize a model into a run folder (--trainer.default_root_dir)."},
-                "validate": {"description": "Measure the perplexity of a model or of a finished run folder."},
+                "validate": {
+                    "description": "Measure the perplexity of a model, a finished run folder or an exported one."
+                },
             },
             args=args,
         )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, command in COMMANDS.items():
+            own = self.init_parser(prog=f"{kwargs.get('prog', parser.prog)} {name}", description=command.summary)
+            command.add_arguments(own)
+            self._subcommand_parsers[name] = own
+            parser._subcommands_action.add_subcommand(name, own, help=command.summary)
+
+    def _set_seed(self) -> None:
+        if self.subcommand not in COMMANDS:
+            super()._set_seed()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand in COMMANDS:
+            COMMANDS[subcommand].run(**command_arguments(self.config[subcommand]), console=self.console)
+        else:
+            super()._run_subcommand(subcommand)
+
+    def instantiate_classes(self) -> None:
+        """Makes the model, the data and a Trainer, for the commands that take them."""
+        if self.subcommand not in COMMANDS:
+            super().instantiate_classes()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -104,9 +170,17 @@ class GSQCLI(LightningCLI):
         """Adds the groups that are not Lightning's."""
         parser.add_lightning_class_args(PerplexityData, "evaluation")
         parser.add_class_arguments(ActivationOptions, "activations")
+        parser.add_argument(
+            "--export",
+            type=list[str],
+            default=[],
+            help="Formats that fit exports the finished run to, into its folder export; as of the command export.",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Settles the precision, so that the recipe says which it was."""
+        if self.subcommand in COMMANDS:
+            return
         trainer = self.config[self.subcommand].trainer
         if trainer.precision is None:
             trainer.precision = native_precision(str(trainer.accelerator))
@@ -140,18 +214,24 @@ class GSQCLI(LightningCLI):
             settings=as_plain(self._parser(self.subcommand), settings),
             seed=int(settings.seed_everything),
             console=self.console,
+            formats=settings.export,
         )
 
     def validate(self, model: ModelQuantization, datamodule: CalibrationDataModule) -> None:
         """Prints the perplexity of a model, or of the model in a finished run folder."""
         evaluation: PerplexityData = self.config_init[self.subcommand].evaluation
         source = loading.resolve(loading.finished_model(model.pretrained), model.revision, model.trust_remote_code)
-        evaluation.check(loading.max_length(loading.load_config(source)))
-        model.load(source)
+        evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
+        model.load(source, quantized=True)
         evaluation.tokenize(model.tokenizer)
         (result,) = self.evaluation_trainer().validate(model, evaluation.val_dataloader(), verbose=False)
         windows, length = evaluation.ids_NT.shape
         self.console.print(f"perplexity {result['perplexity']:.3f}  ({windows} windows of {length} tokens)")
+
+
+def command_arguments(settings: Namespace) -> dict[str, Any]:
+    """A command's settings as keyword arguments."""
+    return {key: value for key, value in settings.as_dict().items() if key != "config"}
 
 
 def native_precision(accelerator: str) -> str:

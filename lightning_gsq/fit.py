@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from lightning_gsq import loading, report
 from lightning_gsq.callbacks import BlockProgress, HardRounding, QuantizationMonitor
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.command import check_possible, export_run
+from lightning_gsq.export.formats import ExportFormat, ExportOptions, format_of
+from lightning_gsq.export.source import FinishedRun, quantized_weights
 from lightning_gsq.fingerprint import fingerprint, model_fingerprint
+from lightning_gsq.ledger import Ledger, LedgerEntry
 from lightning_gsq.modules import ModelQuantization
-from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
-from lightning_gsq.qtensor import BitsLedger
+from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, as_stored, installed, make_plan
+from lightning_gsq.qtensor import BitsLedger, QuantizedTensor
 from lightning_gsq.run_folder import RunFolder, write_atomically
 
 BESIDE_THE_RECIPE: dict[str, set[str]] = {
@@ -50,6 +55,7 @@ def fit(
     settings: dict[str, Any],
     seed: int,
     console: Console,
+    formats: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Quantizes a model into a run folder, or goes on where an earlier start of the same run stopped.
 
@@ -63,6 +69,7 @@ def fit(
         settings: All resolved settings, for the recipe.
         seed: Seed of everything random.
         console: Where to print.
+        formats: Formats to export the finished run to.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -70,6 +77,7 @@ def fit(
     Raises:
         ConfigurationError: something asked for cannot be done; raised before any long work.
     """
+    exports = [format_of(name) for name in dict.fromkeys(formats)]
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     limit = loading.max_length(loading.load_config(source))
     data.check(limit)
@@ -82,6 +90,7 @@ def fit(
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
     model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
+    check_possible(exports, quantized_weights(plan))
     _calibrate(data, model, folder)
     recipe = _recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
@@ -100,7 +109,10 @@ def fit(
         known = folder.progress.get("perplexity", {})
         if name not in known:
             began = time.perf_counter()
-            (result,) = make_evaluation_trainer().validate(model, windows, verbose=False)
+            # What is reported of the quantized model is what its files give: nothing more precise than they are.
+            stored = contextlib.nullcontext() if name == "full_precision" else as_stored(model, plan)
+            with stored:
+                (result,) = make_evaluation_trainer().validate(model, windows, verbose=False)
             known = {**known, name: result["perplexity"]}
             folder.update_progress(perplexity=known)
             _add_seconds(folder, "evaluation", began)
@@ -129,17 +141,24 @@ def fit(
         folder.update_progress(model=kind)
         _add_seconds(folder, "saving", began)
 
-    summary = _summary(
-        model,
-        source,
-        folder,
-        recipe,
-        report.ledger_of(tensors),
-        [folder.block_file(kind, own.index) for own in plan],
-    )
+    files = [folder.block_file(kind, own.index) for own in plan]
+    ledger = _ledger(model, plan, tensors, files)
+    summary = _summary(model, source, folder, recipe, report.ledger_of(tensors), ledger, files)
     folder.write_summary(summary)
     report.print_summary(console, summary, str(folder.root))
-    return summary
+    _export(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+    return folder.summary
+
+
+def _export(run: FinishedRun, exports: list[ExportFormat], console: Console) -> None:
+    """Exports the finished run, except to what an earlier start has exported already."""
+    done = run.folder.progress.get("exports", {})
+    for own in exports:
+        folder = run.folder.root / "export" / own.name
+        if done.get(own.name) != run.kind or not folder.is_dir():
+            export_run(run, [own], folder.parent, ExportOptions(), check=True, console=console)
+            done = {**done, own.name: run.kind}
+            run.folder.update_progress(exports=done)
 
 
 def _init_phase(run: BlockwiseRun, folder: RunFolder, perplexity: Callable[[], None]) -> None:
@@ -197,7 +216,7 @@ def _recipe(
 ) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in settings.items():
-        if key == "config":
+        if key in {"config", "export"}:
             continue
         dropped = BESIDE_THE_RECIPE.get(key, set())
         kept[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
@@ -216,12 +235,34 @@ def _add_seconds(folder: RunFolder, part: str, began: float) -> None:
     folder.update_progress(seconds={**seconds, part: seconds.get(part, 0.0) + time.perf_counter() - began})
 
 
+def _ledger(
+    model: ModelQuantization, plan: list[BlockPlan], tensors: list[dict[str, QuantizedTensor]], files: list[Path]
+) -> Ledger:
+    """The bits of the block files, and of everything that is not quantized in the dtype of the saved model."""
+    entries, headers = [], {}
+    for own, weights, file in zip(plan, tensors, files, strict=True):
+        stored = [
+            LedgerEntry.packed(f"{own.name}.{name}", tensor.shape, tensor.scheme, 8 * tensor.scales_OG.element_size())
+            for name, tensor in weights.items()
+        ]
+        entries += stored
+        headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
+    quantized = {entry.name for entry in entries}
+    entries += [
+        LedgerEntry(name, p.numel(), unquantized=8 * model.output_dtype.itemsize * p.numel())
+        for name, p in model.network.named_parameters()
+        if name not in quantized
+    ]
+    return Ledger(tuple(entries), headers)
+
+
 def _summary(
     model: ModelQuantization,
     source: loading.ModelSource,
     folder: RunFolder,
     recipe: dict[str, Any],
-    ledger: BitsLedger,
+    bits: BitsLedger,
+    ledger: Ledger,
     block_files: list[Path],
 ) -> dict[str, Any]:
     progress = folder.progress
@@ -233,11 +274,12 @@ def _summary(
     folder.update_progress(peak_memory_bytes=peak)
     return {
         "perplexity": progress["perplexity"],
-        "bits_per_weight": ledger.per_weight(),
+        "bits_per_weight": bits.per_weight(),
+        "ledger": ledger.summary(),
         "bytes": {
             "original": loading.num_bytes(source, model.network),
             "dense": 2 * parameters,
-            "quantized": files + 2 * (parameters - ledger.weights),
+            "quantized": ledger.num_bytes,
             "blocks": files,
         },
         "seconds": sum(progress.get("seconds", {}).values()) + sum(seconds),

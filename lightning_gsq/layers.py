@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gsq.ops.packed_linear import dequantize_packed, packed_linear
-from lightning_gsq.packing import packed_words
+from lightning_gsq.packing import pack, packed_words
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
 from lightning_gsq.sites import LinearSite
@@ -30,17 +30,20 @@ class PackedWeight(nn.Module):
         scheme: Grid and group size.
         site: Shape and orientation.
         scale_dtype: Dtype of the scales.
+        dtype: Dtype of dense matrices that are made of it; casting the module changes it.
         device: Where to make the buffers.
     """
 
     codes: Tensor
     scales: Tensor
+    cast: Tensor
 
     def __init__(
         self,
         scheme: QuantScheme,
         site: LinearSite,
         scale_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -49,6 +52,8 @@ class PackedWeight(nn.Module):
         groups = scheme.num_groups(site.in_features)
         self.register_buffer("codes", torch.zeros(site.rows, words, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.zeros(site.rows, groups, dtype=scale_dtype, device=device))
+        # Holds no number: it is there to be cast together with the model's parameters.
+        self.register_buffer("cast", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def fill(self, tensor: QuantizedTensor) -> Self:
         """Takes over codes and scales."""
@@ -69,6 +74,21 @@ class PackedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight in the shape of the parameter that it stands for."""
         return self.site.from_matrix(dequantize_packed(self.codes, self.scales, **self.layout, dtype=dtype))
+
+    def check_values(self) -> None:
+        """Checks what came from a file.
+
+        Raises:
+            ValueError: a scale is not finite, or a code is not a level of the scheme.
+        """
+        if not bool(torch.isfinite(self.scales).all()):
+            raise ValueError("the scales are not all finite")
+        if self.scheme.bits == "ternary":
+            # Of the four codes of two bits, 0 is no level: every code has a bit set. Tested on whole words, where
+            # the mask has the lower bit of each code that is not padding.
+            mask_W = pack(torch.ones(1, self.site.in_features, dtype=torch.uint8), 2)[0].to(self.codes.device)
+            if not bool(((self.codes | self.codes >> 1) & mask_W == mask_W).all()):
+                raise ValueError(f"a code lies below the lowest level {self.scheme.low} of a {self.scheme} weight")
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -93,7 +113,7 @@ class QuantLinear(PackedWeight):
         site: Shape.
         bias: Whether there is one.
         scale_dtype: Dtype of the scales.
-        dtype: Dtype of the bias.
+        dtype: Dtype of the bias and of ``weight``.
         device: Where to make the buffers.
 
     Example:
@@ -112,7 +132,7 @@ class QuantLinear(PackedWeight):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(scheme, site, scale_dtype, device)
+        super().__init__(scheme, site, scale_dtype, dtype, device)
         self.in_features, self.out_features = site.in_features, site.out_features
         self.bias: nn.Parameter | None
         if bias:
@@ -120,6 +140,13 @@ class QuantLinear(PackedWeight):
             self.bias = nn.Parameter(zeros, requires_grad=False)
         else:
             self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew each time: for code that looks at a layer's weight, its dtype or device."""
+        weight = self.dequantize(self.cast.dtype)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from filling it at random
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``... I`` to ``... O``."""
@@ -129,27 +156,11 @@ class QuantLinear(PackedWeight):
 
 
 class PackedExperts(PackedWeight):
-    """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix.
-
-    The matrix has the dtype that the module was cast to last, as a parameter would.
-    """
-
-    def __init__(
-        self,
-        scheme: QuantScheme,
-        site: LinearSite,
-        scale_dtype: torch.dtype = torch.float16,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(scheme, site, scale_dtype, device)
-        # Holds no number: it is there to be cast together with the model's parameters.
-        self.register_buffer("cast", torch.empty(0, dtype=dtype, device=device), persistent=False)
+    """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix."""
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """The matrix of one expert, ``O I`` (``I O`` if the parameter is stored that way)."""
-        if not isinstance(expert, int):
-            expert = int(expert)
-        own = slice(expert * self.site.out_features, (expert + 1) * self.site.out_features)
-        w_OI = dequantize_packed(self.codes[own], self.scales[own], **self.layout, dtype=self.cast.dtype)
+        stored = (part.unflatten(0, (self.site.experts, -1)) for part in (self.codes, self.scales))
+        codes_OW, scales_OG = (part[int(expert)] for part in stored)
+        w_OI = dequantize_packed(codes_OW, scales_OG, **self.layout, dtype=self.cast.dtype)
         return w_OI.T if self.site.transposed else w_OI

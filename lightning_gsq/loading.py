@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_gsq.checkpoint import weight_files
 from lightning_gsq.errors import ConfigurationError
 
 PACKAGE_PREFIX = "package://"
@@ -101,8 +102,12 @@ def resolve(address: str, revision: str | None = None, trust_remote_code: bool =
     raise ConfigurationError(f"model.pretrained: there is no file or folder {address}")
 
 
-def load_config(source: ModelSource) -> PretrainedConfig:
+def load_config(source: ModelSource, quantized: bool = False) -> PretrainedConfig:
     """The model's configuration; the first thing that touches the hub.
+
+    Args:
+        source: The model.
+        quantized: Whether one that is quantized already will do.
 
     Raises:
         ConfigurationError: the model cannot be found, is not a causal decoder, or is quantized already.
@@ -114,7 +119,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             f"model.pretrained: cannot find or read {source.path!r} (no such folder here, and as a hub name it gave: "
             f"{_first_line(error)})"
         ) from error
-    if getattr(config, "quantization_config", None) is not None and source.gguf_file is None:
+    if not quantized and getattr(config, "quantization_config", None) is not None and source.gguf_file is None:
         method = config.quantization_config
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else method.quant_method
         raise ConfigurationError(
@@ -147,15 +152,20 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: ModelSource, dtype: Dtype = "auto") -> PreTrainedModel:
+def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = False) -> PreTrainedModel:
     """The model on the CPU, in evaluation mode, without gradients.
 
     GGUF weights are dequantized. Fused experts run one by one, so that each shows as a matrix product.
 
+    Args:
+        source: The model.
+        dtype: Dtype of its parameters; "auto" for that of its files.
+        quantized: Whether one that is quantized already will do; its weights stay as they are stored.
+
     Raises:
         ConfigurationError: it cannot be loaded as a causal decoder.
     """
-    config = load_config(source)
+    config = load_config(source, quantized)
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
     options: dict[str, Any] = {"config": config, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -251,6 +261,7 @@ def _check_folder(folder: Path) -> None:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
         hint = f"; it holds {others[0]}, a pickle, which is never read: convert it to safetensors" if others else ""
         raise ConfigurationError(f"model.pretrained: {folder} has no weights (no *.safetensors file){hint}")
+    weight_files(folder)
 
 
 def _first_line(error: BaseException) -> str:

@@ -378,6 +378,20 @@ def installed(
                 blocks[own.index].get_parameter(name).data = data
 
 
+@contextmanager
+def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]:
+    """Inside the context, every parameter that is not quantized has the precision that the saved files give it."""
+    quantized = {f"{own.name}.{site.name}" for own in plan for site in own.weights}
+    originals = {p: p.data for name, p in model.network.named_parameters() if name not in quantized}
+    try:
+        for parameter, data in originals.items():
+            parameter.data = data.to(model.output_dtype).to(data.dtype)
+        yield
+    finally:
+        for parameter, data in originals.items():
+            parameter.data = data
+
+
 def _to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
     if not bool(torch.isfinite(tensor.scales_OG).all()):
         raise ConfigurationError(

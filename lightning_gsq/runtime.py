@@ -119,6 +119,15 @@ class GSQQuantizer(HfQuantizer):
         exchange_modules(model, layouts, {name: _scale_dtype(name, stored) for name in layouts})
         check_stored(model, stored)
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedWeight):
+                try:
+                    module.check_values()
+                except ValueError as error:
+                    raise ConfigurationError(f"model: {name}: {error}") from error
+        return model
+
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the same format again."""
         return True
@@ -158,12 +167,21 @@ def load(
     GSQConfig(**quantization)
     weight_files(root)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            root, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     except ConfigurationError:
         raise
     except Exception as error:  # transformers raises a dozen unrelated types
         raise ConfigurationError(f"model: cannot load {root}: {error}") from error
-    return model.to(device) if device is not None else model
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[problem]:
+            raise ConfigurationError(
+                f"model: the files in {root} do not fit the model: {problem.replace('_', ' ')} "
+                f"{', '.join(str(key) for key in sorted(found[problem], key=str)[:3])}"
+            )
+    loaded: PreTrainedModel = model
+    return loaded.to(device) if device is not None else loaded
 
 
 def exchange_modules(model: nn.Module, layouts: Layouts, scale_dtypes: Mapping[str, torch.dtype]) -> None:

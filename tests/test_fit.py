@@ -242,3 +242,33 @@ def test_activations_in_files(tiny_llama: Path, corpus: Path, tmp_path: Path) ->
         assert main(["fit", "--config", str(config), *extra]) == 0
     assert _blocks(tmp_path / "memory") == _blocks(tmp_path / "files")
     assert not list(tmp_path.glob("lightning-gsq-*"))
+
+
+def test_exports_are_the_last_step(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--config", str(_config(tiny_llama, corpus, tmp_path)), "--export", "[native, dequantized]"]
+    assert main([*arguments[:-1], "[nativ]"]) == 2
+    assert not (tmp_path / "run" / "blocks").exists()
+    assert main(arguments) == 0
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["exports"]) == {"native", "dequantized"}
+    assert summary["ledger"]["bytes"]["total"] == summary["bytes"]["quantized"]
+    files = sum(file.stat().st_size for file in (run / "blocks").glob("block-*"))
+    assert sum(summary["ledger"]["headers"].values()) < files < summary["bytes"]["quantized"]
+    native = run / "export" / "native" / "model.safetensors"
+    before = native.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert native.stat().st_mtime_ns == before
+    assert "exports" in json.loads((run / "summary.json").read_text())
+
+
+def test_the_reported_perplexity_is_that_of_the_file(
+    tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tiny_llama, corpus, tmp_path, model__output_dtype="bfloat16", model__dtype="float32")
+    assert main(["fit", "--config", str(config), "--export", "[native]"]) == 0
+    reported = json.loads((tmp_path / "run" / "summary.json").read_text())["perplexity"]["blocks"]
+    capsys.readouterr()
+    folder = str(tmp_path / "run" / "export" / "native")
+    assert main(["validate", "--config", str(config), "--model.pretrained", folder]) == 0
+    assert f"perplexity {reported:.3f} " in capsys.readouterr().out

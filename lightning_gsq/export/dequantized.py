@@ -40,7 +40,7 @@ class DequantizedFormat(ExportFormat):
 
     def check(self, run: FinishedRun, folder: Path) -> CheckReport:
         """Loads it with transformers."""
-        return compare_model(run, folder, "transformers")
+        return compare_model(run, folder, "transformers", rounded_to=run.dtype)
 
     def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
         """Everything that reads Hugging Face folders."""

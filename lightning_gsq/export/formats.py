@@ -68,6 +68,21 @@ class CheckReport:
     perplexity: tuple[float, float] | None = None
     note: str = ""
 
+    def describe(self) -> str:
+        """The report as one line."""
+        parts = []
+        if self.weights is not None:
+            parts.append(f"{self.weights[1]} of {self.weights[0]} quantized weights bit-identical")
+        if self.logits is not None:
+            parts.append(f"logits within {self.logits[0]:.3g} of {self.logits[1]:.3g}")
+        if self.same_text is not None:
+            parts.append("same greedy text" if self.same_text else "other greedy text")
+        if self.perplexity is not None:
+            parts.append(f"perplexity {self.perplexity[0]:.4f} before and {self.perplexity[1]:.4f} after")
+        if self.note:
+            parts.append(self.note)
+        return f"checked with {self.runtime}: " + ", ".join(parts)
+
 
 class CheckFailedError(RuntimeError):
     """A file that was written does not load back as what it should be."""

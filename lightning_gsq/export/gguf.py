@@ -1,8 +1,8 @@
 """GGUF: llama.cpp and everything built on it load it.
 
 Each quantized matrix is stored in the smallest ggml block type that holds it exactly
-(:mod:`lightning_gsq.gguf.blocks`): 1 bit in Q1_0, 2 bits and ternary in Q2_0, 3 and 4 bits in Q4_0, 5 in Q5_0, 6 to 8 in
-Q8_0, where rows and groups are whole blocks. Other matrices are projected: rounded anew to a type with blocks of 32
+(:mod:`lightning_gsq.gguf.blocks`): 1 bit in Q1_0, 2 bits and ternary in Q2_0, 3 and 4 bits in Q4_0, 5 in Q5_0, 6 to 8
+in Q8_0, where rows and groups are whole blocks. Other matrices are projected: rounded anew to a type with blocks of 32
 (``gguf_projection``), or stored as F16 where a row is no whole blocks either. The table of runtimes and the check say
 which.
 

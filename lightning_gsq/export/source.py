@@ -78,6 +78,15 @@ class QuantizedWeight:
         return self.scheme.group_length(self.site.in_features)
 
 
+def quantized_weights(plan: list[BlockPlan]) -> list[QuantizedWeight]:
+    """The weights of a plan under their full names."""
+    return [
+        QuantizedWeight(f"{own.name}.{site.name}", scheme, site, own.index)
+        for own in plan
+        for site, scheme in own.weights.items()
+    ]
+
+
 class FinishedRun:
     """A run with all of its blocks quantized.
 
@@ -102,11 +111,7 @@ class FinishedRun:
     ) -> None:
         self.folder, self.recipe, self.summary, self.model = folder, recipe, summary, model
         self.plans = {own.index: own for own in plan}
-        self.weights = {
-            f"{own.name}.{site.name}": QuantizedWeight(f"{own.name}.{site.name}", scheme, site, own.index)
-            for own in plan
-            for site, scheme in own.weights.items()
-        }
+        self.weights = {weight.name: weight for weight in quantized_weights(plan)}
         self.kind = folder.progress.get("model", "block")
         for index in self.plans:
             if not folder.block_file(self.kind, index).is_file():

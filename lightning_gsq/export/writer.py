@@ -7,6 +7,7 @@ ever in memory. What a tensor counts as in the ledger is said when it is added.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,16 @@ class ShardWriter:
         path = self.folder / f".shard-{len(self._shards)}.safetensors"
         # "format" tells transformers which framework wrote the file; it refuses files without.
         save_file(self._pending, path, {"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # safetensors leaves it to the owner alone
         self._shards.append((path, list(self._pending), self._pending_bytes))
         self._total += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ class ModelQuantization(LightningModule):
 
     Args:
         pretrained: Local folder with config.json and safetensors, GGUF file, name on the Hugging Face hub, or
-            package://module/file.gguf; for validate also a run folder.
+            package://module/file.gguf; for validate also a run folder or an exported one.
         scheme: Level grid and group size of every quantized weight.
         include: Patterns of the weights to quantize, matched against names such as model.layers.3.mlp.down_proj.
         exclude: Patterns of weights to leave in full precision.
@@ -94,10 +94,10 @@ class ModelQuantization(LightningModule):
         self.network: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
 
-    def load(self, source: loading.ModelSource) -> None:
-        """Loads tokenizer and model; fills ``tokenizer`` and ``network``."""
+    def load(self, source: loading.ModelSource, quantized: bool = False) -> None:
+        """Fills ``tokenizer`` and ``network``; ``quantized``: a model that is quantized already will do."""
         self.tokenizer = loading.load_tokenizer(source)
-        self.network = loading.load_model(source, self.dtype_name)
+        self.network = loading.load_model(source, self.dtype_name, quantized)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Adds the predictions of a window ``1 T`` of token ids, its first token being context only."""

@@ -1,5 +1,100 @@
-"""Products with matrices that stay packed in memory."""
+"""Linear layers over packed codes: what a quantized model runs on.
 
-from lightning_gsq.ops.packed_linear.reference import dequantize_packed, packed_linear
+The weight stays packed (``lightning_gsq/packing.py``) and its scales beside it; nothing dense is kept. At few tokens
+the work is bound by reading the weight, so that 2 bits beat 16 by what they save; at many tokens it is bound by
+arithmetic, and the weight is made dense for the call. ``reference.py`` is the specification, ``dispatch.py`` says
+which form runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gsq.ops.packed_linear.reference import dequantize_packed_reference, packed_linear_reference
+from lightning_gsq.packing import packed_words
+from lightning_gsq.scheme import Bits
 
 __all__ = ["dequantize_packed", "packed_linear"]
+
+
+def dequantize_packed(
+    words_OW: Tensor,
+    scales_OG: Tensor,
+    *,
+    bits: Bits,
+    in_features: int,
+    group_length: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The dense weight ``O I`` of packed codes, computed in fp32 and rounded once to ``dtype``.
+
+    Args:
+        words_OW: Packed codes, int32, any strides (GPTQ's ``qweight`` transposed is one).
+        scales_OG: Floating point, one a group.
+        bits: The scheme's bits: 1, "ternary", 2 ... 8.
+        in_features: ``I``.
+        group_length: Weights in a full group.
+        dtype: Of the result.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    stored = _check(words_OW, scales_OG, bits, in_features, group_length)
+    return dequantize_packed_reference(
+        words_OW, scales_OG, bits=stored, in_features=in_features, group_length=group_length, dtype=dtype
+    )
+
+
+def packed_linear(
+    x: Tensor,
+    words_OW: Tensor,
+    scales_OG: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    bits: Bits,
+    in_features: int,
+    group_length: int,
+) -> Tensor:
+    """``x w^T + bias`` with the weight packed.
+
+    Args:
+        x: ``... I``, fp32, bf16 or fp16.
+        words_OW: Packed codes, int32, any strides (GPTQ's ``qweight`` transposed is one).
+        scales_OG: Floating point, one a group.
+        bias_O: Floating point, or None.
+        bits: The scheme's bits: 1, "ternary", 2 ... 8.
+        in_features: ``I``.
+        group_length: Weights in a full group.
+
+    Returns:
+        ``... O`` in x's dtype; differentiable in x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    stored = _check(words_OW, scales_OG, bits, in_features, group_length)
+    if x.shape[-1] != in_features:
+        raise ValueError(f"expected x with {in_features} features in its last dimension, got {tuple(x.shape)}")
+    return packed_linear_reference(
+        x, words_OW, scales_OG, bias_O, bits=stored, in_features=in_features, group_length=group_length
+    )
+
+
+def _check(words_OW: Tensor, scales_OG: Tensor, bits: Bits, in_features: int, group_length: int) -> int:
+    """Bits that one stored value takes; raises where the arguments do not fit."""
+    stored = 2 if bits == "ternary" else bits
+    words, groups = packed_words(in_features, stored), -(-in_features // group_length)
+    if words_OW.dtype != torch.int32 or words_OW.ndim != 2 or words_OW.shape[1] != words:
+        raise ValueError(
+            f"expected int32 words of shape (O, {words}) for {in_features} values of {stored} bits, "
+            f"got {words_OW.dtype} {tuple(words_OW.shape)}"
+        )
+    if not scales_OG.dtype.is_floating_point or scales_OG.shape != (words_OW.shape[0], groups):
+        raise ValueError(
+            f"expected floating-point scales of shape ({words_OW.shape[0]}, {groups}), "
+            f"got {scales_OG.dtype} {tuple(scales_OG.shape)}"
+        )
+    if scales_OG.device != words_OW.device:
+        raise ValueError(f"words are on {words_OW.device}, scales on {scales_OG.device}: move them together")
+    return stored

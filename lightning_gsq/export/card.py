@@ -1,0 +1,155 @@
+"""The model card of an exported folder: what it is, how it was made, what it costs, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from lightning_gsq.export.formats import CheckReport, ExportFormat
+from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.ledger import PARTS, Ledger
+from lightning_gsq.report import PERPLEXITY_NAMES, megabytes
+
+PART_NOTES = {
+    "codes": "levels of the quantized weights",
+    "scales": "one a group",
+    "positions": "where single weights lie",
+    "padding": "fills rows or blocks up",
+    "unquantized": "embedding, norms, head",
+}
+ARXIV = "2604.18556"
+
+
+def model_card(run: FinishedRun, own: ExportFormat, ledger: Ledger, report: CheckReport | None) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        run: The run.
+        own: The format of the folder.
+        ledger: Its bits.
+        report: What loading it back showed; None if that was not done.
+    """
+    weights = list(run.weights.values())
+    schemes = sorted({str(weight.scheme) for weight in weights})
+    name = _base_name(run.address)
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(run, schemes), sort_keys=False, allow_unicode=True)}---\n",
+        f"# {name}, {' and '.join(schemes)}\n",
+        f"{len(weights)} weight matrices of [{name}](#how-it-was-made) quantized with "
+        f"[lightning-gsq](https://arxiv.org/abs/{ARXIV}), in the `{own.name}` format.\n",
+        "## How to load it\n",
+        _table(
+            ("runtime", "weights", "how"),
+            [
+                (runtime.name, runtime.exactness, f"`{runtime.usage.format(folder='FOLDER')}`")
+                for runtime in own.runtimes(weights)
+            ],
+        ),
+        "## Perplexity\n",
+        _perplexity(run.summary),
+        "## How it was made\n",
+        _table(("", ""), _making(run)),
+        "## Size\n",
+        _ledger_table(ledger),
+        "![where the bytes go](ledger.png)\n",
+    ]
+    if report is not None:
+        parts.append(f"## Checked\n\n{report.describe()}\n")
+    return "\n".join(parts)
+
+
+def _front_matter(run: FinishedRun, schemes: list[str]) -> dict[str, Any]:
+    matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", run.address):
+        matter |= {"base_model": run.address, "base_model_relation": "quantized"}
+    bits = sorted({str(weight.scheme.bits) for weight in run.weights.values()})
+    matter["tags"] = ["lightning-gsq", "gsq", "quantized", *(b if b == "ternary" else f"{b}-bit" for b in bits)]
+    matter["quantization"] = {
+        "method": "GSQ" if run.kind == "block" else _class_name(_settings(run, "model").get("warm_start")),
+        "scheme": schemes,
+        "scale_dtype": str(run.scale_dtype).removeprefix("torch."),
+    }
+    return matter
+
+
+def _making(run: FinishedRun) -> list[tuple[str, str]]:
+    model, data = _settings(run, "model"), _settings(run, "data")
+    start = _class_name(model.get("warm_start"))
+    rows = [
+        ("original model", f"`{run.address}`"),
+        ("method", f"GSQ from {start}" if run.kind == "block" else start),
+        ("scheme", ", ".join(sorted({str(weight.scheme) for weight in run.weights.values()}))),
+        ("scales", str(run.scale_dtype).removeprefix("torch.")),
+        ("not quantized", str(run.dtype).removeprefix("torch.")),
+    ]
+    if data:
+        rows.append(
+            (
+                "calibration",
+                f"{data.get('num_sequences')} sequences of {data.get('sequence_length')} tokens, "
+                f"{_text_name(data.get('source'))}",
+            )
+        )
+    versions = run.recipe.get("versions", {})
+    rows.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
+    rows.append(("everything else", "`recipe.yaml`"))
+    return rows
+
+
+def _perplexity(summary: Mapping[str, Any]) -> str:
+    known = summary.get("perplexity", {})
+    if not known:
+        return "Not measured.\n"
+    rows = [(PERPLEXITY_NAMES.get(key, key), f"{value:.3f}") for key, value in known.items()]
+    return _table(("", "perplexity"), rows)
+
+
+def _ledger_table(ledger: Ledger) -> str:
+    sums = ledger.summary()
+    rows = [
+        (part, f"{ledger.total(part) / 8:,.0f}", PART_NOTES.get(part, "")) for part in PARTS if ledger.total(part) > 0
+    ]
+    rows.append(
+        ("headers", f"{sums['bytes']['headers']:,}", ", ".join(f"{k}: {v:,}" for k, v in ledger.headers.items()))
+    )
+    rows.append(("**weight files**", f"**{ledger.num_bytes:,}**", megabytes(ledger.num_bytes)))
+    per_weight = (
+        f"{sums['bits_per_quantized_weight']:.4f} bits per quantized weight (everything stored for it), "
+        if sums["quantized_weights"]
+        else ""
+    )
+    return (
+        _table(("part", "bytes", ""), rows)
+        + f"\n{per_weight}{sums['bits_per_parameter']:.4f} bits per parameter over the whole model. `ledger.json` "
+        "lists every parameter.\n"
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _settings(run: FinishedRun, group: str) -> Mapping[str, Any]:
+    return run.recipe.get("settings", {}).get(group) or {}
+
+
+def _class_name(setting: Any) -> str:
+    path = setting.get("class_path", "") if isinstance(setting, Mapping) else str(setting or "")
+    return path.rpartition(".")[2] or "its warm start"
+
+
+def _text_name(source: Any) -> str:
+    """What the calibration text is, without the folders of the machine that it was on."""
+    if not isinstance(source, Mapping):
+        return str(source)
+    path = str((source.get("init_args") or {}).get("path", ""))
+    return f"{_class_name(source)} {PurePath(path).name}".strip()
+
+
+def _base_name(address: str) -> str:
+    return PurePath(address).name.removesuffix(".gguf")
