@@ -46,7 +46,7 @@ def test_what_does_not_fit_is_refused_before_the_run(tmp_path: Path) -> None:
         start.check({name: (QuantScheme(3, 64), (256, 128))})
     with pytest.raises(ConfigurationError, match="a file of another model"):
         start.check({name: (QuantScheme(4, 32), (256, 64))})
-    with pytest.raises(ConfigurationError, match="a file of another model"):
+    with pytest.raises(ConfigurationError, match="has no name for the parameter"):
         start.check({"model.layers.7.mlp.up_proj.weight": (QuantScheme(4, 32), (256, 128))})
     with pytest.raises(ConfigurationError, match="ggml's type 1, whose grid"):
         start.check(
