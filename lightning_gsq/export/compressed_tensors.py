@@ -141,7 +141,7 @@ def _dense(model: PreTrainedModel, name: str) -> Tensor:
     """A weight as the package itself unpacks it."""
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 
-    module = model.get_submodule(name.removesuffix(".weight"))
+    module: Any = model.get_submodule(name.removesuffix(".weight"))
     if "weight_packed" not in dict(module.named_parameters()):
         return module.weight
     state = {key: value.data for key, value in module.named_parameters()}

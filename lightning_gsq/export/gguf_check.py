@@ -101,10 +101,10 @@ def _compare_values(
         value = value.view_as(parameter)
         error = float((value - parameter).abs().max() / parameter.abs().max().clamp(min=1e-30))
         if name not in run.weights:
-            copied = source is not None and source.tensors[stored_name].number == stored.number
-            if copied and source.raw(stored_name).tobytes() != file.raw(stored_name).tobytes():
-                raise CheckFailedError(f"{file.path}: {stored_name} is not that of {source.path}")
-            if not copied and not error <= OTHER_TOLERANCE:
+            if source is not None and source.tensors[stored_name].number == stored.number:
+                if source.raw(stored_name).tobytes() != file.raw(stored_name).tobytes():
+                    raise CheckFailedError(f"{file.path}: {stored_name} is not that of {source.path}")
+            elif not error <= OTHER_TOLERANCE:
                 raise CheckFailedError(f"{file.path}: {stored_name} differs by {error:.2g} of its largest value")
         else:
             weight = run.weights[name]

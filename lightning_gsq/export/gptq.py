@@ -161,4 +161,6 @@ def _load(folder: Path) -> PreTrainedModel:
 
 def _dense(model: PreTrainedModel, name: str) -> Tensor:
     """A weight as gptqmodel's torch kernel unpacks it, ``O I``."""
-    return model.get_submodule(name.removesuffix(".weight")).dequantize_weight().T
+    module: Any = model.get_submodule(name.removesuffix(".weight"))
+    w_IO: Tensor = module.dequantize_weight()
+    return w_IO.T

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,11 +86,10 @@ class FromFile(WarmStart):
         """Not possible without the weight's name; see :meth:`start`."""
         raise TypeError("FromFile needs the name of the weight: call start(name, w_OI, hessian_II, scheme)")
 
-    def _field(self, key: str) -> int | str:
+    def _field(self, key: str) -> Any:
         if key not in self.file.fields:
             raise ConfigurationError(f"model.warm_start.file: {self.file.path} has no entry {key}")
-        value: int | str = self.file.fields[key].value
-        return value
+        return self.file.fields[key].value
 
     def _stored(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[str, StoredTensor]:
         stored_name = self.layout.name_of(name)
