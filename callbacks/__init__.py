@@ -2,7 +2,15 @@
 
 from lightning_gsq.callbacks.annealing import GumbelAnnealing
 from lightning_gsq.callbacks.monitor import QuantizationMonitor
+from lightning_gsq.callbacks.phase_progress import EndToEndProgress
 from lightning_gsq.callbacks.progress import BlockProgress
 from lightning_gsq.callbacks.rounding import HardRounding, RoundingReport
 
-__all__ = ["BlockProgress", "GumbelAnnealing", "HardRounding", "QuantizationMonitor", "RoundingReport"]
+__all__ = [
+    "BlockProgress",
+    "EndToEndProgress",
+    "GumbelAnnealing",
+    "HardRounding",
+    "QuantizationMonitor",
+    "RoundingReport",
+]

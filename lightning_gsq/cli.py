@@ -26,7 +26,7 @@ from lightning_gsq.data import ActivationOptions, CalibrationDataModule, Perplex
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.command import export
 from lightning_gsq.fit import fit
-from lightning_gsq.modules import ModelQuantization, NonFiniteLossError
+from lightning_gsq.modules import EndToEndOptions, ModelQuantization, NonFiniteLossError
 from lightning_gsq.predict import predict
 
 TRAINER_DEFAULTS = {
@@ -106,7 +106,7 @@ class GSQCLI(LightningCLI):
     """LightningCLI whose ``fit`` runs a Trainer for every block.
 
     Groups of options: ``trainer`` (Lightning's own), ``model`` (the model and how to quantize it), ``data``
-    (calibration text), ``evaluation`` (text for perplexity), ``activations`` (memory).
+    (calibration text), ``evaluation`` (text for perplexity), ``activations`` (memory), ``end_to_end`` (the last phase).
     """
 
     trainer: Trainer
@@ -176,6 +176,7 @@ class GSQCLI(LightningCLI):
             default=[],
             help="Formats that fit exports the finished run to, into its folder export; as of the command export.",
         )
+        parser.add_class_arguments(EndToEndOptions, "end_to_end")
 
     def before_instantiate_classes(self) -> None:
         """Settles the precision, so that the recipe says which it was."""
@@ -209,6 +210,7 @@ class GSQCLI(LightningCLI):
             data=datamodule,
             evaluation=self.config_init[self.subcommand].evaluation,
             activations=self.config_init[self.subcommand].activations,
+            end_to_end=self.config_init[self.subcommand].end_to_end,
             make_trainer=self.instantiate_trainer,
             make_evaluation_trainer=self.evaluation_trainer,
             settings=as_plain(self._parser(self.subcommand), settings),
@@ -285,6 +287,6 @@ def main(args: list[str] | None = None) -> int:
         errors.print(f"error: {error}", markup=False, soft_wrap=True)
         return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
     except KeyboardInterrupt:
-        errors.print("stopped; the same command resumes after the last finished block")
+        errors.print("stopped; the same command resumes after the last finished block or phase")
         return EXIT_INTERRUPTED
     return 0

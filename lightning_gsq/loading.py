@@ -193,7 +193,8 @@ def finished_model(address: str) -> str:
         ConfigurationError: it is a run folder without a finished model.
     """
     folder = Path(address).expanduser()
-    if not (folder / "recipe.yaml").is_file():
+    # An exported folder carries its run's recipe as well, beside the model.
+    if not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
         return address
     if not (folder / "model" / "config.json").is_file():
         raise ConfigurationError(

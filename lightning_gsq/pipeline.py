@@ -14,16 +14,18 @@ import copy
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from lightning_gsq.backbone import BlockCall, check_chain, embed, find_blocks, run_block, trace
+from lightning_gsq.backbone import BlockCall, check_chain, compiled_run_block, embed, find_blocks, run_block, trace
+from lightning_gsq.compiling import compiler_available
 from lightning_gsq.data import ActivationDataset, ActivationOptions, ActivationStore, CalibrationDataModule
 from lightning_gsq.data.activations import first, slices
 from lightning_gsq.errors import ConfigurationError
@@ -115,6 +117,8 @@ class BlockwiseRun:
         self.plan, self.blocks = plan, find_blocks(model.network)[1]
         self.trainer = make_trainer()
         self.device = self.trainer.strategy.root_device
+        compiled = model.compile_blocks and compiler_available(self.device.type)
+        self.run_block = compiled_run_block() if compiled else run_block
         self.forward_size = max(1, FORWARD_TOKENS // data.sequence_length)
         traced = trace(model.network, data.train_ids_NT[:1])
         self.calls: list[BlockCall] = traced.calls
@@ -144,7 +148,7 @@ class BlockwiseRun:
                         site.name: quantized(start, scheme, self.model.scale_dtype)
                         for (site, scheme), start in zip(plans[index].weights.items(), starts, strict=True)
                     }
-                    tensors = {name: _to_cpu(tensor) for name, tensor in tensors.items()}
+                    tensors = {name: to_cpu(tensor) for name, tensor in tensors.items()}
                     self.folder.write_block("warm_start", index, tensors)
                     results.append(tensors)
                     install(block, plans[index], tensors)
@@ -152,7 +156,7 @@ class BlockwiseRun:
         return results
 
     def train_blocks(self, finished: Callable[[BlockPlan, float, dict[str, float]], None]) -> None:
-        """Trains every planned block that has no file yet, and installs all of them in the model.
+        """Trains every planned block that has no file yet. The model is left as it was.
 
         Args:
             finished: Called after each block with its plan, its seconds and its measures.
@@ -162,9 +166,6 @@ class BlockwiseRun:
             if done:
                 self.say(f"Resuming after {len(done)} finished of {len(self.plan)} blocks")
             self._train_missing(done, finished)
-        else:
-            for plan in self.plan:
-                install(self.blocks[plan.index], plan, done[plan.index])
 
     # -- steps
 
@@ -200,7 +201,6 @@ class BlockwiseRun:
                         gc.collect()
                         self.folder.write_block("block", index, tensors)
                     install(block, plan, tensors)
-                    install(self.blocks[index], plan, tensors)
                 self._propagate(block, index, quantized, quantized)
                 if stream:
                     full, target = target, full
@@ -230,6 +230,7 @@ class BlockwiseRun:
             name=plan.name,
             seed=self.seed,
             position=(self.plan.index(plan), len(self.plan)),
+            run=self.run_block,
         )
         order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order"))
         size = self.data.batch_size
@@ -262,7 +263,7 @@ class BlockwiseRun:
         measures["flip_rate"] = flipped / sum(q.start_codes.numel() for _, q in module.named_quantizers())
         dtype = self.model.scale_dtype
         tensors = {
-            name: _to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
+            name: to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
             for name, quantizer in module.named_quantizers()
         }
         return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -300,7 +301,7 @@ class BlockwiseRun:
         call = self.calls[index].to(self.device)
         with self._precision():
             for part in slices(len(source_NTD), self.forward_size):
-                out_NTD[part] = run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
+                out_NTD[part] = self.run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
 
     @torch.no_grad()
     def _error(
@@ -363,19 +364,45 @@ def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedTenso
 
 @contextmanager
 def installed(
-    model: ModelQuantization, plan: list[BlockPlan], tensors: list[dict[str, QuantizedTensor]]
+    model: ModelQuantization,
+    plan: list[BlockPlan],
+    tensors: list[dict[str, QuantizedTensor]],
+    dense: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """The model with these weights inside the context, its own afterwards."""
+    """The model with these weights inside the context, its own afterwards.
+
+    Args:
+        model: The model, loaded.
+        plan: The quantized weights of each block.
+        tensors: Their codes and scales.
+        dense: Other parameters by name in the model; a head that was tied to the embedding is untied.
+    """
     _, blocks = find_blocks(model.network)
     originals = [{site.name: blocks[own.index].get_parameter(site.name).data for site in own.weights} for own in plan]
-    try:
-        for own, weights in zip(plan, tensors, strict=True):
+    with ExitStack() as undo:
+        for own, weights, parameters in zip(plan, tensors, originals, strict=True):
             install(blocks[own.index], own, weights)
+            for name, data in parameters.items():
+                undo.callback(setattr, blocks[own.index].get_parameter(name), "data", data)
+        for name, value in (dense or {}).items():
+            undo.enter_context(replaced(model.network, name, value))
+        yield
+
+
+@contextmanager
+def replaced(network: PreTrainedModel, name: str, value: Tensor) -> Iterator[None]:
+    """Another parameter under this name, and under no other name that shared the original."""
+    owner, _, last = name.rpartition(".")
+    module, config = network.get_submodule(owner), network.config
+    original, tied = getattr(module, last), config.tie_word_embeddings
+    setattr(module, last, nn.Parameter(value.to(original.device, original.dtype), requires_grad=False))
+    if network.get_output_embeddings() is module:
+        config.tie_word_embeddings = False
+    try:
         yield
     finally:
-        for own, parameters in zip(plan, originals, strict=True):
-            for name, data in parameters.items():
-                blocks[own.index].get_parameter(name).data = data
+        setattr(module, last, original)
+        config.tie_word_embeddings = tied
 
 
 @contextmanager
@@ -392,7 +419,12 @@ def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]
             parameter.data = data
 
 
-def _to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
+def to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The tensor as it is stored.
+
+    Raises:
+        ConfigurationError: a scale overflowed.
+    """
     if not bool(torch.isfinite(tensor.scales_OG).all()):
         raise ConfigurationError(
             f"model.scale_dtype: a scale does not fit into {tensor.scales_OG.dtype}; use bfloat16 or float32"

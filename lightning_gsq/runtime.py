@@ -114,8 +114,12 @@ class GSQQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        layouts = self.quantization_config.layouts()
-        stored = read_headers(Path(file) for file in checkpoint_files or [])
+        layouts, files = self.quantization_config.layouts(), [Path(file) for file in checkpoint_files or []]
+        root = Path(model.config._name_or_path)
+        outside = [file for file in files if root.is_dir() and file.parent.resolve() != root.resolve()]
+        if outside:
+            raise ConfigurationError(f"model: the index in {root} names {outside[0]}, outside of that folder")
+        stored = read_headers(files)
         exchange_modules(model, layouts, {name: _scale_dtype(name, stored) for name in layouts})
         check_stored(model, stored)
 

@@ -61,7 +61,7 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 def test_state_dict_and_copy() -> None:
-    layer, dense = _layer(QuantScheme(2, 16))
+    layer, _ = _layer(QuantScheme(2, 16))
     other = QuantLinear(QuantScheme(2, 16), layer.site, bias=True)
     other.load_state_dict(layer.state_dict())
     assert set(layer.state_dict()) == {"codes", "scales", "bias"}

@@ -69,7 +69,7 @@ def _front_matter(run: FinishedRun, schemes: list[str]) -> dict[str, Any]:
     bits = sorted({str(weight.scheme.bits) for weight in run.weights.values()})
     matter["tags"] = ["lightning-gsq", "gsq", "quantized", *(b if b == "ternary" else f"{b}-bit" for b in bits)]
     matter["quantization"] = {
-        "method": "GSQ" if run.kind == "block" else _class_name(_settings(run, "model").get("warm_start")),
+        "method": "GSQ" if run.kind != "warm_start" else _class_name(_settings(run, "model").get("warm_start")),
         "scheme": schemes,
         "scale_dtype": str(run.scale_dtype).removeprefix("torch."),
     }
@@ -81,7 +81,7 @@ def _making(run: FinishedRun) -> list[tuple[str, str]]:
     start = _class_name(model.get("warm_start"))
     rows = [
         ("original model", f"`{run.address}`"),
-        ("method", f"GSQ from {start}" if run.kind == "block" else start),
+        ("method", f"GSQ from {start}" if run.kind != "warm_start" else start),
         ("scheme", ", ".join(sorted({str(weight.scheme) for weight in run.weights.values()}))),
         ("scales", str(run.scale_dtype).removeprefix("torch.")),
         ("not quantized", str(run.dtype).removeprefix("torch.")),

@@ -52,8 +52,9 @@ def push(folder: Path, name: str, private: bool) -> str:
             repo_id=repository.repo_id, folder_path=folder, commit_message="Upload a model quantized with lightning-gsq"
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).splitlines()[0]
         raise ConfigurationError(
-            f"push_to_hub: the hub did not take {name}: {str(error).splitlines()[0]}; the files are in {folder}. Log in with "
+            f"push_to_hub: the hub did not take {name}: {reason}; the files are in {folder}. Log in with "
             "`hf auth login` or set HF_TOKEN, and try again with `hf upload`"
         ) from error
     return str(repository)

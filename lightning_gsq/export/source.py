@@ -12,6 +12,7 @@ whose address stands in the recipe. :class:`FinishedRun` joins the two under the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from lightning_gsq import loading
 from lightning_gsq.backbone import find_blocks
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.fingerprint import model_fingerprint
 from lightning_gsq.modules import ModelQuantization
-from lightning_gsq.pipeline import BlockPlan, make_plan
+from lightning_gsq.pipeline import BlockPlan, make_plan, replaced
 from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.recipe import model_fingerprint
 from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.scheme import QuantScheme, SchemeOverride
 from lightning_gsq.sites import LinearSite
@@ -119,6 +120,11 @@ class FinishedRun:
                     f"run: {folder.root} has no {folder.block_file(self.kind, index).name}; resume the run with the "
                     "command that started it"
                 )
+        # Parameters that the end-to-end phase trained beside the quantized ones take the place of the original's.
+        trained = folder.read_dense(self.kind) if self.kind == "end_to_end" else None
+        self._trained = ExitStack()
+        for name, value in (trained[0] if trained else {}).items():
+            self._trained.enter_context(replaced(self.network, name, value))
         self._cached: tuple[int, dict[str, QuantizedTensor]] | None = None
 
     @property
@@ -219,7 +225,7 @@ class FinishedRun:
     def parameter(self, name: str) -> Tensor:
         """A parameter or buffer that is not quantized, as a file stores it: floating point in :attr:`dtype`.
 
-        This is the one place where such values come from.
+        This is the one place where such values come from: the original model, with what a run trained put into it.
         """
         value = self.network.state_dict(keep_vars=False)[name].detach()
         return value.to(self.dtype) if value.is_floating_point() else value
@@ -242,7 +248,7 @@ def open_run(folder: str | Path) -> FinishedRun:
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     model.load(source)
     known = recipe.get("fingerprints", {}).get("model")
-    if known is not None and known != model_fingerprint(model.network):
+    if known is not None and known != model_fingerprint(model):
         raise ConfigurationError(
             f"run: {model.pretrained} is no longer the model that the run in {root} quantized; put the original back"
         )

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import lightning_gsq
 from lightning_gsq.errors import ConfigurationError
@@ -140,6 +141,9 @@ def test_an_index_stays_in_its_folder(sharded: Path, tmp_path: Path, name: str) 
         lightning_gsq.load(folder)
     with pytest.raises(ConfigurationError, match=r"not a safetensors file of that folder|lacks"):
         resolve(str(folder))
+    if name.startswith("../"):
+        with pytest.raises(ConfigurationError, match="outside of that folder"):
+            AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000])

@@ -1,0 +1,72 @@
+"""What makes two runs the same: the resolved settings that decide the result, and fingerprints of model and text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_gsq import report
+from lightning_gsq.callbacks import BlockProgress, HardRounding, QuantizationMonitor
+from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from lightning_gsq.modules import ModelQuantization
+
+WATCHERS = (BlockProgress, QuantizationMonitor, HardRounding)
+"""Callbacks that look at a block's training and do not change it."""
+BESIDE_THE_RECIPE: dict[str, set[str]] = {
+    # settings that a resumed run may change, because they do not change its result
+    "trainer": {
+        "default_root_dir",
+        "logger",
+        "profiler",
+        "log_every_n_steps",
+        "enable_progress_bar",
+        "enable_model_summary",
+        "enable_checkpointing",
+    },
+    "model": {"phases"},
+    "activations": {"memory_limit_gb", "folder"},
+}
+LATER = {"config", "end_to_end", "export"}
+"""Groups that are no part of it: the end-to-end phase keeps its settings beside its own result, exports come after."""
+
+
+def make_recipe(
+    settings: dict[str, Any],
+    seed: int,
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    evaluation: PerplexityData,
+) -> dict[str, Any]:
+    """The recipe of a run over this model and this text."""
+    kept: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in LATER:
+            continue
+        dropped = BESIDE_THE_RECIPE.get(key, set())
+        kept[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
+    callbacks = kept["trainer"].get("callbacks") or []
+    watchers = {f"lightning_gsq.callbacks.{watcher.__name__}" for watcher in WATCHERS}
+    kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in watchers]
+    fingerprints = {
+        "model": model_fingerprint(model),
+        "calibration": fingerprint([data.train_ids_NT, data.validation_ids_NT]),
+        "evaluation": fingerprint([evaluation.ids_NT]),
+    }
+    return {"seed": seed, "settings": kept, "fingerprints": fingerprints, "versions": report.versions()}
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A short digest of shapes and contents."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def model_fingerprint(model: ModelQuantization) -> str:
+    """A digest of some numbers of every parameter: enough to tell two models apart, without reading a large one."""
+    return fingerprint(p.detach().flatten()[:: max(1, p.numel() // 256)].float() for p in model.network.parameters())
