@@ -85,6 +85,7 @@ def fit(
     folder.check_room(_bytes_to_write(model))
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
+    model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
     check_possible(exports, quantized_weights(plan))
     _calibrate(data, model, folder)
     recipe = make_recipe(settings, seed, model, data, evaluation)

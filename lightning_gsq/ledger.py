@@ -4,7 +4,7 @@ A quantized model is sold by its bits a weight, and that number is easily made t
 out, the embedding left out. Here every bit of every weight file belongs to exactly one entry or to a file's header, so
 that the sum is the size of the files, and anyone can add it up again:
 
-    size = sum over parameters (codes + scales + positions + padding + unquantized) / 8 + headers
+    size = sum over parameters (codes + scales + positions + padding + redundant + unquantized) / 8 + headers
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from lightning_gsq.packing import WORD_BITS, packed_words
 from lightning_gsq.scheme import QuantScheme
 
-PARTS = ("codes", "scales", "positions", "padding", "unquantized")
+PARTS = ("codes", "scales", "positions", "padding", "redundant", "unquantized")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class LedgerEntry:
         scales: Bits of scales.
         positions: Bits that say where single weights lie; zero for grids that treat all weights of a group alike.
         padding: Bits that fill a row or a block up and mean nothing.
+        redundant: Bits that a format stores although they follow from the rest: shapes, zero points, group numbers.
         unquantized: Bits of weights stored as plain numbers.
     """
 
@@ -41,6 +42,7 @@ class LedgerEntry:
     scales: int = 0
     positions: int = 0
     padding: int = 0
+    redundant: int = 0
     unquantized: int = 0
 
     @classmethod
@@ -72,7 +74,7 @@ class LedgerEntry:
     @property
     def bits(self) -> int:
         """All of its bits."""
-        return self.codes + self.scales + self.positions + self.padding + self.unquantized
+        return sum(getattr(self, part) for part in PARTS)
 
 
 @dataclass(frozen=True)

@@ -295,9 +295,9 @@ class BlockwiseRun:
             for site, scheme in plan.weights.items():
                 w_OI = site.to_matrix(block.get_parameter(site.name)).float()
                 hessians = statistics.hessians(site) if self.model.warm_start.needs_hessian else None
-                matrices = w_OI.split(site.out_features)
+                matrices, name = w_OI.split(site.out_features), f"{plan.name}.{site.name}"
                 parts = [
-                    self.model.warm_start(matrix, None if hessians is None else hessians[i], scheme)
+                    self.model.warm_start.start(name, matrix, None if hessians is None else hessians[i], scheme)
                     for i, matrix in enumerate(matrices)
                 ]
                 starts.append(

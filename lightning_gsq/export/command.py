@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +34,8 @@ def export(
     overwrite: bool = False,
     check: bool = True,
     shard_size_gb: float = 5.0,
+    gguf_embedding: Literal["F16", "Q8_0"] | None = None,
+    gguf_projection: Literal["Q4_0", "Q5_0", "Q8_0"] = "Q8_0",
     push_to_hub: str | None = None,
     private: bool = True,
     console: Console | None = None,
@@ -47,6 +49,9 @@ def export(
         overwrite: Replace folders that are there already.
         check: Load each folder back with the package that reads it, and compare weights, logits, text and perplexity.
         shard_size_gb: Size in GB after which a new weight file begins.
+        gguf_embedding: Type of embedding and head in a GGUF file; null for that of the GGUF file that the run started
+            from, or F16.
+        gguf_projection: Type that a GGUF file rounds those matrices to that no block type holds exactly.
         push_to_hub: Name of a repository on the Hugging Face hub to upload to; several formats need {format} in it.
         private: Whether a new repository is private.
         console: Where to print.
@@ -70,7 +75,7 @@ def export(
         if not overwrite:
             check_free(root / own.name)
     opened = open_run(run)
-    options = ExportOptions(shard_size=int(shard_size_gb * 1e9))
+    options = ExportOptions(int(shard_size_gb * 1e9), gguf_embedding, gguf_projection)
     folders = export_run(opened, chosen, root, options, check, console)
     if push_to_hub is not None:
         for name, folder in folders.items():

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun, QuantizedWeight
@@ -22,9 +22,14 @@ class ExportOptions:
 
     Args:
         shard_size: Bytes after which a new weight file begins.
+        gguf_embedding: Type of the embedding and the head in a GGUF file; null for that of the GGUF file that the run
+            started from, or F16.
+        gguf_projection: Type that a GGUF file rounds those matrices to that no type holds exactly.
     """
 
     shard_size: int = 5_000_000_000
+    gguf_embedding: Literal["F16", "Q8_0"] | None = None
+    gguf_projection: Literal["Q4_0", "Q5_0", "Q8_0"] = "Q8_0"
 
 
 @dataclass(frozen=True)
@@ -129,10 +134,14 @@ class ExportFormat(ABC):
 
 def formats() -> Mapping[str, ExportFormat]:
     """All formats by name."""
+    from lightning_gsq.export.compressed_tensors import CompressedTensorsFormat
     from lightning_gsq.export.dequantized import DequantizedFormat
+    from lightning_gsq.export.gguf import GGUFFormat
+    from lightning_gsq.export.gptq import GPTQFormat
     from lightning_gsq.export.native import NativeFormat
 
-    return {own.name: own for own in (NativeFormat(), DequantizedFormat())}
+    known = (NativeFormat(), CompressedTensorsFormat(), GPTQFormat(), GGUFFormat(), DequantizedFormat())
+    return {own.name: own for own in known}
 
 
 def format_of(name: str) -> ExportFormat:

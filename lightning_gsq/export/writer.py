@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
@@ -108,18 +109,21 @@ def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor
     return named
 
 
-def write_companions(run: FinishedRun, folder: Path, quantization: dict[str, Any] | None) -> None:
+def write_companions(
+    run: FinishedRun, folder: Path, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None
+) -> None:
     """Writes what stands beside the weights: config.json, generation_config.json, the tokenizer, recipe.yaml.
 
     Args:
         run: The run.
         folder: The folder.
         quantization: ``quantization_config`` of config.json; None for a model without one.
+        dtype: The dtype that config.json asks readers to compute in; None for the parameters' own.
     """
     config = run.config.to_dict()
     config.pop("quantization_config", None)
     config["architectures"] = [type(run.network).__name__]
-    config["dtype"] = str(run.dtype).removeprefix("torch.")
+    config["dtype"] = str(dtype or run.dtype).removeprefix("torch.")
     if quantization is not None:
         config["quantization_config"] = quantization
     run.config.__class__.from_dict(config).save_pretrained(folder)

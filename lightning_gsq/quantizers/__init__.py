@@ -1,7 +1,8 @@
 """Quantizers: warm starts, and the Gumbel quantizer that trains from them."""
 
+from lightning_gsq.quantizers.from_file import FromFile
 from lightning_gsq.quantizers.gumbel import GumbelOptions, GumbelQuantizer
 from lightning_gsq.quantizers.statistics import InputStatistics
 from lightning_gsq.quantizers.warm_start import GPTQ, RTN, Start, WarmStart
 
-__all__ = ["GPTQ", "RTN", "GumbelOptions", "GumbelQuantizer", "InputStatistics", "Start", "WarmStart"]
+__all__ = ["GPTQ", "RTN", "FromFile", "GumbelOptions", "GumbelQuantizer", "InputStatistics", "Start", "WarmStart"]

@@ -11,6 +11,7 @@ have a lower error at every width tried (docs/results.md). GPTQ's codes answer t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,17 @@ class WarmStart(ABC):
             w_OI: fp32 weight.
             hessian_II: fp32 mean of ``2 x xᵀ`` over the calibration inputs; None if there is none.
             scheme: Grid and group size.
+        """
+
+    def start(self, name: str, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
+        """The start of the weight of that name in the model; by default the name does not matter."""
+        return self(w_OI, hessian_II, scheme)
+
+    def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:  # noqa: B027 - a default
+        """Verifies, before anything long, that every weight can be started; given scheme and ``(O, I)`` by name.
+
+        Raises:
+            ConfigurationError: one cannot.
         """
 
 

@@ -1,0 +1,75 @@
+"""What the formats made of ``nn.Linear`` layers have in common: which layers, at how many bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.ledger import LedgerEntry
+from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.scheme import QuantScheme
+
+NARROWEST = 2
+"""Bits of the narrowest grid -2^(b-1) ... 2^(b-1) - 1 that holds -1 and +1."""
+
+
+def linear_bits(scheme: QuantScheme) -> int:
+    """Bits of a code in a format whose grids are -2^(b-1) ... 2^(b-1) - 1: 1 bit and ternary take two."""
+    return max(NARROWEST, scheme.storage_bits)
+
+
+def other_linear_layers(run: FinishedRun) -> list[str]:
+    """Names of the model's linear layers that are not quantized."""
+    quantized = {weight.stem for weight in run.weights.values()}
+    modules = run.network.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and name not in quantized]
+
+
+def refuse_other_than_linear(format_name: str, weights: Sequence[QuantizedWeight]) -> str | None:
+    """Why a format made of linear layers cannot hold these weights; None if it can."""
+    for weight in weights:
+        if weight.site.experts or weight.site.transposed:
+            what = "fuses several experts" if weight.site.experts else "is stored transposed"
+            return f"{format_name} holds plain linear layers, and {weight.name} {what}; native and dequantized hold it"
+    return None
+
+
+def entry_of(name: str, tensor: QuantizedTensor, parts: Mapping[str, Tensor], codes: str, scales: str) -> LedgerEntry:
+    """What a layer's tensors cost.
+
+    Args:
+        name: The weight's name in the model.
+        tensor: The weight.
+        parts: Everything that is stored for it, by the part's name.
+        codes: Which part holds the codes.
+        scales: Which part holds the scales.
+    """
+    weights = tensor.codes_OI.numel()
+    code_bits = weights * linear_bits(tensor.scheme)
+    return LedgerEntry(
+        name,
+        weights,
+        codes=code_bits,
+        scales=8 * parts[scales].nbytes,
+        padding=8 * parts[codes].nbytes - code_bits,
+        redundant=8 * sum(part.nbytes for key, part in parts.items() if key not in (codes, scales)),
+    )
+
+
+def fits_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value as it is, if a reader can load it in ``dtype`` without overflow.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if value.is_floating_point() and not bool(torch.isfinite(value.to(dtype)).all()):
+        raise ConfigurationError(
+            f"export: {name} reaches {float(value.abs().max()):.3g}, more than {dtype} holds, in which a reader loads "
+            "the folder because the scales are stored in it; quantize with --model.scale_dtype bfloat16, or export to "
+            "native"
+        )
+    return value

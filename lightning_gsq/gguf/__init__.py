@@ -1,0 +1,1 @@
+"""GGUF files: block types, the container, names and key-values of the Llama family."""
