@@ -2,6 +2,6 @@
 
 from lightning_gsq.quantizers.gumbel import GumbelOptions, GumbelQuantizer
 from lightning_gsq.quantizers.statistics import InputStatistics
-from lightning_gsq.quantizers.warm_start import GPTQ, RTN, Start, WarmStart
+from lightning_gsq.quantizers.warm_start import GPTQ, RTN, Matrix, Start, WarmStart
 
-__all__ = ["GPTQ", "RTN", "GumbelOptions", "GumbelQuantizer", "InputStatistics", "Start", "WarmStart"]
+__all__ = ["GPTQ", "RTN", "GumbelOptions", "GumbelQuantizer", "InputStatistics", "Matrix", "Start", "WarmStart"]
