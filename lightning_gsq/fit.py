@@ -38,6 +38,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
     "activations": {"memory_limit_gb", "folder"},
 }
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+SALIENCY = "lightning_gsq.callbacks.SaliencyThreshold"
 WATCHERS = tuple(f"lightning_gsq.callbacks.{c.__name__}" for c in (BlockProgress, QuantizationMonitor, HardRounding))
 
 
@@ -83,7 +84,8 @@ def fit(
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
     _calibrate(data, model, folder)
-    recipe = _recipe(settings, seed, model, data, evaluation)
+    mixed = any(scheme.mixed for own in plan for scheme in own.weights.values())
+    recipe = _recipe(settings, seed, model, data, evaluation, mixed)
     folder.open_recipe(recipe)
 
     run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print)
@@ -135,6 +137,7 @@ def fit(
         folder,
         recipe,
         report.ledger_of(tensors),
+        report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)}),
         [folder.block_file(kind, own.index) for own in plan],
     )
     folder.write_summary(summary)
@@ -194,6 +197,7 @@ def _recipe(
     model: ModelQuantization,
     data: CalibrationDataModule,
     evaluation: PerplexityData,
+    mixed: bool,
 ) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in settings.items():
@@ -202,7 +206,8 @@ def _recipe(
         dropped = BESIDE_THE_RECIPE.get(key, set())
         kept[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
     callbacks = kept["trainer"].get("callbacks") or []
-    kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in WATCHERS]
+    idle = () if mixed else (SALIENCY,)
+    kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in (*WATCHERS, *idle)]
     fingerprints = {
         "model": _fingerprint(*_parameter_samples(model)),
         "calibration": _fingerprint(data.train_ids_NT, data.validation_ids_NT),
@@ -235,6 +240,7 @@ def _summary(
     folder: RunFolder,
     recipe: dict[str, Any],
     ledger: BitsLedger,
+    saliency: dict[str, dict[str, Any]],
     block_files: list[Path],
 ) -> dict[str, Any]:
     progress = folder.progress
@@ -263,6 +269,7 @@ def _summary(
             "group_size": model.scheme.group_size,
         },
         "blocks": blocks,
+        **({"saliency": saliency} if saliency else {}),
         "pretrained": model.pretrained,
         "seed": recipe["seed"],
         "versions": recipe["versions"],

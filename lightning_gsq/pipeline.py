@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gsq.backbone import BlockCall, check_chain, embed, find_blocks, run_block, trace
+from lightning_gsq.callbacks import SaliencyThreshold
 from lightning_gsq.data import ActivationDataset, ActivationOptions, ActivationStore, CalibrationDataModule
 from lightning_gsq.data.activations import first, slices
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import BlockQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of, seed_of
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.quantizers import GumbelQuantizer, InputStatistics, Start
-from lightning_gsq.quantizers.warm_start import quantized
+from lightning_gsq.qtensor import QuantizedWeight
+from lightning_gsq.quantizers import GumbelQuantizer, InputStatistics, Matrix
+from lightning_gsq.quantizers.warm_start import stack
 from lightning_gsq.run_folder import RunFolder
+from lightning_gsq.sage import Choice, MixedQuantizer, UnsettledQuantizer
+from lightning_gsq.sage.settle import settled_start, settled_tensor
 from lightning_gsq.scheme import QuantScheme, assign_schemes
 from lightning_gsq.sites import LinearSite, find_linear_sites
 
@@ -114,6 +117,7 @@ class BlockwiseRun:
         self.make_trainer, self.activations = make_trainer, activations
         self.plan, self.blocks = plan, find_blocks(model.network)[1]
         self.trainer = make_trainer()
+        self.saliency = _saliency(self.trainer, model, plan)
         self.device = self.trainer.strategy.root_device
         self.forward_size = max(1, FORWARD_TOKENS // data.sequence_length)
         traced = trace(model.network, data.train_ids_NT[:1])
@@ -122,7 +126,7 @@ class BlockwiseRun:
 
     # -- phases
 
-    def warm_start(self) -> list[dict[str, QuantizedTensor]]:
+    def warm_start(self) -> list[dict[str, QuantizedWeight]]:
         """The warm start alone, every block on the activations of the blocks before it, as a plain GPTQ run does.
 
         Returns:
@@ -139,12 +143,13 @@ class BlockwiseRun:
             for index in range(self.plan[-1].index + 1):
                 block = self._working_copy(index)
                 if index in plans:
-                    starts = self._starts(plans[index], block, hidden)
+                    matrices = self._matrices(plans[index], block, hidden)
+                    choices = self._choose(matrices)
+                    own, dtype = self.model.warm_start, self.model.scale_dtype
                     tensors = {
-                        site.name: quantized(start, scheme, self.model.scale_dtype)
-                        for (site, scheme), start in zip(plans[index].weights.items(), starts, strict=True)
+                        name: _to_cpu(settled_tensor(matrix, choices.get(name), own, dtype))
+                        for name, matrix in matrices.items()
                     }
-                    tensors = {name: _to_cpu(tensor) for name, tensor in tensors.items()}
                     self.folder.write_block("warm_start", index, tensors)
                     results.append(tensors)
                     install(block, plans[index], tensors)
@@ -170,7 +175,7 @@ class BlockwiseRun:
 
     def _train_missing(
         self,
-        done: dict[int, dict[str, QuantizedTensor]],
+        done: dict[int, dict[str, QuantizedWeight]],
         finished: Callable[[BlockPlan, float, dict[str, float]], None],
     ) -> None:
         plans = {plan.index: plan for plan in self.plan}
@@ -209,15 +214,10 @@ class BlockwiseRun:
 
     def _fit(
         self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor
-    ) -> tuple[dict[str, QuantizedTensor], dict[str, float]]:
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, float]]:
         train = self.data.num_sequences
-        starts = self._starts(plan, block, inputs_NTD[: min(self.model.hessian_sequences, train)])
-        quantizers = {
-            site: GumbelQuantizer(
-                start, scheme, self.model.gumbel, generator_of(self.seed, plan.index, site.name, "logits")
-            )
-            for (site, scheme), start in zip(plan.weights.items(), starts, strict=True)
-        }
+        matrices = self._matrices(plan, block, inputs_NTD[: min(self.model.hessian_sequences, train)])
+        quantizers = {site: self._quantizer(plan, site, matrices[site.name]) for site in plan.weights}
         module = BlockQuantization(
             block,
             self.calls[plan.index],
@@ -263,36 +263,46 @@ class BlockwiseRun:
         dtype = self.model.scale_dtype
         tensors = {
             name: _to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
-            for name, quantizer in module.named_quantizers()
+            for name, quantizer in module.named_weights()
         }
         return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
 
-    def _starts(self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> list[Start]:
-        """The warm start of each of the block's weights."""
-        sites = list(plan.weights)
-        statistics = InputStatistics(sites, self.device)
-        if self.model.warm_start.needs_hessian:
+    def _matrices(self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> dict[str, Matrix]:
+        """The block's weights with the second moments of their inputs."""
+        needed = self.model.warm_start.needs_hessian
+        statistics = InputStatistics(list(plan.weights), self.device)
+        if needed:
             with torch.no_grad(), statistics.watching(block), self._precision():
                 for part in slices(len(inputs_NTD), self.forward_size):
                     run_block(block, self._fetch(inputs_NTD[part]), self.calls[plan.index].to(self.device))
-        starts = []
-        with torch.no_grad():
-            for site, scheme in plan.weights.items():
-                w_OI = site.to_matrix(block.get_parameter(site.name)).float()
-                hessians = statistics.hessians(site) if self.model.warm_start.needs_hessian else None
-                matrices = w_OI.split(site.out_features)
-                parts = [
-                    self.model.warm_start(matrix, None if hessians is None else hessians[i], scheme)
-                    for i, matrix in enumerate(matrices)
-                ]
-                starts.append(
-                    Start(
-                        torch.cat([part.codes_OI for part in parts]),
-                        torch.cat([part.scales_OG for part in parts]),
-                        torch.cat([part.position_OI for part in parts]),
-                    )
-                )
-        return starts
+        return {
+            site.name: Matrix(
+                site.to_matrix(block.get_parameter(site.name)).detach().float(),
+                statistics.hessians(site) if needed else None,
+                scheme,
+            )
+            for site, scheme in plan.weights.items()
+        }
+
+    def _choose(self, matrices: dict[str, Matrix]) -> dict[str, Choice]:
+        """The salient part of each matrix whose scheme has one."""
+        mixed = {name: matrix for name, matrix in matrices.items() if matrix.scheme.mixed}
+        return self.saliency.choose(mixed) if self.saliency is not None else {}
+
+    @torch.no_grad()
+    def _quantizer(self, plan: BlockPlan, site: LinearSite, matrix: Matrix) -> GumbelQuantizer | UnsettledQuantizer:
+        """The trainable form of a weight, from its warm start."""
+        options, warm_start = self.model.gumbel, self.model.warm_start
+        generator = generator_of(self.seed, plan.index, site.name, "logits")
+        if not matrix.scheme.mixed:
+            start = stack([warm_start(w_OI, hessian, matrix.scheme) for w_OI, hessian in matrix.parts()])
+            return GumbelQuantizer(start, matrix.scheme, options, generator)
+
+        def build(choice: Choice) -> MixedQuantizer:
+            with torch.no_grad():
+                return MixedQuantizer(settled_start(matrix, choice, warm_start), choice.scheme, options, generator)
+
+        return UnsettledQuantizer(site.name, matrix, build)
 
     @torch.no_grad()
     def _propagate(self, block: nn.Module, index: int, source_NTD: Tensor, out_NTD: Tensor) -> None:
@@ -343,7 +353,7 @@ class BlockwiseRun:
     def _have(self, kind: str) -> bool:
         return all(self.folder.block_file(kind, plan.index).exists() for plan in self.plan)
 
-    def _finished_blocks(self) -> dict[int, dict[str, QuantizedTensor]]:
+    def _finished_blocks(self) -> dict[int, dict[str, QuantizedWeight]]:
         """Blocks on disk, up to the first that is missing."""
         done = {}
         for plan in self.plan:
@@ -353,7 +363,7 @@ class BlockwiseRun:
         return done
 
 
-def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedTensor]) -> None:
+def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedWeight]) -> None:
     """Puts the dequantized weights into a block, in the block's dtype."""
     for site in plan.weights:
         parameter = block.get_parameter(site.name)
@@ -363,7 +373,7 @@ def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedTenso
 
 @contextmanager
 def installed(
-    model: ModelQuantization, plan: list[BlockPlan], tensors: list[dict[str, QuantizedTensor]]
+    model: ModelQuantization, plan: list[BlockPlan], tensors: list[dict[str, QuantizedWeight]]
 ) -> Iterator[None]:
     """The model with these weights inside the context, its own afterwards."""
     _, blocks = find_blocks(model.network)
@@ -378,12 +388,33 @@ def installed(
                 blocks[own.index].get_parameter(name).data = data
 
 
-def _to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
-    if not bool(torch.isfinite(tensor.scales_OG).all()):
+def _to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:
+    for scales in tensor.scales:
+        if not bool(torch.isfinite(scales).all()):
+            raise ConfigurationError(
+                f"model.scale_dtype: a scale does not fit into {scales.dtype}; use bfloat16 or float32"
+            )
+    return tensor.cpu()
+
+
+def _saliency(trainer: Trainer, model: ModelQuantization, plan: list[BlockPlan]) -> SaliencyThreshold | None:
+    """The callback that settles salient weights; None where no scheme has any."""
+    mixed = {scheme for own in plan for scheme in own.weights.values() if scheme.mixed}
+    if not mixed:
+        return None
+    found = [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, SaliencyThreshold)]
+    if not found:
         raise ConfigurationError(
-            f"model.scale_dtype: a scale does not fit into {tensor.scales_OG.dtype}; use bfloat16 or float32"
+            "trainer.callbacks: salient weights and a budget need the callback "
+            "lightning_gsq.callbacks.SaliencyThreshold"
         )
-    return QuantizedTensor(tensor.codes_OI.cpu(), tensor.scales_OG.cpu(), tensor.scheme)
+    element = any(scheme.salient is not None and scheme.salient.layout == "element" for scheme in mixed)
+    if element and "blocks" in model.phases:
+        raise ConfigurationError(
+            "model.scheme.salient.layout: element is the published layout, which is not trained; use "
+            "--model.phases [init], or structured"
+        )
+    return found[0]
 
 
 def _mean_square(x_NTD: Tensor) -> float:

@@ -119,7 +119,7 @@ def spend(menus: Sequence[list[Option]], limit: int) -> list[Option]:
     cheapest = sum(min(option.bits for option in menu) for menu in menus)
     if cheapest > limit:
         raise ConfigurationError(
-            f"model.scheme.budget: {limit} bits do not hold even the cheapest choice, {cheapest} bits; raise the budget "
+            f"model.scheme.budget: {limit} bits do not hold even the cheapest choice, {cheapest} bits; raise it "
             f"by {cheapest / limit - 1:.1%} or allow larger groups in SaliencyThreshold.menu"
         )
     tables = [

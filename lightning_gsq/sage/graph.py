@@ -104,9 +104,7 @@ def _sample(values: Tensor, options: GraphOptions) -> NDArray[np.float64]:
     return np.sort(flat)
 
 
-def _spectrum(
-    sample: NDArray[np.float64], options: GraphOptions
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _spectrum(sample: NDArray[np.float64], options: GraphOptions) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The smallest ``max_groups + 1`` eigenvalues of the normalised Laplacian, rising, and their vectors."""
     k = min(options.neighbours, len(sample) - 1)
     graph = kneighbors_graph(sample[:, None], k, mode="distance", include_self=False)

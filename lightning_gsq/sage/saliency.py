@@ -2,7 +2,8 @@
 
 SAGE-PTQ (arXiv 2606.05429) reads saliency from the matrix alone: a weight is salient when it lies far from the mean of
 its matrix, in standard deviations. Weighed with the second moment of its input (the diagonal of the Hessian), the score
-says how much of the output hangs on the weight; BiLLM (arXiv 2402.04291) and PB-LLM (arXiv 2310.00034) choose by kin of it.
+says how much of the output hangs on the weight; BiLLM (arXiv 2402.04291) and PB-LLM (arXiv 2310.00034) choose by kin
+of it.
 """
 
 from __future__ import annotations

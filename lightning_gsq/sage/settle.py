@@ -142,7 +142,9 @@ def _structured(matrix: Matrix, part: SalientPart, options: SettleOptions) -> Ch
         ratio = adaptive_ratio(cost, options.price, high=options.max_ratio).ratio
     count = saliency.column_count(ratio, columns)
     error, _ = cost(ratio)
-    option = Option(with_count(count), order_I[:count].sort().values, error, mixed_bits(rows, columns, with_count(count)))
+    option = Option(
+        with_count(count), order_I[:count].sort().values, error, mixed_bits(rows, columns, with_count(count))
+    )
     return _from_option(matrix, option)
 
 

@@ -2,8 +2,8 @@
 
 Let R be the other columns and S the salient ones. For any rounding of R the best real-valued S is
 ``w_S + (w_R - q_R) H_RS H_SS^-1``, and what the error of R then still costs is measured by the Schur complement
-``H_RR - H_RS H_SS^-1 H_SR``. So R is rounded with that Hessian, S is moved, and S is rounded with ``H_SS``: GPTQ with the
-coarse columns in front, in which every column's error flows towards columns with more levels.
+``H_RR - H_RS H_SS^-1 H_SR``. So R is rounded with that Hessian, S is moved, and S is rounded with ``H_SS``: GPTQ with
+the coarse columns in front, in which every column's error flows towards columns with more levels.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.quantizers import Start, WarmStart
 from lightning_gsq.quantizers.warm_start import quantized, stack
-from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.sage.dual_mode import group_scalars
 from lightning_gsq.sage.tensors import MixedTensor, other_columns
 from lightning_gsq.scheme import QuantScheme

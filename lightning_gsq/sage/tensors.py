@@ -92,7 +92,7 @@ class MixedTensor:
         return merge_columns(rest_OR, salient_OK, self.columns_K)
 
     def pack(self) -> dict[str, Tensor]:
-        """``columns``, ``salient_codes``, ``salient_scales``, ``codes`` and ``scales``, or ``table`` and ``members``."""
+        """``columns``, ``codes``, ``scales`` (or ``table`` and ``members``), ``salient_codes``, ``salient_scales``."""
         mask_I = torch.zeros(1, self.shape[1], dtype=torch.uint8)
         mask_I[0, self.columns_K.cpu()] = 1
         packed = {"columns": pack(mask_I, 1), **self.rest.pack()}
