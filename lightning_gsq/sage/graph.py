@@ -1,10 +1,13 @@
 """How many groups of scales a matrix has: spectral structure of a sparse graph over a sample of its values.
 
-A few thousand values become the vertices of a k-nearest-neighbour graph. The affinity of two neighbours is
+Some thousand values become the vertices of a k-nearest-neighbour graph. The affinity of two neighbours is
 ``exp(-d^2 / (r_i r_j))``, each radius being the distance to the vertex's own k-th neighbour, so that dense and sparse
 regions count alike (Zelnik-Manor and Perona, 2004). The smallest eigenvalues of the normalised Laplacian tell how well
 the graph falls into n parts: a wide gap after the n-th, and compact clusters in the space of the first n eigenvectors
 (silhouette), speak for n. SAGE-PTQ (arXiv 2606.05429) does this with the magnitudes of the unsalient weights.
+
+Neighbours among single numbers make a graph close to a chain, whose eigenvalues grow with the square of their number:
+the widest gap is then the last one, whatever the values. So a gap counts as a share of the eigenvalue that follows it.
 """
 
 from __future__ import annotations
@@ -13,9 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import identity
+from scipy.linalg import eigh
 from scipy.sparse.csgraph import laplacian
-from scipy.sparse.linalg import eigsh
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import kneighbors_graph
@@ -25,6 +27,8 @@ from lightning_gsq.errors import ConfigurationError
 
 RADIUS_FLOOR = 1e-6
 """Smallest radius of a vertex, as a share of the values' spread: equal values have neighbours at distance zero."""
+EIGENVALUE_FLOOR = 1e-9
+"""Smaller eigenvalues are zero up to rounding: parts of the graph that nothing connects."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class GroupCount:
 
     Args:
         count: The choice.
-        eigengaps: Gap after the n-th eigenvalue, for n = 2, 3, ...
+        eigengaps: Gap after the n-th eigenvalue as a share of the next one, for n = 2, 3, ...
         silhouettes: Silhouette score of n clusters in the embedding, for the same n.
     """
 
@@ -86,7 +90,7 @@ def graph_group_count(values: Tensor, options: GraphOptions) -> GroupCount:
         return GroupCount(1)
     counts = range(2, options.max_groups + 1)
     eigenvalues, vectors = _spectrum(sample, options)
-    gaps = [float(eigenvalues[n] - eigenvalues[n - 1]) for n in counts]
+    gaps = [1 - float(eigenvalues[n - 1] / max(eigenvalues[n], EIGENVALUE_FLOOR)) for n in counts]
     silhouettes = []
     for n in counts:
         embedding = vectors[:, :n] / np.linalg.norm(vectors[:, :n], axis=1, keepdims=True).clip(1e-12)
@@ -113,9 +117,7 @@ def _spectrum(sample: NDArray[np.float64], options: GraphOptions) -> tuple[NDArr
     edges.data = np.exp(-(edges.data**2) / (radius[edges.row] * radius[edges.col]))
     weights = edges.tocsr()
     weights = weights.maximum(weights.T)
-    # Lanczos finds the largest eigenvalues best: those of 2 - L are the smallest of L, which lie in [0, 2].
-    flipped = 2 * identity(len(sample)) - laplacian(weights, normed=True)
-    start = np.random.default_rng(options.seed).standard_normal(len(sample))
-    found, vectors = eigsh(flipped, k=options.max_groups + 1, which="LA", v0=start, tol=1e-6)
-    order = np.argsort(-found)
-    return 2 - found[order], vectors[:, order]
+    # Dense: separate clusters are equal eigenvalues, of which Lanczos' method finds only some.
+    dense = laplacian(weights, normed=True).toarray()
+    eigenvalues, vectors = eigh(dense, subset_by_index=(0, min(options.max_groups, len(sample) - 1)))
+    return eigenvalues.clip(EIGENVALUE_FLOOR), vectors
