@@ -8,6 +8,8 @@ this way gives exactly what the model computes.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from lightning_gsq.compiling import compile_function
 from lightning_gsq.errors import ConfigurationError
 
 
@@ -59,6 +62,27 @@ def run_block(
         output = torch.func.functional_call(block, weights, inputs, call.kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
+
+
+BlockRunner = Callable[..., Tensor]
+"""A function with the arguments and the result of :func:`run_block`."""
+
+
+@functools.cache
+def compiled_run_block() -> BlockRunner:
+    """:func:`run_block` through ``torch.compile``: one graph serves all blocks of a kind and all batch sizes.
+
+    Elementwise work (norms, rotary embedding, gates, casts) becomes a few loops, which takes about a quarter off a
+    block's time on a CPU. The batch dimension is marked dynamic from the first call on, so that what is compiled, and
+    with it every bit of a result, does not depend on which sizes came first.
+    """
+    compiled = compile_function(run_block)
+
+    def run(block: nn.Module, hidden_BTD: Tensor, call: BlockCall, weights: dict[str, Tensor] | None = None) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(hidden_BTD, 0)
+        return compiled(block, hidden_BTD, call, weights)
+
+    return run
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -21,7 +21,7 @@ from lightning_gsq import loading
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.fit import fit
-from lightning_gsq.modules import ModelQuantization, NonFiniteLossError
+from lightning_gsq.modules import EndToEndOptions, ModelQuantization, NonFiniteLossError
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs/quantized",
@@ -65,7 +65,7 @@ class GSQCLI(LightningCLI):
     """LightningCLI whose ``fit`` runs a Trainer for every block.
 
     Groups of options: ``trainer`` (Lightning's own), ``model`` (the model and how to quantize it), ``data``
-    (calibration text), ``evaluation`` (text for perplexity), ``activations`` (memory).
+    (calibration text), ``evaluation`` (text for perplexity), ``activations`` (memory), ``end_to_end`` (the last phase).
     """
 
     trainer: Trainer
@@ -104,6 +104,7 @@ class GSQCLI(LightningCLI):
         """Adds the groups that are not Lightning's."""
         parser.add_lightning_class_args(PerplexityData, "evaluation")
         parser.add_class_arguments(ActivationOptions, "activations")
+        parser.add_class_arguments(EndToEndOptions, "end_to_end")
 
     def before_instantiate_classes(self) -> None:
         """Settles the precision, so that the recipe says which it was."""
@@ -135,6 +136,7 @@ class GSQCLI(LightningCLI):
             data=datamodule,
             evaluation=self.config_init[self.subcommand].evaluation,
             activations=self.config_init[self.subcommand].activations,
+            end_to_end=self.config_init[self.subcommand].end_to_end,
             make_trainer=self.instantiate_trainer,
             make_evaluation_trainer=self.evaluation_trainer,
             settings=as_plain(self._parser(self.subcommand), settings),
@@ -205,6 +207,6 @@ def main(args: list[str] | None = None) -> int:
         errors.print(f"error: {error}", markup=False, soft_wrap=True)
         return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
     except KeyboardInterrupt:
-        errors.print("stopped; the same command resumes after the last finished block")
+        errors.print("stopped; the same command resumes after the last finished block or phase")
         return EXIT_INTERRUPTED
     return 0

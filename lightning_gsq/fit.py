@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file, save
-from torch import Tensor
 
-from lightning_gsq import loading, report
-from lightning_gsq.callbacks import BlockProgress, HardRounding, QuantizationMonitor
+from lightning_gsq import board, loading, report
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
+from lightning_gsq.end_to_end import EndToEndResult, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.modules import ModelQuantization
+from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
-from lightning_gsq.qtensor import BitsLedger
+from lightning_gsq.qtensor import BitsLedger, QuantizedWeight
+from lightning_gsq.recipe import make_recipe
 from lightning_gsq.run_folder import RunFolder, write_atomically
 
-BESIDE_THE_RECIPE: dict[str, set[str]] = {
-    # settings that a resumed run may change, because they do not change its result
-    "trainer": {
-        "default_root_dir",
-        "logger",
-        "profiler",
-        "log_every_n_steps",
-        "enable_progress_bar",
-        "enable_model_summary",
-        "enable_checkpointing",
-    },
-    "model": {"phases"},
-    "activations": {"memory_limit_gb", "folder"},
-}
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-SALIENCY = "lightning_gsq.callbacks.SaliencyThreshold"
-WATCHERS = tuple(f"lightning_gsq.callbacks.{c.__name__}" for c in (BlockProgress, QuantizationMonitor, HardRounding))
 
 
 def fit(
@@ -47,7 +29,8 @@ def fit(
     data: CalibrationDataModule,
     evaluation: PerplexityData,
     activations: ActivationOptions,
-    make_trainer: Callable[[], Trainer],
+    end_to_end: EndToEndOptions,
+    make_trainer: Callable[..., Trainer],
     make_evaluation_trainer: Callable[[], Trainer],
     settings: dict[str, Any],
     seed: int,
@@ -60,7 +43,8 @@ def fit(
         data: Calibration text.
         evaluation: Text for perplexity.
         activations: How hidden states are kept.
-        make_trainer: Makes the Trainer of one block.
+        end_to_end: The end-to-end phase.
+        make_trainer: Makes a Trainer with the user's settings, some of them replaced where arguments name them.
         make_evaluation_trainer: Makes a Trainer that only evaluates.
         settings: All resolved settings, for the recipe.
         seed: Seed of everything random.
@@ -84,9 +68,10 @@ def fit(
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
     _calibrate(data, model, folder)
-    mixed = any(scheme.mixed for own in plan for scheme in own.weights.values())
-    recipe = _recipe(settings, seed, model, data, evaluation, mixed)
+    recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
+    kind = _last_kind(model, plan, folder)
+    board.log_recipe(trainer.loggers, recipe)
 
     run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print)
     windows = evaluation.val_dataloader()
@@ -121,28 +106,54 @@ def fit(
             folder.update_progress(blocks={**blocks, str(own.index): {"seconds": seconds, **measures}})
 
         run.train_blocks(finished)
-        perplexity("blocks", "after the blocks")
-    kind = "block" if "blocks" in model.phases else "warm_start"
     tensors = [folder.read_block(kind, own.index, own.expected) for own in plan]
-    if folder.progress.get("model") != kind:
-        began = time.perf_counter()
+    if "blocks" in model.phases:
         with installed(model, plan, tensors):
+            perplexity("blocks", "after the blocks")
+    result: EndToEndResult | None = None
+    if "end_to_end" in model.phases:
+        own_settings = settings["end_to_end"]
+        result = run_end_to_end(
+            model, data, plan, tensors, end_to_end, own_settings, folder, make_trainer, seed, console.print
+        )
+        if not result.rejected:
+            kind = "end_to_end"
+            tensors = [folder.read_block(kind, own.index, own.expected) for own in plan]
+            with installed(model, plan, tensors, result.dense):
+                perplexity("end_to_end", "after the end-to-end phase")
+    with installed(model, plan, tensors, result.dense if result else None):
+        if folder.progress.get("model") != kind:
+            began = time.perf_counter()
             loading.save_dense(model.network, model.tokenizer, folder.model, model.output_dtype)
-        folder.update_progress(model=kind)
-        _add_seconds(folder, "saving", began)
-
-    summary = _summary(
-        model,
-        source,
-        folder,
-        recipe,
-        report.ledger_of(tensors),
-        report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)}),
-        [folder.block_file(kind, own.index) for own in plan],
-    )
+            folder.update_progress(model=kind)
+            _add_seconds(folder, "saving", began)
+        summary = _summary(model, source, folder, recipe, kind, plan, tensors, result)
     folder.write_summary(summary)
+    figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
+    board.log_result(trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
     report.print_summary(console, summary, str(folder.root))
     return summary
+
+
+def _last_kind(model: ModelQuantization, plan: list[BlockPlan], folder: RunFolder) -> str:
+    """Whose result comes before the end-to-end phase: that of the blocks, or else of the warm start.
+
+    Raises:
+        ConfigurationError: there is none, because both phases were left out and never run.
+    """
+    indices = [own.index for own in plan]
+    if "blocks" in model.phases:
+        return "block"
+    if "end_to_end" not in model.phases:
+        return "warm_start"
+    if folder.has_blocks("block", indices):
+        return "block"
+    if "init" in model.phases or folder.has_blocks("warm_start", indices):
+        return "warm_start"
+    raise ConfigurationError(
+        f"model.phases: end_to_end goes on from quantized blocks, and {folder.root} has no finished set of them; add "
+        "blocks (or init, to start from the warm start)"
+    )
 
 
 def _init_phase(run: BlockwiseRun, folder: RunFolder, perplexity: Callable[[], None]) -> None:
@@ -191,44 +202,6 @@ def _calibrate(data: CalibrationDataModule, model: ModelQuantization, folder: Ru
         write_atomically(file, save(ids))
 
 
-def _recipe(
-    settings: dict[str, Any],
-    seed: int,
-    model: ModelQuantization,
-    data: CalibrationDataModule,
-    evaluation: PerplexityData,
-    mixed: bool,
-) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key == "config":
-            continue
-        dropped = BESIDE_THE_RECIPE.get(key, set())
-        kept[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
-    callbacks = kept["trainer"].get("callbacks") or []
-    idle = () if mixed else (SALIENCY,)
-    kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in (*WATCHERS, *idle)]
-    fingerprints = {
-        "model": _fingerprint(*_parameter_samples(model)),
-        "calibration": _fingerprint(data.train_ids_NT, data.validation_ids_NT),
-        "evaluation": _fingerprint(evaluation.ids_NT),
-    }
-    return {"seed": seed, "settings": kept, "fingerprints": fingerprints, "versions": report.versions()}
-
-
-def _parameter_samples(model: ModelQuantization) -> list[Tensor]:
-    """Some numbers of every parameter: enough to tell two models apart, without reading all of a large one."""
-    return [p.detach().flatten()[:: max(1, p.numel() // 256)].float() for p in model.network.parameters()]
-
-
-def _fingerprint(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _add_seconds(folder: RunFolder, part: str, began: float) -> None:
     seconds = folder.progress.get("seconds", {})
     folder.update_progress(seconds={**seconds, part: seconds.get(part, 0.0) + time.perf_counter() - began})
@@ -239,18 +212,21 @@ def _summary(
     source: loading.ModelSource,
     folder: RunFolder,
     recipe: dict[str, Any],
-    ledger: BitsLedger,
-    saliency: dict[str, dict[str, Any]],
-    block_files: list[Path],
+    kind: str,
+    plan: list[BlockPlan],
+    tensors: list[dict[str, QuantizedWeight]],
+    result: EndToEndResult | None,
 ) -> dict[str, Any]:
+    ledger: BitsLedger = report.ledger_of(tensors)
+    saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
     progress = folder.progress
     blocks = progress.get("blocks", {})
-    seconds = [block["seconds"] for block in blocks.values()]
+    seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
     parameters = sum(p.numel() for p in model.network.parameters())
-    files = sum(file.stat().st_size for file in block_files)
+    files = sum(folder.block_file(kind, own.index).stat().st_size for own in plan)
     peak = max(progress.get("peak_memory_bytes", 0), report.peak_memory_bytes())
     folder.update_progress(peak_memory_bytes=peak)
-    return {
+    summary = {
         "perplexity": progress["perplexity"],
         "bits_per_weight": ledger.per_weight(),
         "bytes": {
@@ -259,9 +235,8 @@ def _summary(
             "quantized": files + 2 * (parameters - ledger.weights),
             "blocks": files,
         },
-        "seconds": sum(progress.get("seconds", {}).values()) + sum(seconds),
-        "seconds_per_block": sum(seconds) / max(1, len(seconds)),
-        "seconds_of": {**progress.get("seconds", {}), "blocks": sum(seconds)},
+        "seconds_per_block": seconds_of["blocks"] / max(1, len(blocks)),
+        "seconds_of": seconds_of,
         "peak_memory_bytes": peak,
         "scheme": {
             "name": str(model.scheme),
@@ -275,3 +250,7 @@ def _summary(
         "versions": recipe["versions"],
         "torch_threads": torch.get_num_threads(),
     }
+    if result is not None:
+        summary["end_to_end"] = result.report
+        seconds_of["end_to_end"] = result.report["seconds"]
+    return {**summary, "seconds": sum(seconds_of.values())}

@@ -14,17 +14,19 @@ import copy
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from lightning_gsq.backbone import BlockCall, check_chain, embed, find_blocks, run_block, trace
+from lightning_gsq.backbone import BlockCall, check_chain, compiled_run_block, embed, find_blocks, run_block, trace
 from lightning_gsq.callbacks import SaliencyThreshold
+from lightning_gsq.compiling import compiler_available
 from lightning_gsq.data import ActivationDataset, ActivationOptions, ActivationStore, CalibrationDataModule
 from lightning_gsq.data.activations import first, slices
 from lightning_gsq.errors import ConfigurationError
@@ -119,6 +121,8 @@ class BlockwiseRun:
         self.trainer = make_trainer()
         self.saliency = _saliency(self.trainer, model, plan)
         self.device = self.trainer.strategy.root_device
+        compiled = model.compile_blocks and compiler_available(self.device.type)
+        self.run_block = compiled_run_block() if compiled else run_block
         self.forward_size = max(1, FORWARD_TOKENS // data.sequence_length)
         traced = trace(model.network, data.train_ids_NT[:1])
         self.calls: list[BlockCall] = traced.calls
@@ -147,7 +151,7 @@ class BlockwiseRun:
                     choices = self._choose(matrices)
                     own, dtype = self.model.warm_start, self.model.scale_dtype
                     tensors = {
-                        name: _to_cpu(settled_tensor(matrix, choices.get(name), own, dtype))
+                        name: to_cpu(settled_tensor(matrix, choices.get(name), own, dtype))
                         for name, matrix in matrices.items()
                     }
                     self.folder.write_block("warm_start", index, tensors)
@@ -157,7 +161,7 @@ class BlockwiseRun:
         return results
 
     def train_blocks(self, finished: Callable[[BlockPlan, float, dict[str, float]], None]) -> None:
-        """Trains every planned block that has no file yet, and installs all of them in the model.
+        """Trains every planned block that has no file yet. The model is left as it was.
 
         Args:
             finished: Called after each block with its plan, its seconds and its measures.
@@ -167,9 +171,6 @@ class BlockwiseRun:
             if done:
                 self.say(f"Resuming after {len(done)} finished of {len(self.plan)} blocks")
             self._train_missing(done, finished)
-        else:
-            for plan in self.plan:
-                install(self.blocks[plan.index], plan, done[plan.index])
 
     # -- steps
 
@@ -205,7 +206,6 @@ class BlockwiseRun:
                         gc.collect()
                         self.folder.write_block("block", index, tensors)
                     install(block, plan, tensors)
-                    install(self.blocks[index], plan, tensors)
                 self._propagate(block, index, quantized, quantized)
                 if stream:
                     full, target = target, full
@@ -230,6 +230,7 @@ class BlockwiseRun:
             name=plan.name,
             seed=self.seed,
             position=(self.plan.index(plan), len(self.plan)),
+            run=self.run_block,
         )
         order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order"))
         size = self.data.batch_size
@@ -262,7 +263,7 @@ class BlockwiseRun:
         measures["flip_rate"] = flipped / sum(q.start_codes.numel() for _, q in module.named_quantizers())
         dtype = self.model.scale_dtype
         tensors = {
-            name: _to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
+            name: to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
             for name, quantizer in module.named_weights()
         }
         return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -310,7 +311,7 @@ class BlockwiseRun:
         call = self.calls[index].to(self.device)
         with self._precision():
             for part in slices(len(source_NTD), self.forward_size):
-                out_NTD[part] = run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
+                out_NTD[part] = self.run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
 
     @torch.no_grad()
     def _error(
@@ -373,22 +374,53 @@ def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedWeigh
 
 @contextmanager
 def installed(
-    model: ModelQuantization, plan: list[BlockPlan], tensors: list[dict[str, QuantizedWeight]]
+    model: ModelQuantization,
+    plan: list[BlockPlan],
+    tensors: list[dict[str, QuantizedWeight]],
+    dense: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """The model with these weights inside the context, its own afterwards."""
+    """The model with these weights inside the context, its own afterwards.
+
+    Args:
+        model: The model, loaded.
+        plan: The quantized weights of each block.
+        tensors: Their codes and scales.
+        dense: Other parameters by name in the model; a head that was tied to the embedding is untied.
+    """
     _, blocks = find_blocks(model.network)
     originals = [{site.name: blocks[own.index].get_parameter(site.name).data for site in own.weights} for own in plan]
-    try:
-        for own, weights in zip(plan, tensors, strict=True):
+    with ExitStack() as undo:
+        for own, weights, parameters in zip(plan, tensors, originals, strict=True):
             install(blocks[own.index], own, weights)
+            for name, data in parameters.items():
+                undo.callback(setattr, blocks[own.index].get_parameter(name), "data", data)
+        for name, value in (dense or {}).items():
+            undo.enter_context(_replaced(model.network, name, value))
+        yield
+
+
+@contextmanager
+def _replaced(network: PreTrainedModel, name: str, value: Tensor) -> Iterator[None]:
+    """Another parameter under this name, and under no other name that shared the original."""
+    owner, _, last = name.rpartition(".")
+    module, config = network.get_submodule(owner), network.config
+    original, tied = getattr(module, last), config.tie_word_embeddings
+    setattr(module, last, nn.Parameter(value.to(original.device, original.dtype), requires_grad=False))
+    if network.get_output_embeddings() is module:
+        config.tie_word_embeddings = False
+    try:
         yield
     finally:
-        for own, parameters in zip(plan, originals, strict=True):
-            for name, data in parameters.items():
-                blocks[own.index].get_parameter(name).data = data
+        setattr(module, last, original)
+        config.tie_word_embeddings = tied
 
 
-def _to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:
+def to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:
+    """The tensor as it is stored.
+
+    Raises:
+        ConfigurationError: a scale overflowed.
+    """
     for scales in tensor.scales:
         if not bool(torch.isfinite(scales).all()):
             raise ConfigurationError(

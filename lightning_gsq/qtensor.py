@@ -55,6 +55,9 @@ class QuantizedWeight(Protocol):
     def cpu(self) -> QuantizedWeight:
         """The same on the CPU."""
 
+    def parts(self) -> Iterable[Tensor]:
+        """Every tensor that the weight depends on, scales in fp32: what a fingerprint is made of."""
+
 
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -79,6 +82,10 @@ class QuantizedTensor:
     def scales(self) -> tuple[Tensor]:
         """The scales ``O G``."""
         return (self.scales_OG,)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Codes and fp32 scales."""
+        return self.codes_OI, self.scales_OG.float()
 
     def cpu(self) -> QuantizedTensor:
         """The same on the CPU."""

@@ -19,6 +19,7 @@ PERPLEXITY_NAMES = {
     "full_precision": "full precision",
     "warm_start": "after the warm start",
     "blocks": "after the blocks",
+    "end_to_end": "after the end-to-end phase",
 }
 
 
@@ -58,6 +59,12 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table = Table(title="Quantized: " + summary["scheme"]["name"], show_header=False, title_justify="left")
     for key, value in summary["perplexity"].items():
         table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
+    phase = summary.get("end_to_end")
+    if phase is not None:
+        losses = f"{phase['start']:.4f} → {phase['final']:.4f}"
+        table.add_row(
+            "held-out loss, end to end", losses + (", rejected: the blocks stand" if phase["rejected"] else "")
+        )
     bits = summary["bits_per_weight"]
     table.add_row(
         "true bits per weight",

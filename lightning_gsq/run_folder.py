@@ -3,6 +3,7 @@
 recipe.yaml            the resolved settings, fingerprints of model and text, versions
 progress.json          what is done, replaced atomically
 blocks/block-003.safetensors   packed codes and scales of a finished block
+end_to_end.safetensors the end of the end-to-end phase: norms and head if they trained, its losses
 model/                 the quantized model as an ordinary Hugging Face folder
 summary.json           the results
 tensorboard/           event files
@@ -14,7 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,12 @@ class RunFolder:
         write_atomically(self.root / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
 
     def block_file(self, kind: str, index: int) -> Path:
-        """File of a block; ``kind`` is ``block`` or ``warm_start``."""
+        """File of a block; ``kind`` is ``warm_start``, ``block`` or ``end_to_end``."""
         return self.blocks / f"{kind}-{index:03d}.safetensors"
+
+    def has_blocks(self, kind: str, indices: Iterable[int]) -> bool:
+        """Whether all these blocks have a file of that kind."""
+        return all(self.block_file(kind, index).exists() for index in indices)
 
     def write_block(self, kind: str, index: int, tensors: Mapping[str, QuantizedWeight]) -> None:
         """Writes a finished block atomically."""
@@ -130,7 +135,7 @@ class RunFolder:
         """Reads a block back and checks it against the weights it has to hold.
 
         Args:
-            kind: ``block`` or ``warm_start``.
+            kind: ``warm_start``, ``block`` or ``end_to_end``.
             index: The block's number.
             expected: Scheme and ``(O, I)`` of each weight, by name.
 
@@ -159,6 +164,32 @@ class RunFolder:
                 "block and those after it quantized again"
             ) from error
         return tensors
+
+    def dense_file(self, name: str) -> Path:
+        """File of parameters that are not quantized."""
+        return self.root / f"{name}.safetensors"
+
+    def write_dense(self, name: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+        """Writes parameters that are not quantized, and how they came about, atomically."""
+        write_atomically(self.dense_file(name), save(dict(tensors), {"report": json.dumps(report)}))
+
+    def read_dense(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Reads both back; None where there is no such file.
+
+        Raises:
+            ConfigurationError: the file is truncated or corrupt.
+        """
+        file = self.dense_file(name)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as content:
+                report: dict[str, Any] = json.loads((content.metadata() or {})["report"])
+                return {key: content.get_tensor(key) for key in content.keys()}, report  # noqa: SIM118 - no mapping
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            raise ConfigurationError(
+                f"trainer.default_root_dir: {file} cannot be used: {error}. Delete it to have that phase run again"
+            ) from error
 
 
 def describe(tensor: QuantizedWeight) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python scripts/compare_schemes.py --calibration wiki.txt --evaluation wiki.test.raw --folder runs/compare
 
-Every cell is a run folder made by the command line, so a stopped comparison resumes where it was. RTN is a run
-that stops after its warm start; GPTQ is the warm start of the GSQ run.
+Every cell is a run folder made by the command line, so a stopped comparison resumes where it was. GPTQ is a run that
+stops after its warm start; RTN is the warm start of the GSQ run.
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ def main() -> None:
     common = [*text("data", options.calibration), *text("evaluation", options.evaluation), *further]
     common.append(f"--evaluation.num_windows={options.windows}")
     table = Table(title="Perplexity")
-    for column in ("bits", "true bits a weight", "full precision", "RTN", "GPTQ", "GSQ", "seconds a block"):
+    columns = ("bits", "true bits a weight", "full precision", "RTN", "GPTQ", "GSQ", "end to end", "seconds a block")
+    for column in columns:
         table.add_column(column, justify="right")
     for bits in options.bits:
         folder = Path(options.folder)
         gsq = run(folder / f"gsq-{bits}", [*common, f"--model.scheme.bits={bits}"])
-        rtn = run(
-            folder / f"rtn-{bits}",
+        gptq = run(
+            folder / f"gptq-{bits}",
             [
                 *common,
                 f"--model.scheme.bits={bits}",
-                "--model.warm_start=lightning_gsq.quantizers.RTN",
+                "--model.warm_start=lightning_gsq.quantizers.GPTQ",
                 "--model.phases=[init]",
             ],
         )
@@ -69,9 +70,10 @@ def main() -> None:
             bits,
             f"{gsq['bits_per_weight']['total']:.2f}",
             f"{perplexity['full_precision']:.2f}",
-            f"{rtn['perplexity']['warm_start']:.2f}",
             f"{perplexity['warm_start']:.2f}",
+            f"{gptq['perplexity']['warm_start']:.2f}",
             f"{perplexity['blocks']:.2f}",
+            f"{perplexity['end_to_end']:.2f}" if "end_to_end" in perplexity else "",
             f"{gsq['seconds_per_block']:.1f}",
         )
     Console().print(table)

@@ -1,11 +1,14 @@
 """Finding blocks, their calls and their linear weights in every family, without knowing any by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_gsq.backbone import check_chain, embed, find_blocks, run_block, trace
+from lightning_gsq.backbone import check_chain, compiled_run_block, embed, find_blocks, run_block, trace
+from lightning_gsq.compiling import compiler_available
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.sites import LinearSite, find_linear_sites
 from tests.tiny import FAMILIES, LINEAR_WEIGHTS
@@ -86,3 +89,19 @@ def test_a_model_without_blocks_is_refused() -> None:
     model.config.num_hidden_layers = 5
     with pytest.raises(ConfigurationError, match="no list of 5 transformer blocks"):
         find_blocks(model)
+
+
+@pytest.mark.skipif(not compiler_available("cpu"), reason="needs a C++ compiler")
+def test_compiled_run_agrees_and_compiles_once_for_all_blocks_and_batch_sizes(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    traced = trace(model, torch.arange(6)[None])
+    _, blocks = find_blocks(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = compiled_run_block()
+    with torch.no_grad():
+        for block, call, hidden in zip(blocks, traced.calls, traced.inputs_BTD, strict=True):
+            for batch in (4, 2, 3):
+                several = hidden.repeat(batch, 1, 1)
+                torch.testing.assert_close(run(block, several, call), run_block(block, several, call))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_gsq.cli import main
@@ -35,6 +36,7 @@ def _config(model: Path, corpus: Path, folder: Path, **changes: object) -> Path:
         },
         "model": {
             "pretrained": str(model),
+            "phases": ["init", "blocks"],
             "scheme": {"bits": 2, "group_size": 16},
             "gumbel": {"backend": "eager"},
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
@@ -66,7 +68,9 @@ def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp
     for key in ("seconds", "seconds_per_block", "peak_memory_bytes", "scheme", "seed", "versions"):
         assert key in summary
     assert yaml.safe_load((run / "recipe.yaml").read_text())["settings"]["model"]["scheme"]["bits"] == 2
-    assert list((run / "tensorboard").glob("events*"))
+    board = EventAccumulator(str(run / "tensorboard")).Reload().Tags()
+    assert "recipe/text_summary" in board["tensors"]
+    assert {"perplexity/blocks", "result/perplexity_blocks", "result/bits_per_weight"} <= set(board["scalars"])
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert model.dtype == torch.bfloat16
     assert len(model.model.layers[0].mlp.down_proj.weight[0, :16].unique()) <= 4
@@ -188,7 +192,8 @@ def test_loss_that_is_not_finite_stops_with_the_blocks_name(
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family(family: str, corpus: Path, tmp_path: Path) -> None:
     model = save_tiny_model(family, tmp_path / family)
-    config = _config(model, corpus, tmp_path, data__num_sequences=16, trainer__logger=False)
+    phases = ["init", "blocks", "end_to_end"]
+    config = _config(model, corpus, tmp_path, data__num_sequences=16, trainer__logger=False, model__phases=phases)
     assert main(["fit", "--config", str(config)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert all(value > 0 for value in summary["perplexity"].values())

@@ -18,6 +18,8 @@ def test_two_blocks_of_smollm2_beat_gptq(tmp_path: Path) -> None:
         "--model.blocks": "0:2",
         "--model.scheme.bits": "2",
         "--model.hessian_sequences": "32",
+        "--model.warm_start": "lightning_gsq.quantizers.GPTQ",
+        "--model.phases": "[init, blocks]",
         "--model.gumbel.backend": "eager",
         "--data.sequence_length": "256",
         "--data.num_sequences": "96",

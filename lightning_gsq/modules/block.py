@@ -12,7 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_gsq.backbone import BlockCall, run_block
+from lightning_gsq.backbone import BlockCall, BlockRunner, run_block
 from lightning_gsq.noise import seed_of
 from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.quantizers import GumbelQuantizer
@@ -49,6 +49,7 @@ class BlockQuantization(LightningModule):
         name: The block's name in the model, for messages.
         seed: Seed of the noise.
         position: How many blocks of this run come before this one, and how many there are.
+        run: How a block is run: plainly, or compiled.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class BlockQuantization(LightningModule):
         name: str = "block",
         seed: int = 0,
         position: tuple[int, int] = (0, 1),
+        run: BlockRunner = run_block,
     ) -> None:
         super().__init__()
         self.block = block.requires_grad_(False).eval()
@@ -72,7 +74,7 @@ class BlockQuantization(LightningModule):
         self.optimizer, self.scale_learning_rate = optimizer, scale_learning_rate
         self.learning_rate_floor, self.target_power = learning_rate_floor, max(target_power, 1e-12)
         self.index, self.name, self.seed, self.position = index, name, seed, position
-        self._call = call
+        self._call, self._run = call, run
         self._validated: tuple[dict[str, Tensor], dict[str, Tensor]]
 
     @property
@@ -110,7 +112,7 @@ class BlockQuantization(LightningModule):
     def forward(self, hidden_BTD: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """Runs the block with these weights."""
         self._call = self._call.to(hidden_BTD.device)
-        return run_block(self.block, hidden_BTD, self._call, weights)
+        return self._run(self.block, hidden_BTD, self._call, weights)
 
     def loss(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Relative squared error of the block's output with these weights, fp32."""

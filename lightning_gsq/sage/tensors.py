@@ -74,6 +74,11 @@ class MixedTensor:
         """Scales of the rest and of the salient columns."""
         return self.rest.scales + (self.salient.scales if self.salient is not None else ())
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """Columns, codes and fp32 scales."""
+        salient = () if self.salient is None else self.salient.parts()
+        return (self.columns_K, *self.rest.parts(), *salient)
+
     def cpu(self) -> MixedTensor:
         """The same on the CPU."""
         return dataclasses.replace(
@@ -180,6 +185,10 @@ class ElementTensor:
     def scales(self) -> tuple[Tensor, ...]:
         """The table and the salient weights' scales."""
         return self.table_n, self.salient_scales_O
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Everything that is packed."""
+        return tuple(self.pack().values())
 
     def cpu(self) -> ElementTensor:
         """The same on the CPU."""

@@ -12,9 +12,6 @@ With ``r = dloss/dw``, ``p`` the probabilities and ``m = sum_l p_l v_l``:
 from __future__ import annotations
 
 import functools
-import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -22,28 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_gsq.compiling import compile_function, compiler_available
 from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
 
 Backend = Literal["auto", "compile", "eager"]
 SLICE_ELEMENTS = 1 << 16
 """Logits that the uncompiled form handles at once."""
-RECOMPILE_LIMIT = 64
-
-_log = logging.getLogger(__name__)
-
-
-@functools.cache
-def compiler_available(device_type: str) -> bool:
-    """Whether ``torch.compile`` can work on this device: Triton for CUDA, a C++ compiler for the CPU."""
-    if device_type == "cuda":
-        return torch.utils._triton.has_triton()
-    found = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
-    if not found:
-        _log.warning(
-            "no C++ compiler found (g++ or clang++): weights are sampled by uncompiled PyTorch, some five times "
-            "slower; install one, or set --model.gumbel.backend eager to silence this"
-        )
-    return found
 
 
 def _relax(
@@ -135,10 +116,7 @@ def _slices(logits_LRC: Tensor, rest: tuple[Any, ...]) -> Iterator[tuple[slice, 
 
 @functools.cache
 def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    # One variant per level grid and layout: a model with mixed widths has more of them than the default limit of 8,
-    # beyond which the functions would run uncompiled and unsliced.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    return torch.compile(_forward, dynamic=True), torch.compile(_backward, dynamic=True)
+    return compile_function(_forward, dynamic=True), compile_function(_backward, dynamic=True)
 
 
 def _functions(backend: Backend, device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -1,0 +1,62 @@
+"""What TensorBoard shows of a run beside its curves: the recipe as text, and a row of its hyperparameter table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+HYPERPARAMETERS = {
+    # columns of the hyperparameter table -> where they stand in the recipe's settings
+    "bits": "model.scheme.bits",
+    "group_size": "model.scheme.group_size",
+    "warm_start": "model.warm_start.class_path",
+    "target": "model.target",
+    "shifts": "model.gumbel.shifts",
+    "noise": "model.gumbel.noise",
+    "optimizer": "model.optimizer.class_path",
+    "lr_logits": "model.optimizer.init_args.lr",
+    "lr_scales": "model.scale_learning_rate",
+    "sequences": "data.num_sequences",
+    "sequence_length": "data.sequence_length",
+    "batch_size": "data.batch_size",
+    "epochs": "trainer.max_epochs",
+    "seed": "seed_everything",
+}
+
+
+def log_recipe(loggers: Iterable[Logger], recipe: Mapping[str, Any]) -> None:
+    """Shows the recipe under Text."""
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    for logger in _boards(loggers):
+        logger.experiment.add_text("recipe", "".join(f"    {line}\n" for line in text.splitlines()))
+        logger.save()
+
+
+def log_result(loggers: Iterable[Logger], recipe: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+    """Adds the run to the table under HParams.
+
+    Args:
+        loggers: The run's loggers; those that are no TensorBoardLogger are passed over.
+        recipe: The run's recipe.
+        figures: Its results, by name: the metrics of the row.
+    """
+    columns = {name: _found(recipe["settings"], path) for name, path in HYPERPARAMETERS.items()}
+    for logger in _boards(loggers):
+        logger.log_hyperparams(columns, {f"result/{name}": value for name, value in figures.items()})
+        logger.save()
+
+
+def _boards(loggers: Iterable[Logger]) -> list[TensorBoardLogger]:
+    return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _found(settings: Mapping[str, Any], path: str) -> Any:
+    value: Any = settings
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, str):
+        return value.rpartition(".")[2]
+    return value if isinstance(value, int | float) else str(value)

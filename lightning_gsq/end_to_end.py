@@ -1,0 +1,175 @@
+"""The end-to-end phase of a run: the teacher, the Trainer, the files, and whether the result stands.
+
+What it leaves in the run folder:
+
+    blocks/end_to_end-003.safetensors   the block with its new scales, beside the blocks phase's own file
+    end_to_end.safetensors              norms and head if they trained; in its header the settings and the losses
+    teacher/                            the teacher's most probable tokens, if ``top_k`` asks for them
+
+``end_to_end.safetensors`` is written last: a phase that has it is finished and is not run again. A phase that was
+killed begins anew, from the blocks' result and with the teacher's stored tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_gsq.callbacks import EndToEndProgress
+from lightning_gsq.data import CalibrationDataModule
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.modules import EndToEndOptions, EndToEndQuantization, ModelQuantization
+from lightning_gsq.noise import generator_of
+from lightning_gsq.pipeline import BlockPlan, to_cpu
+from lightning_gsq.qtensor import QuantizedWeight
+from lightning_gsq.recipe import WATCHERS, fingerprint
+from lightning_gsq.run_folder import RunFolder, compare
+from lightning_gsq.teacher import StoredTeacher
+
+BESIDE_THE_RESULT = {"recompute", "chunk"}
+"""Settings that change what the phase costs, not what it finds."""
+
+
+@dataclass(frozen=True)
+class EndToEndResult:
+    """What the phase found.
+
+    Args:
+        report: ``start`` and ``final`` held-out losses, ``rejected``, ``seconds``, ``settings``, ``blocks``.
+        dense: Norms and head if they trained, fp32 by parameter name.
+    """
+
+    report: dict[str, Any]
+    dense: dict[str, Tensor]
+
+    @property
+    def rejected(self) -> bool:
+        """Whether no state was better than the blocks' result."""
+        return bool(self.report["rejected"])
+
+
+def run_end_to_end(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    plan: list[BlockPlan],
+    start: list[dict[str, QuantizedWeight]],
+    options: EndToEndOptions,
+    settings: dict[str, Any],
+    folder: RunFolder,
+    make_trainer: Callable[..., Trainer],
+    seed: int,
+    say: Callable[[str], None],
+) -> EndToEndResult:
+    """Trains the quantized model end to end, or reads what a finished phase left.
+
+    Args:
+        model: The full-precision model and the settings of its quantization.
+        data: Calibration sequences, tokenised.
+        plan: The quantized weights of each block.
+        start: Their codes and scales so far.
+        options: What trains and how.
+        settings: The same as plain data, to be kept with the result.
+        folder: The run folder.
+        make_trainer: Makes a Trainer with the user's settings, some of them replaced.
+        seed: Seed of everything random.
+        say: Prints a line for the user.
+
+    Raises:
+        ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
+    """
+    settings = {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
+    blocks = fingerprint(part for own in start for t in own.values() for part in t.parts())
+    known = folder.read_dense("end_to_end")
+    if known is not None:
+        dense, report = known
+        differences = compare(report["settings"], settings, "end_to_end.")
+        if report["blocks"] != blocks:
+            differences.append("blocks: the phase started from other codes and scales")
+        if differences:
+            raise ConfigurationError(
+                f"end_to_end: {folder.root} holds a finished end-to-end phase of another kind; delete "
+                f"{folder.dense_file('end_to_end')} to have it run again. What differs:\n"
+                + "\n".join(f"  {line}" for line in differences)
+            )
+        return EndToEndResult(report, dense)
+
+    began = time.perf_counter()
+    # What an earlier end of this phase left behind, if its file was deleted, is not true of the coming one.
+    perplexity = folder.progress.get("perplexity", {})
+    folder.update_progress(perplexity={k: v for k, v in perplexity.items() if k != "end_to_end"}, model=None)
+    callbacks: list[Callback] = make_trainer().callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+    quiet = [callback for callback in callbacks if not isinstance(callback, WATCHERS)]
+    own = (
+        {} if options.accumulate_grad_batches is None else {"accumulate_grad_batches": options.accumulate_grad_batches}
+    )
+    batches = max(1, data.num_sequences // options.batch_size)
+    trainer = make_trainer(
+        max_epochs=options.max_epochs,
+        max_steps=options.max_steps,
+        val_check_interval=max(1, batches // options.validations),
+        check_val_every_n_epoch=1,
+        callbacks=[*quiet, EndToEndProgress()],
+        **own,
+    )
+    module = EndToEndQuantization(
+        model.network,
+        {
+            own.index: {site: tensors[site.name] for site in own.weights}
+            for own, tensors in zip(plan, start, strict=True)
+        },
+        options,
+        model.gumbel,
+        seed,
+    )
+    sequences: Dataset[Any] = TensorDataset(data.train_ids_NT)
+    if options.top_k is not None:
+        key = {
+            "text": fingerprint([data.train_ids_NT]),
+            "temperature": str(options.temperature),
+            "top_k": str(options.top_k),
+        }
+        sequences = module.stored = StoredTeacher(folder.root / "teacher", data.train_ids_NT, options.top_k, key)
+    loader = DataLoader(
+        sequences,
+        batch_size=options.batch_size,
+        shuffle=True,
+        generator=generator_of(seed, "end_to_end", "order"),
+        drop_last=data.num_sequences >= options.batch_size,
+    )
+    held_out = DataLoader(TensorDataset(data.validation_ids_NT), batch_size=options.batch_size)
+    (found,) = trainer.validate(module, held_out, verbose=False)
+    start_loss = float(found["end_to_end/val_loss"])
+    trainer.fit(module, loader, held_out)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, held_out, verbose=False)
+    rejected = not module.best_loss < start_loss
+    module.restore_best()
+    dense = {} if rejected else module.dense()
+    report = {
+        "start": start_loss,
+        "final": module.best_loss,
+        "trained": module.last_loss,
+        "rejected": rejected,
+        "seconds": time.perf_counter() - began,
+        "settings": settings,
+        "blocks": blocks,
+    }
+    if rejected:
+        say(
+            f"The end-to-end phase did not lower the held-out loss of {start_loss:.4g} (it ended at "
+            f"{module.last_loss:.4g}): the result of the blocks stands"
+        )
+    else:
+        tensors = module.tensors()
+        for part in plan:
+            folder.write_block("end_to_end", part.index, {n: to_cpu(t) for n, t in tensors[part.index].items()})
+    folder.write_dense("end_to_end", dense, report)
+    return EndToEndResult(report, dense)

@@ -1,0 +1,60 @@
+"""How a model's logits come from its last hidden states: found by comparing, not by the model's name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.ops.distillation import Head
+
+PROBE_TOKENS = 8
+TOLERANCE = 2e-2
+"""Relative error of the probe's logits that half precision alone explains."""
+
+
+@torch.no_grad()
+def find_head(model: PreTrainedModel) -> Head:
+    """The head of a causal decoder, verified on a short sequence.
+
+    The logits have to be those of the output embedding applied to what ``base_model`` returns, times one factor (as in
+    Granite or Cohere), then capped by ``final_logit_softcapping`` (as in Gemma 2).
+
+    Raises:
+        ConfigurationError: they are something else.
+    """
+    embedding = model.get_output_embeddings()
+    weight = getattr(embedding, "weight", None)
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.get_input_embeddings().num_embeddings  # type: ignore
+    if isinstance(weight, Tensor) and model.base_model is not model:
+        hidden_ND = last_hidden(model, ids)[0]
+        bias = getattr(embedding, "bias", None)
+        cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+        if hidden_ND.shape[-1] == weight.shape[-1]:
+            wanted_NV = model(ids, use_cache=False).logits[0].float()
+            plain_NV = Head(weight, bias).logits(hidden_ND).float()
+            raw_NV = wanted_NV if cap is None else cap * torch.atanh((wanted_NV / cap).clamp(-1 + 1e-6, 1 - 1e-6))
+            scale = float((raw_NV * plain_NV).sum() / plain_NV.square().sum())
+            head = Head(weight, bias, 1.0 if abs(scale - 1) < TOLERANCE / 10 else scale, cap)
+            error = (head.logits(hidden_ND).float() - wanted_NV).abs().max() / wanted_NV.abs().max()
+            if float(error) < TOLERANCE:
+                return head
+    raise ConfigurationError(
+        f"model.phases: the end-to-end phase computes logits from the last hidden states, and those of "
+        f"{type(model).__name__} are not its output embedding applied to them; leave out end_to_end"
+    )
+
+
+def last_hidden(model: PreTrainedModel, ids_BT: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    """What enters the head, ``B T D``.
+
+    Args:
+        model: The model.
+        ids_BT: Token ids.
+        weights: Parameters to use in place of the base model's own, by name inside ``model.base_model``.
+    """
+    base: nn.Module = model.base_model
+    output = torch.func.functional_call(base, weights or {}, (ids_BT,), {"use_cache": False})
+    hidden: Tensor = output[0]
+    return hidden

@@ -1,0 +1,314 @@
+"""The whole quantized model as a LightningModule: codes frozen, group scales trained against the original's logits.
+
+Teacher and student are the same network. Its blocks' full-precision weights stay where they are; for the student, each
+block is run by a :class:`StudentBlock` that computes its weights from codes and scales. Everything between the blocks
+(embedding, masks, rotary embeddings, the last norm) is the model's own code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from lightning_gsq.backbone import find_blocks
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.head import find_head, last_hidden
+from lightning_gsq.modules.block import NonFiniteLossError
+from lightning_gsq.modules.student_block import StudentBlock, norm_names, standing_in
+from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
+from lightning_gsq.qtensor import QuantizedWeight
+from lightning_gsq.quantizers import GumbelOptions
+from lightning_gsq.sites import LinearSite
+from lightning_gsq.teacher import StoredTeacher
+
+Trained = Literal["scales", "norms", "head", "logits"]
+
+
+class EndToEndOptions:
+    """The end-to-end phase: the whole model trained a little more, its codes frozen.
+
+    Args:
+        train: What trains: "scales" (of every group), "norms" (vectors of the normalisation layers), "head" (the
+            language-model head; a head tied to the embedding gets a matrix of its own), "logits" (the codes too, hard
+            samples with a straight-through gradient).
+        optimizer: Optimizer of all of them; lr is the learning rate of the scales, relative to each scale.
+        norm_learning_rate: Learning rate of the norms.
+        head_learning_rate: Learning rate of the head.
+        logits_learning_rate: Learning rate of the logits.
+        learning_rate_floor: End of the cosine learning rate schedule, as a share of its start.
+        temperature: Temperature of teacher and student in the divergence.
+        cross_entropy: Share of the next tokens' cross-entropy in the loss; the rest is the divergence.
+        top_k: Keep only this many of the teacher's most probable tokens, computed once and stored in the run folder;
+            null computes the teacher's whole distribution at every step.
+        max_epochs: Passes over the calibration sequences.
+        max_steps: Optimizer steps after which it ends; -1 for no such limit.
+        batch_size: Sequences of one step, on one device.
+        accumulate_grad_batches: Batches of one optimizer step; null for the trainer's own setting.
+        validations: Evaluations on the held-out sequences in each pass; the best state is kept.
+        recompute: Keep only each block's input and run blocks again in the backward pass: less memory, more time.
+        chunk: Positions whose logits are held at once.
+    """
+
+    def __init__(
+        self,
+        train: list[Trained] = ["scales", "norms"],  # noqa: B006 - jsonargparse shows the default; never changed
+        optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=2e-3),
+        norm_learning_rate: float = 1e-3,
+        head_learning_rate: float = 1e-4,
+        logits_learning_rate: float = 1e-3,
+        learning_rate_floor: float = 0.1,
+        temperature: float = 1.0,
+        cross_entropy: float = 0.0,
+        top_k: int | None = None,
+        max_epochs: int = 1,
+        max_steps: int = -1,
+        batch_size: int = 4,
+        accumulate_grad_batches: int | None = None,
+        validations: int = 4,
+        recompute: bool = False,
+        chunk: int = 128,
+    ) -> None:
+        rates = {
+            "norm_learning_rate": norm_learning_rate,
+            "head_learning_rate": head_learning_rate,
+            "logits_learning_rate": logits_learning_rate,
+            "temperature": temperature,
+        }
+        for name, rate in rates.items():
+            if not rate > 0:
+                raise ConfigurationError(f"end_to_end.{name} must be positive, got {rate}")
+        counts = {"batch_size": batch_size, "validations": validations, "chunk": chunk, "max_epochs": max_epochs}
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigurationError(f"end_to_end.{name} must be at least 1, got {count}")
+        for name, share in (("learning_rate_floor", learning_rate_floor), ("cross_entropy", cross_entropy)):
+            if not 0 <= share <= 1:
+                raise ConfigurationError(f"end_to_end.{name} must lie between 0 and 1, got {share}")
+        if top_k is not None and top_k < 1:
+            raise ConfigurationError(f"end_to_end.top_k must be at least 1, or null for all tokens, got {top_k}")
+        if not train:
+            raise ConfigurationError("end_to_end.train is empty: name scales, norms, head or logits")
+        self.train, self.optimizer = train, optimizer
+        self.learning_rates = {"norms": norm_learning_rate, "head": head_learning_rate, "logits": logits_learning_rate}
+        self.learning_rate_floor, self.temperature, self.cross_entropy = learning_rate_floor, temperature, cross_entropy
+        self.top_k, self.batch_size = top_k, batch_size
+        self.max_epochs, self.max_steps, self.validations = max_epochs, max_steps, validations
+        self.accumulate_grad_batches, self.recompute, self.chunk = accumulate_grad_batches, recompute, chunk
+
+
+Batch = list[Tensor]
+"""Token ids ``B T``, and for a stored teacher its tokens and log-probabilities, each ``B T K``."""
+
+
+class EndToEndQuantization(LightningModule):
+    """Trains group scales, and what else the options name, on the divergence from the full-precision model.
+
+    Args:
+        network: The full-precision model; frozen here, and left as it is.
+        tensors: The quantized weights of each block, by the block's number.
+        options: What trains and how.
+        gumbel: How logits start, if the codes train.
+        seed: Seed of their noise.
+
+    Raises:
+        ConfigurationError: the model's logits are not a linear map of its last hidden states.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tensors: Mapping[int, Mapping[LinearSite, QuantizedWeight]],
+        options: EndToEndOptions,
+        gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.network = network.requires_grad_(False)
+        self.prefix, self.originals = find_blocks(network)
+        self.teacher_head: Head = find_head(network)
+        norms = "norms" in options.train
+        self.blocks = nn.ModuleDict(
+            {
+                str(index): StudentBlock(
+                    self.originals[index],
+                    own,
+                    norm_names(self.originals[index]) if norms else [],
+                    gumbel if "logits" in options.train else None,
+                    options.recompute,
+                    (seed, index),
+                )
+                for index, own in tensors.items()
+            }
+        )
+        base = network.base_model
+        inside = {id(parameter) for block in self.originals for parameter in block.parameters()}
+        self.norm_names = [n for n in norm_names(base) if norms and id(base.get_parameter(n)) not in inside]
+        self.norms = nn.ParameterList(
+            nn.Parameter(base.get_parameter(n).detach().float().clone()) for n in self.norm_names
+        )
+        self.head = (
+            nn.Parameter(self.teacher_head.weight_VD.detach().float().clone()) if "head" in options.train else None
+        )
+        if "scales" not in options.train:
+            for name, parameter in self.named_parameters():
+                if name.endswith("log_scale"):
+                    parameter.requires_grad_(False)
+        self.stored: StoredTeacher | None = None
+        """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
+        self.best_loss = self.last_loss = math.inf
+        self.validated_step = -1
+        self.best_state: dict[str, Tensor] = {}
+
+    # -- the two models
+
+    def teacher_hidden(self, ids_BT: Tensor) -> Tensor:
+        """The last hidden states of the full-precision model, ``B T D``."""
+        with torch.no_grad():
+            return last_hidden(self.network, ids_BT)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """The last hidden states of the quantized model, ``B T D``."""
+        outer = dict(zip(self.norm_names, self.norms, strict=True))
+        with standing_in({int(index): block for index, block in self.blocks.items()}, self.originals):  # type: ignore[misc]
+            return last_hidden(self.network, ids_BT, outer)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, the divergence and the cross-entropy of a batch."""
+        ids_BT = batch[0]
+        teacher = self._head_here()
+        if len(batch) == 3:
+            target: HiddenTarget | TopKTarget = TopKTarget(batch[1].flatten(0, 1), batch[2].flatten(0, 1))
+        else:
+            target = HiddenTarget(self.teacher_hidden(ids_BT).flatten(0, 1), teacher)
+        labels_BT = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=IGNORED)
+        head = teacher if self.head is None else Head(self.head, teacher.bias_V, teacher.scale, teacher.softcap)
+        return distillation_loss(
+            self(ids_BT).flatten(0, 1),
+            head,
+            target,
+            labels_BT.flatten(),
+            temperature=self.options.temperature,
+            cross_entropy=self.options.cross_entropy,
+            chunk=self.options.chunk,
+        )
+
+    # -- Lightning
+
+    def on_fit_start(self) -> None:
+        """Computes what is missing of the stored teacher."""
+        if self.stored is not None:
+            with self.trainer.precision_plugin.forward_context():
+                self.stored.compute(
+                    lambda ids_BT: self.teacher_hidden(ids_BT.to(self.device)),
+                    self._head_here(),
+                    self.options.temperature,
+                    self.options.batch_size,
+                    self.global_rank,
+                    self.trainer.world_size,
+                )
+            self.trainer.strategy.barrier()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch.
+
+        Raises:
+            NonFiniteLossError: it is NaN or infinite.
+        """
+        for block in self.blocks.values():
+            block.step = (self.global_step, batch_idx, self.global_rank)  # type: ignore[assignment]
+        loss, kl, ce = self.loss(batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss of the end-to-end phase is {loss.item()} at step {self.global_step}; lower the learning "
+                "rates (--end_to_end.optimizer.init_args.lr and those beside it). The blocks' result is in the run "
+                "folder: without end_to_end in --model.phases the run ends with it"
+            )
+        figures = {"loss": loss.detach(), "divergence": kl, "cross_entropy": ce}
+        self.log_dict({f"end_to_end/{name}": value for name, value in figures.items()})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds the losses of some held-out sequences, scales rounded as they are stored."""
+        loss, kl, ce = self.loss(batch)
+        figures = {"val_loss": loss, "val_divergence": kl, "val_cross_entropy": ce}
+        self.log_dict(
+            {f"end_to_end/{name}": value for name, value in figures.items()}, batch_size=len(batch[0]), sync_dist=True
+        )
+
+    def on_validation_end(self) -> None:
+        """Keeps the state if it is the best so far."""
+        loss = self.last_loss = float(self.trainer.callback_metrics["end_to_end/val_loss"])
+        self.validated_step = self.trainer.global_step
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.best_state = {name: p.detach().cpu().clone() for name, p in self.trained()}
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that train, with their names."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Goes back to the state with the lowest validation loss."""
+        for name, parameter in self.trained():
+            parameter.copy_(self.best_state[name])
+
+    def configure_optimizers(self) -> Any:
+        """One parameter group for each kind of parameter, with a cosine schedule that ends at the floor."""
+        groups: dict[str, list[nn.Parameter]] = {"scales": [], "norms": [], "head": [], "logits": []}
+        for name, parameter in self.trained():
+            kind = name.rpartition(".")[2]
+            groups[{"log_scale": "scales", "logits": "logits", "head": "head"}.get(kind, "norms")].append(parameter)
+        rates = self.options.learning_rates
+        optimizer = self.options.optimizer(
+            [
+                {"params": own, "name": kind, **({"lr": rates[kind]} if kind in rates else {})}
+                for kind, own in groups.items()
+                if own
+            ]
+        )
+        steps, floor = max(1, int(self.trainer.estimated_stepping_batches)), self.options.learning_rate_floor
+        schedule = LambdaLR(
+            optimizer, lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- results
+
+    def tensors(self) -> dict[int, dict[str, QuantizedWeight]]:
+        """The quantized weights as they stand, by block and by name inside the block."""
+        return {int(index): block.tensors() for index, block in self.blocks.items()}  # type: ignore[operator]
+
+    def dense(self) -> dict[str, Tensor]:
+        """Norms and head as they stand, fp32 on the CPU, by parameter name in the model."""
+        network = {id(parameter): name for name, parameter in self.network.named_parameters(remove_duplicate=False)}
+        base = self.network.base_model
+        found = {network[id(base.get_parameter(n))]: p for n, p in zip(self.norm_names, self.norms, strict=True)}
+        for index, block in self.blocks.items():
+            names = zip(block.norm_names, block.norms, strict=True)  # type: ignore[arg-type]
+            found |= {f"{self.prefix}.{index}.{name}": parameter for name, parameter in names}
+        if self.head is not None:
+            found[head_name(self.network)] = self.head
+        return {name: parameter.detach().cpu().clone() for name, parameter in found.items()}
+
+    def _head_here(self) -> Head:
+        """The teacher's head on the device where the module is now."""
+        embedding = self.network.get_output_embeddings()
+        return Head(
+            embedding.weight, getattr(embedding, "bias", None), self.teacher_head.scale, self.teacher_head.softcap
+        )
+
+
+def head_name(network: PreTrainedModel) -> str:
+    """Name of the head's matrix in the model, also where it is tied to the embedding."""
+    head = network.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in network.named_modules() if module is head)
