@@ -11,6 +11,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "" if "gpu" not in " ".join(sys.ar
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels then run on the CPU
+
 from transformers import PreTrainedModel
 
 from tests.tiny import FAMILIES, save_tiny_model
