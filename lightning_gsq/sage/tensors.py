@@ -131,7 +131,7 @@ class MixedTensor:
             if table_n.shape != (count,):
                 raise ValueError(f"expected a table of {count} scales, got shape {tuple(table_n.shape)}")
             groups = plain.num_groups(others)
-            members_OG = _unpack_flat(tensors["members"], index_bits(count), rows * groups).view(rows, groups)
+            members_OG = unpack_flat(tensors["members"], index_bits(count), rows * groups).view(rows, groups)
             if members_OG.numel() and int(members_OG.max()) >= count:
                 raise ValueError(f"a group names a scale beyond the {count} of the table")
             scales_OG = table_n[members_OG.long()]
@@ -240,16 +240,16 @@ class ElementTensor:
         count = round(salient.ratio * size)
         if tensors["table"].shape != (salient.scale_groups,) or tensors["salient_scales"].shape != (shape[0],):
             raise ValueError(f"the scales do not fit {salient.scale_groups} groups and {shape[0]} channels")
-        members = _unpack_flat(tensors["members"], index_bits(salient.scale_groups), size - count)
+        members = unpack_flat(tensors["members"], index_bits(salient.scale_groups), size - count)
         if members.numel() and int(members.max()) >= salient.scale_groups:
             raise ValueError(f"a weight names a scale beyond the {salient.scale_groups} of the table")
         return cls(
             decode_positions(width, tensors[name], shape, count),
-            (_unpack_flat(tensors["salient_codes"], salient.bits, count).short() - 2 ** (salient.bits - 1)).to(
+            (unpack_flat(tensors["salient_codes"], salient.bits, count).short() - 2 ** (salient.bits - 1)).to(
                 torch.int8
             ),
             tensors["salient_scales"],
-            _unpack_flat(tensors["signs"], 1, size - count).bool(),
+            unpack_flat(tensors["signs"], 1, size - count).bool(),
             members,
             tensors["table"],
             scheme,
@@ -294,7 +294,8 @@ def _pack_flat(values: Tensor, bits: int) -> Tensor:
     return pack(values.reshape(1, -1), bits) if bits else torch.zeros(1, 0, dtype=torch.int32)
 
 
-def _unpack_flat(words: Tensor, bits: int, count: int) -> Tensor:
+def unpack_flat(words: Tensor, bits: int, count: int) -> Tensor:
+    """``count`` values of one stream, uint8; zeros where a value takes no bits."""
     return unpack(words, bits, count)[0] if bits else torch.zeros(count, dtype=torch.uint8)
 
 

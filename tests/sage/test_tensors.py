@@ -15,7 +15,7 @@ from lightning_gsq.sage.tensors import MixedTensor, merge_columns, other_columns
 from lightning_gsq.scheme import QuantScheme, SalientPart
 
 
-def _mixed(bits: object, salient_bits: int, columns: int, count: int, table: int | None) -> MixedTensor:
+def mixed_case(bits: object, salient_bits: int, columns: int, count: int, table: int | None) -> MixedTensor:
     part = SalientPart("structured", salient_bits, count / columns, scale_groups=table)
     scheme = QuantScheme(bits, 8, part)  # type: ignore[arg-type]
     columns_K = torch.randperm(columns)[:count].sort().values
@@ -36,13 +36,13 @@ def _element(groups: int, bits: int, ratio: float) -> QuantizedWeight:
 
 
 CASES = [
-    *(_mixed_case for _mixed_case in itertools.product([1, "ternary", 2], [2, 3], [31, 100], [0, 1, 7], [None, 1, 5])),
+    *(case for case in itertools.product([1, "ternary", 2], [2, 3], [31, 100], [0, 1, 7], [None, 1, 5])),
 ]
 
 
 @pytest.mark.parametrize(("bits", "salient_bits", "columns", "count", "table"), CASES)
 def test_structured(bits: object, salient_bits: int, columns: int, count: int, table: int | None) -> None:
-    tensor = _mixed(bits, salient_bits, columns, count, table)
+    tensor = mixed_case(bits, salient_bits, columns, count, table)
     _check(tensor)
     assert mixed_bits(5, columns, tensor.scheme) == BitsLedger.of(tensor).total_bits
 
@@ -75,7 +75,7 @@ def test_group_numbers_cost_more_than_the_signs() -> None:
 
 @pytest.mark.parametrize("name", ["columns", "codes", "salient_codes", "members", "table"])
 def test_missing_and_foreign_parts(name: str) -> None:
-    tensor = _mixed(1, 3, 40, 6, 5)
+    tensor = mixed_case(1, 3, 40, 6, 5)
     packed = tensor.pack()
     with pytest.raises(ValueError, match="stored as"):
         unpack_weight({k: v for k, v in packed.items() if k != name}, tensor.scheme, tensor.shape)
@@ -84,7 +84,7 @@ def test_missing_and_foreign_parts(name: str) -> None:
 
 
 def test_damaged_parts() -> None:
-    tensor = _mixed(1, 3, 40, 6, 5)
+    tensor = mixed_case(1, 3, 40, 6, 5)
     packed = tensor.pack()
     with pytest.raises(ValueError, match="salient columns of 40"):
         unpack_weight({**packed, "columns": torch.zeros_like(packed["columns"])}, tensor.scheme, tensor.shape)
@@ -98,7 +98,7 @@ def test_damaged_parts() -> None:
 
 
 def test_admits() -> None:
-    chosen = _mixed(1, 3, 40, 6, 5).scheme
+    chosen = mixed_case(1, 3, 40, 6, 5).scheme
     asked = QuantScheme(1, 8, SalientPart("structured", 3, 0.14, scale_groups=5))
     assert asked.admits(chosen) and QuantScheme(1, budget=1.5).admits(chosen)
     assert not QuantScheme(1, 8).admits(chosen) and not QuantScheme(2, budget=2.5).admits(chosen)
