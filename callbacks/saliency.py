@@ -57,7 +57,7 @@ class SaliencyThreshold(Callback):
         if not waiting:
             return
         choices = self.choose({name: child.matrix for name, (_, _, child) in waiting.items()})
-        figures = {}
+        figures: dict[str, float] = {}
         for name, (parent, key, child) in waiting.items():
             parent.add_module(key, child.build(choices[name]))
             figures |= {f"saliency_{what}/{name}": value for what, value in choices[name].figures.items()}

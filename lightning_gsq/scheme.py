@@ -157,10 +157,11 @@ class QuantScheme:
         assert self.salient is not None
         if chosen.group_size != self.group_size or chosen.salient is None:
             return False
-        free = {"ratio": chosen.salient.ratio}  # rounded to whole columns or weights
-        if not isinstance(self.salient.scale_groups, int):
-            free["scale_groups"] = chosen.salient.scale_groups
-        return dataclasses.replace(self.salient, **free) == chosen.salient  # type: ignore[arg-type]
+        # The ratio was rounded to whole columns or weights.
+        own = dataclasses.replace(self.salient, ratio=chosen.salient.ratio)
+        if not isinstance(own.scale_groups, int):
+            own = dataclasses.replace(own, scale_groups=chosen.salient.scale_groups)
+        return own == chosen.salient
 
     @property
     def low(self) -> int:

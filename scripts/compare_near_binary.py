@@ -67,7 +67,7 @@ class Point:
 
 def columns(bits: int, ratio: float, group_size: int = 64) -> str:
     """A scheme with salient columns and a table of 16 scales."""
-    part = f"{{ratio: {ratio}, bits: {bits}, score: error, scale_groups: 16}}"
+    part = f"{{ratio: {ratio}, bits: {bits}, score: hessian, scale_groups: 16}}"
     return f"{{bits: 1, group_size: {group_size}, salient: {part}}}"
 
 

@@ -71,15 +71,16 @@ class SageLinear(nn.Module):
         """``... I`` to ``... O`` in x's dtype."""
         if not hasattr(self, "columns_K"):
             return sage_linear_reference(x, self.parts, self.scheme, self.shape, self.bias)
-        plain, bias_O = self.scheme.plain, self.bias
-        scales_OG = self.get_buffer("table")[self.members_OG.long()] if "table" in self.names else self.scales
+        parts, plain = self.parts, self.scheme.plain
+        scales_OG = parts["table"][self.members_OG.long()] if "table" in parts else parts["scales"]
         rest = x.index_select(-1, self.others_R) if len(self.columns_K) else x
-        y = _product(rest, self.codes, scales_OG, bias_O, plain)
+        y = _product(rest, parts["codes"], scales_OG, self.bias, plain)
         if not len(self.columns_K):
             return y
         assert self.scheme.salient is not None
         salient = x.index_select(-1, self.columns_K)
-        return y + _product(salient, self.salient_codes, self.salient_scales, None, self.scheme.salient.scheme)
+        grid = self.scheme.salient.scheme
+        return y + _product(salient, parts["salient_codes"], parts["salient_scales"], None, grid)
 
     def _look_up(self) -> None:
         """What is derived from the packed tensors: indices of columns, numbers of scales."""

@@ -192,8 +192,15 @@ class ElementTensor:
 
     def cpu(self) -> ElementTensor:
         """The same on the CPU."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return ElementTensor(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return ElementTensor(
+            self.mask_OI.cpu(),
+            self.salient_codes.cpu(),
+            self.salient_scales_O.cpu(),
+            self.positive.cpu(),
+            self.members.cpu(),
+            self.table_n.cpu(),
+            self.scheme,
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``O I``; computed in fp32, then rounded to ``dtype``."""
