@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import Matrix
 from lightning_gsq.sage import Choice, GraphOptions, Menu, SettleOptions, UnsettledQuantizer, settle
+from lightning_gsq.sage.budget import MAX_RATIO
 
 
 class SaliencyThreshold(Callback):
@@ -32,7 +33,7 @@ class SaliencyThreshold(Callback):
     def __init__(
         self,
         price: float = 0.1,
-        max_ratio: float = 0.3,
+        max_ratio: float = MAX_RATIO,
         graph: GraphOptions = GraphOptions(),  # noqa: B008 - frozen
         menu: Menu = Menu(),  # noqa: B008 - frozen
     ) -> None:

@@ -3,14 +3,10 @@
 from lightning_gsq.data.activations import ActivationDataset, ActivationOptions, ActivationStore
 from lightning_gsq.data.calibration import CalibrationDataModule
 from lightning_gsq.data.evaluation import PerplexityData
-from lightning_gsq.data.sources import (
-    HuggingFaceDataset,
-    Mixture,
-    ModelSamples,
-    PythonDocumentation,
-    TextFile,
-    TextSource,
-)
+from lightning_gsq.data.local_shards import LocalShards
+from lightning_gsq.data.mixture import Mixture
+from lightning_gsq.data.shards import HuggingFaceDataset
+from lightning_gsq.data.sources import ModelSamples, PythonDocumentation, TextFile, TextSource
 
 __all__ = [
     "ActivationDataset",
@@ -18,6 +14,7 @@ __all__ = [
     "ActivationStore",
     "CalibrationDataModule",
     "HuggingFaceDataset",
+    "LocalShards",
     "Mixture",
     "ModelSamples",
     "PerplexityData",

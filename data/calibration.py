@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning_gsq.data.sources import Mixture, ModelSamples, PythonDocumentation, TextSource
+from lightning_gsq.data.mixture import Mixture
+from lightning_gsq.data.sources import Document, ModelSamples, PythonDocumentation, TextSource
+from lightning_gsq.data.tokens import TokenStream, fingerprint, tokenizer_identity
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +25,8 @@ class CalibrationDataModule(LightningDataModule):
     """Cuts text into windows of equal length and splits them into training and validation sequences.
 
     Documents are tokenised without special tokens, joined by a blank line and cut into windows that do not overlap;
-    a seeded choice of windows goes to training, another to validation.
+    a seeded choice of windows goes to training, another to validation. Tokens are kept in a file named after text,
+    tokenizer and settings: a later run reads them instead of the source, one that was interrupted goes on there.
 
     Args:
         source: Where the text comes from.
@@ -32,6 +36,9 @@ class CalibrationDataModule(LightningDataModule):
         batch_size: Sequences of one step, on one device.
         chat_template: Pass every document through the tokenizer's chat template, plain text as a user's message.
         seed: Seed of the choice and order of the sequences.
+        cache_folder: Where tokens are kept, to be shared by several runs; null for the run folder.
+        retries: Attempts to go on reading where a source failed, before giving up.
+        retry_pause: Seconds before the first of them; doubled each time, up to a minute.
     """
 
     def __init__(
@@ -43,6 +50,9 @@ class CalibrationDataModule(LightningDataModule):
         batch_size: int = 2,
         chat_template: bool = False,
         seed: int = 0,
+        cache_folder: str | None = None,
+        retries: int = 5,
+        retry_pause: float = 1.0,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -53,15 +63,27 @@ class CalibrationDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise ConfigurationError(f"data.{name} must be at least 1, got {value}")
+        for name, number in (("retries", retries), ("retry_pause", retry_pause)):
+            if number < 0:
+                raise ConfigurationError(f"data.{name} must not be negative, got {number}")
         self.source = source or PythonDocumentation()
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.num_sequences, self.num_validation_sequences = num_sequences, num_validation_sequences
         self.chat_template, self.seed = chat_template, seed
+        self.cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
+        self.retries, self.retry_pause = retries, retry_pause
         self.train_ids_NT: Tensor
         self.validation_ids_NT: Tensor
+        self._stream: TokenStream | None = None
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def wanted(self) -> int:
+        """Sequences in all."""
+        return self.num_sequences + self.num_validation_sequences
 
     def check(self, max_length: int | None) -> None:
-        """Verifies what can be verified before the model is loaded.
+        """Verifies what can be verified before the model is loaded; a source whose tokens are there is not asked.
 
         Args:
             max_length: The longest sequence the model takes, in tokens; None if it has no limit.
@@ -70,36 +92,43 @@ class CalibrationDataModule(LightningDataModule):
             raise ConfigurationError(
                 f"data.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}"
             )
-        self.source.check()
+        name = self._source_name()
+        if self.cache_folder is None or name is None or not any(self.cache_folder.glob(f"{name}-*.safetensors")):
+            self.source.check()
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Reads, tokenises, cuts and splits; fills ``train_ids_NT`` and ``validation_ids_NT`` (int64).
 
         Raises:
-            ConfigurationError: the source holds too little text.
+            ConfigurationError: the source holds too little text, or failed for good.
         """
         if isinstance(self.source, (ModelSamples, Mixture)) and self.source.needs_model:
             self.source.attach(model, tokenizer)
-        wanted = self.num_sequences + self.num_validation_sequences
-        parts: list[list[int]] = []
-        tokens = 0
-        for text in self._texts(tokenizer):
-            parts.append(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-            tokens += len(parts[-1])
-            if tokens >= READ_AHEAD * wanted * self.sequence_length:
-                break
-        windows = tokens // self.sequence_length
-        if windows < wanted:
+        self._stream = stream = self._open_stream(tokenizer)
+        goal = READ_AHEAD * self.wanted * self.sequence_length
+        stream.read(goal, self.retries, self.retry_pause)
+        ids = stream.ids(goal)
+        windows = len(ids) // self.sequence_length
+        if windows < self.wanted:
             raise ConfigurationError(
                 f"data.source: {self.num_sequences} training and {self.num_validation_sequences} validation sequences "
-                f"of {self.sequence_length} tokens take {wanted * self.sequence_length:,} tokens, the source has "
-                f"{tokens:,} ({windows} sequences); lower data.num_sequences or data.sequence_length, or add text"
+                f"of {self.sequence_length} tokens take {self.wanted * self.sequence_length:,} tokens, the source has "
+                f"{len(ids):,} ({windows} sequences); lower data.num_sequences or data.sequence_length, or add text"
             )
-        ids = torch.tensor([token for part in parts for token in part][: windows * self.sequence_length])
-        order = torch.randperm(windows, generator=generator_of("calibration", self.seed))[:wanted]
-        chosen_NT = ids.view(windows, self.sequence_length)[order]
+        order = torch.randperm(windows, generator=generator_of("calibration", self.seed))[: self.wanted]
+        chosen_NT = ids[: windows * self.sequence_length].view(windows, self.sequence_length)[order]
         self.train_ids_NT = chosen_NT[: self.num_sequences]
         self.validation_ids_NT = chosen_NT[self.num_sequences :]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokens read so far and the source's position; empty before :meth:`tokenize`."""
+        if self._stream is not None:
+            return self._stream.state_dict()
+        return self._state or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets :meth:`tokenize` go on where the state ends instead of at the beginning of the source."""
+        self._state, self._stream = state_dict or None, None
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of token ids ``B T``."""
@@ -109,12 +138,36 @@ class CalibrationDataModule(LightningDataModule):
         """Batches of held-out token ids ``B T``."""
         return DataLoader(TensorDataset(self.validation_ids_NT), batch_size=self.batch_size)
 
-    def _texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-        for document in self.source.documents():
-            if isinstance(document, str) and not self.chat_template:
-                yield document + "\n\n"
-                continue
-            if tokenizer.chat_template is None:
-                raise ConfigurationError("data.chat_template: the tokenizer has no chat template; use plain text")
-            messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
-            yield str(tokenizer.apply_chat_template(messages, tokenize=False))
+    def _open_stream(self, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+        """The stream as far as a state or a file has it."""
+
+        def encode(document: Document) -> list[int]:
+            text = self._text(document, tokenizer)
+            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            return ids
+
+        name = self._source_name()
+        key = None if name is None else f"{name}-{tokenizer_identity(tokenizer)}"
+        file = None if self.cache_folder is None or key is None else self.cache_folder / f"{key}.safetensors"
+        stream = TokenStream(self.source, encode, key, len(tokenizer), file)
+        if self._state is None:
+            stream.load()
+            return stream
+        try:
+            stream.load_state_dict(self._state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(f"data: the state to go on from cannot be used: {error}") from error
+        return stream
+
+    def _source_name(self) -> str | None:
+        """Stands for the text and how it is prepared; None if the source cannot say what its text depends on."""
+        identity = None if self.source.needs_model else self.source.identity()
+        return None if identity is None else f"tokens-{fingerprint([identity, self.chat_template])}"
+
+    def _text(self, document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+        if isinstance(document, str) and not self.chat_template:
+            return document + "\n\n"
+        if tokenizer.chat_template is None:
+            raise ConfigurationError("data.chat_template: the tokenizer has no chat template; use plain text")
+        messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning_gsq.data.sources import PythonDocumentation, TextSource
+from lightning_gsq.data.tokens import RetryingReader
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ class PerplexityData(LightningDataModule):
         Raises:
             ConfigurationError: the text has fewer windows than asked for.
         """
-        documents = list(self.source.documents())
+        documents = list(RetryingReader(self.source))
         if not all(isinstance(document, str) for document in documents):
             raise ConfigurationError("evaluation.source: perplexity needs plain text, got conversations")
         text = "\n\n".join(str(document) for document in documents)

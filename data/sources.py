@@ -1,10 +1,16 @@
-"""Where calibration text comes from. Each source yields documents as strings."""
+"""Where calibration text comes from. Each source yields documents, and can go on in the middle of them.
+
+A *position* is plain data (what JSON can hold) that says which document comes next; ``source.reader(position)`` goes on
+there. A source whose documents are cheap to produce again only counts them; one that reads over a network or many large
+files overrides :meth:`TextSource.reader`.
+"""
 
 from __future__ import annotations
 
 import json
+import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +21,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.noise import seed_of
 
+Document = str | list[dict[str, str]]
+"""Plain text, or chat messages."""
+Position = dict[str, Any]
+"""Where a reader stands, as plain data."""
+
+
+class DocumentReader(Iterator[Document]):
+    """Documents from a position on.
+
+    ``position`` is that of the first document not handed out yet, also after ``next`` has raised an error: a new reader
+    from there goes on without a gap.
+    """
+
+    @property
+    @abstractmethod
+    def position(self) -> Position:
+        """Where this reader stands."""
+
 
 class TextSource(ABC):
     """A stream of documents."""
@@ -23,16 +47,48 @@ class TextSource(ABC):
     """Whether :meth:`documents` needs the model itself, loaded."""
 
     @abstractmethod
-    def documents(self) -> Iterator[str | list[dict[str, str]]]:
+    def documents(self) -> Iterator[Document]:
         """Yields documents: plain text, or chat messages where the source holds conversations.
 
         Raises:
             ConfigurationError: the source is missing, empty or unreadable.
         """
 
+    def reader(self, position: Position | None = None) -> DocumentReader:
+        """The documents from a position on; None for the beginning."""
+        return _CountingReader(self, position)
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the text depends on, as plain data: equal identities mean equal text. None if that cannot be said."""
+        return None
+
     def check(self) -> None:
         """Verifies, before any long work, that the source can be read: asks it for its first document."""
         next(iter(self.documents()))
+
+
+class _CountingReader(DocumentReader):
+    """Counts documents; goes on by passing over those already read."""
+
+    def __init__(self, source: TextSource, position: Position | None) -> None:
+        self._documents = source.documents()
+        self._count = 0
+        for _ in range(position["documents"] if position else 0):
+            next(self)
+
+    def __next__(self) -> Document:
+        document = next(self._documents)
+        self._count += 1
+        return document
+
+    @property
+    def position(self) -> Position:
+        return {"documents": self._count}
+
+
+def file_identity(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and time of change of each file: what tells whether a text is still the same."""
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 class TextFile(TextSource):
@@ -47,26 +103,32 @@ class TextFile(TextSource):
     def __init__(self, path: str, field: str = "text", rows: bool = False) -> None:
         self.path, self.field, self.rows = path, field, rows
 
-    def documents(self) -> Iterator[str | list[dict[str, str]]]:
+    def documents(self) -> Iterator[Document]:
         """See :meth:`TextSource.documents`."""
+        empty = True
+        for file in self._files():
+            for document in self._read(file):
+                empty = False
+                yield document
+        if empty:
+            raise ConfigurationError(f"path: {Path(self.path).expanduser()} is empty; calibration needs text")
+
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`TextSource.identity`."""
+        return {"TextFile": file_identity(self._files()), "field": self.field, "rows": self.rows}
+
+    def _files(self) -> list[Path]:
         root = Path(self.path).expanduser()
         if root.is_dir():
             files = sorted(p for p in root.rglob("*") if p.suffix in {".txt", ".md", ".jsonl"})
             if not files:
                 raise ConfigurationError(f"path: the folder {root} holds no .txt, .md or .jsonl file")
-        elif root.is_file():
-            files = [root]
-        else:
-            raise ConfigurationError(f"path: there is no file or folder {root}")
-        empty = True
-        for file in files:
-            for document in self._read(file):
-                empty = False
-                yield document
-        if empty:
-            raise ConfigurationError(f"path: {root} is empty; calibration needs text")
+            return files
+        if root.is_file():
+            return [root]
+        raise ConfigurationError(f"path: there is no file or folder {root}")
 
-    def _read(self, file: Path) -> Iterator[str | list[dict[str, str]]]:
+    def _read(self, file: Path) -> Iterator[Document]:
         try:
             if file.suffix not in {".jsonl", ".json"}:
                 text = file.read_text(encoding="utf-8")
@@ -76,7 +138,7 @@ class TextFile(TextSource):
             with file.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield self._field(file, number, line)
+                        yield field_of(line, self.field, "field", f"line {number} of {file}")
         except UnicodeDecodeError as error:
             raise ConfigurationError(
                 f"path: {file} is not UTF-8 text (byte {error.start}: {error.reason}); convert it, for example with "
@@ -85,67 +147,30 @@ class TextFile(TextSource):
         except OSError as error:
             raise ConfigurationError(f"path: cannot read {file}: {error.strerror}") from error
 
-    def _field(self, file: Path, number: int, line: str) -> str | list[dict[str, str]]:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"path: line {number} of {file} is not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or self.field not in record:
-            keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ConfigurationError(f"field: line {number} of {file} has no {self.field!r}; it has {keys}")
-        value: str | list[dict[str, str]] = record[self.field]
-        return value
+
+def field_of(line: str, field: str, option: str, where: str) -> Document:
+    """The text of one JSON line.
+
+    Args:
+        line: The line.
+        field: Key of the text.
+        option: Name of the option that gave the key, for messages.
+        where: The line's number and file, for messages.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"path: {where} is not JSON: {error.msg}") from error
+    if not isinstance(record, dict) or field not in record:
+        keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ConfigurationError(f"{option}: {where} has no {field!r}; it has {keys}")
+    value: Document = record[field]
+    return value
 
 
 def _rows(text: str) -> list[str]:
     lines = text.removesuffix("\n").split("\n")
     return [line + "\n" if line.strip() else "" for line in lines]
-
-
-class HuggingFaceDataset(TextSource):
-    """A dataset of the ``datasets`` library, streamed.
-
-    Args:
-        path: Name on the hub, or a local folder or loading script of the same layout.
-        name: Configuration of the dataset, such as ``en``.
-        split: Split to read.
-        column: Column of the text; a column of message lists is read as conversations.
-        streaming: Read as it comes, without downloading the whole first.
-        revision: Branch, tag or commit on the hub.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        name: str | None = None,
-        split: str = "train",
-        column: str = "text",
-        streaming: bool = True,
-        revision: str | None = None,
-    ) -> None:
-        self.path, self.name, self.split, self.column = path, name, split, column
-        self.streaming, self.revision = streaming, revision
-
-    def documents(self) -> Iterator[str | list[dict[str, str]]]:
-        """See :meth:`TextSource.documents`."""
-        from datasets import load_dataset
-
-        try:
-            dataset = load_dataset(
-                self.path, self.name, split=self.split, streaming=self.streaming, revision=self.revision
-            )
-            empty = True
-            for row in dataset:
-                empty = False
-                if self.column not in row:
-                    raise ConfigurationError(f"column: {self.path} has no column {self.column!r}; it has {sorted(row)}")
-                yield row[self.column]
-        except (FileNotFoundError, ConnectionError, ValueError) as error:
-            if isinstance(error, ConfigurationError):
-                raise
-            raise ConfigurationError(f"path: cannot read the dataset {self.path!r}: {error}") from error
-        if empty:
-            raise ConfigurationError(f"path: the dataset {self.path!r}, split {self.split!r}, is empty")
 
 
 class PythonDocumentation(TextSource):
@@ -159,6 +184,10 @@ class PythonDocumentation(TextSource):
         if part not in {"calibration", "evaluation", "all"}:
             raise ConfigurationError(f"part must be 'calibration', 'evaluation' or 'all', got {part!r}")
         self.part = part
+
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`TextSource.identity`."""
+        return {"PythonDocumentation": self.part, "python": platform.python_version()}
 
     def documents(self) -> Iterator[str]:
         """See :meth:`TextSource.documents`."""
@@ -238,38 +267,3 @@ class ModelSamples(TextSource):
         if self._texts is None:
             raise RuntimeError("attach the model first")
         yield from self._texts
-
-
-class Mixture(TextSource):
-    """Documents of several sources, one from each in turn until all are used up.
-
-    Args:
-        sources: The sources.
-    """
-
-    def __init__(self, sources: list[TextSource]) -> None:
-        if not sources:
-            raise ConfigurationError("sources: a mixture needs at least one source")
-        self.sources = sources
-        self.needs_model = any(source.needs_model for source in sources)
-
-    def check(self) -> None:
-        """Checks every source."""
-        for source in self.sources:
-            source.check()
-
-    def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Hands the model to the sources that need it."""
-        for source in self.sources:
-            if isinstance(source, (ModelSamples, Mixture)) and source.needs_model:
-                source.attach(model, tokenizer)
-
-    def documents(self) -> Iterator[str | list[dict[str, str]]]:
-        """See :meth:`TextSource.documents`."""
-        streams = [source.documents() for source in self.sources]
-        while streams:
-            for stream in list(streams):
-                try:
-                    yield next(stream)
-                except StopIteration:
-                    streams.remove(stream)

@@ -141,7 +141,7 @@ def trace(model: PreTrainedModel, ids_BT: Tensor) -> Trace:
     outputs: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, rest, others = _split_hidden(args, kwargs)
+        hidden, rest, others = split_hidden(args, kwargs)
         calls.append(BlockCall(rest, others))
         inputs.append(hidden.detach().clone())
 
@@ -161,8 +161,8 @@ def trace(model: PreTrainedModel, ids_BT: Tensor) -> Trace:
     return Trace(calls, inputs, outputs[-1])
 
 
-def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Separates the hidden states from a block's other arguments, and drops the key-value cache."""
+def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Separates the hidden states from a block's other arguments, without the key-value cache."""
     others = {key: value for key, value in kwargs.items() if key not in _CACHE_ARGUMENTS}
     if "hidden_states" in others:
         return others.pop("hidden_states"), args, others
@@ -201,7 +201,7 @@ def embed(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     found: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(_split_hidden(args, kwargs)[0])
+        found.append(split_hidden(args, kwargs)[0])
         raise _Stop
 
     handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_gsq fit | validate``, on LightningCLI."""
+"""The command line: ``python -m lightning_gsq fit | validate | plan``, on LightningCLI."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lightning_gsq.data import ActivationOptions, CalibrationDataModule, Perplex
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.fit import fit
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization, NonFiniteLossError
+from lightning_gsq.plan import estimate, limits, print_estimate
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs/quantized",
@@ -61,6 +62,21 @@ class GSQArgumentParser(LightningArgumentParser):
         return list(subcommands._name_parser_map.values()) if subcommands is not None else []
 
 
+class PlanningTrainer(Trainer):
+    """Lightning's Trainer; its further methods are the further commands, and say what arguments they take."""
+
+    def plan(
+        self, probe: bool = True, host_memory_gb: float | None = None, device_memory_gb: float | None = None
+    ) -> None:
+        """Say what ``fit`` would take with the same options: sizes, memory, disk, steps, time.
+
+        Args:
+            probe: Measure a few steps on one block of random weights, for an estimate of the time.
+            host_memory_gb: Plan for a machine with this much memory, in gigabytes (10^9 bytes); null for this one.
+            device_memory_gb: Plan for an accelerator with this much memory; null for this machine's.
+        """
+
+
 class GSQCLI(LightningCLI):
     """LightningCLI whose ``fit`` runs a Trainer for every block.
 
@@ -76,6 +92,7 @@ class GSQCLI(LightningCLI):
         super().__init__(
             ModelQuantization,
             CalibrationDataModule,
+            trainer_class=PlanningTrainer,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
@@ -87,6 +104,7 @@ class GSQCLI(LightningCLI):
                 "description": "Quantize large language models to 1-4 bits a weight, block by block.",
                 "fit": {"description": "Quantize a model into a run folder (--trainer.default_root_dir)."},
                 "validate": {"description": "Measure the perplexity of a model or of a finished run folder."},
+                "plan": {"description": "Say what fit would take with the same options, without doing it."},
             },
             args=args,
         )
@@ -98,6 +116,7 @@ class GSQCLI(LightningCLI):
         return {
             "fit": {*skip, "train_dataloaders", "val_dataloaders"},
             "validate": {*skip, "dataloaders"},
+            "plan": set(),
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -122,7 +141,7 @@ class GSQCLI(LightningCLI):
             config["logger"] = self._logger
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Trainer(**config)
+            return PlanningTrainer(**config)
 
     def evaluation_trainer(self) -> Trainer:
         """A Trainer that only evaluates: neither logger nor callbacks."""
@@ -154,6 +173,26 @@ class GSQCLI(LightningCLI):
         (result,) = self.evaluation_trainer().validate(model, evaluation.val_dataloader(), verbose=False)
         windows, length = evaluation.ids_NT.shape
         self.console.print(f"perplexity {result['perplexity']:.3f}  ({windows} windows of {length} tokens)")
+
+    def plan(
+        self,
+        model: ModelQuantization,
+        datamodule: CalibrationDataModule,
+        probe: bool,
+        host_memory_gb: float | None,
+        device_memory_gb: float | None,
+    ) -> None:
+        """Prints what ``fit`` would take.
+
+        Raises:
+            ConfigurationError: it does not fit.
+        """
+        settings = self.config_init[self.subcommand]
+        host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
+        trainer = self.evaluation_trainer()
+        found = estimate(model, datamodule, settings.evaluation, settings.activations, trainer, probe, host, device)
+        print_estimate(self.console, found, datamodule, model.pretrained)
+        limits.refuse(found.problems)
 
 
 def native_precision(accelerator: str) -> str:

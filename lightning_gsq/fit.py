@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_gsq.end_to_end import EndToEndResult, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, installed, make_plan
+from lightning_gsq.plan import refuse_early
 from lightning_gsq.qtensor import BitsLedger, QuantizedWeight
 from lightning_gsq.recipe import make_recipe
 from lightning_gsq.run_folder import RunFolder, write_atomically
@@ -58,9 +60,10 @@ def fit(
     """
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     limit = loading.max_length(loading.load_config(source))
+    trainer = make_trainer()
+    data.cache_folder = data.cache_folder or Path(trainer.default_root_dir) / "calibration"
     data.check(limit)
     evaluation.check(limit)
-    trainer = make_trainer()
     _check_trainer(trainer)
     folder = RunFolder(trainer.default_root_dir)
     model.load(source)
@@ -74,6 +77,7 @@ def fit(
     board.log_recipe(trainer.loggers, recipe)
 
     run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print)
+    refuse_early(model, data, activations, run.width)
     windows = evaluation.val_dataloader()
     weights = sum(site.rows * site.in_features for own in plan for site in own.weights)
     console.print(

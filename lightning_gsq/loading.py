@@ -62,7 +62,9 @@ class ModelSource:
         return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
 
 
-def resolve(address: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+def resolve(
+    address: str, revision: str | None = None, trust_remote_code: bool = False, need_weights: bool = True
+) -> ModelSource:
     """Turns an address into a :class:`ModelSource`, checking what can be checked without loading.
 
     Args:
@@ -71,6 +73,7 @@ def resolve(address: str, revision: str | None = None, trust_remote_code: bool =
             inside an installed Python package.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run the model's own Python code.
+        need_weights: Refuse a local folder that has a configuration and no weights.
 
     Raises:
         ConfigurationError: nothing is there, or it is not something that can be read.
@@ -90,7 +93,7 @@ def resolve(address: str, revision: str | None = None, trust_remote_code: bool =
                 raise ConfigurationError(f"model.pretrained: {path} does not begin like a GGUF file")
         return ModelSource(str(path.parent), path.name, None, trust_remote_code)
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, need_weights)
         return ModelSource(str(path), None, None, trust_remote_code)
     parts = address.split("/")
     on_hub = not address.startswith((PACKAGE_PREFIX, "/", ".", "~")) and len(parts) <= 3
@@ -238,7 +241,7 @@ def _package_file(address: str) -> Path:
     return file
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, need_weights: bool) -> None:
     if not (folder / "config.json").is_file():
         found = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f"; it holds {found[0]}: give that file" if found else ""
@@ -247,7 +250,7 @@ def _check_folder(folder: Path) -> None:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigurationError(f"model.pretrained: {folder / 'config.json'} is not JSON: {error}") from error
-    if not any(folder.glob("*.safetensors")):
+    if need_weights and not any(folder.glob("*.safetensors")):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
         hint = f"; it holds {others[0]}, a pickle, which is never read: convert it to safetensors" if others else ""
         raise ConfigurationError(f"model.pretrained: {folder} has no weights (no *.safetensors file){hint}")

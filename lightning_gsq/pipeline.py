@@ -232,6 +232,7 @@ class BlockwiseRun:
             position=(self.plan.index(plan), len(self.plan)),
             run=self.run_block,
         )
+        del matrices, quantizers  # with the Hessians, as large as the weights; needed no more once the fit is set up
         order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order"))
         size = self.data.batch_size
         loader = DataLoader(
@@ -249,6 +250,10 @@ class BlockwiseRun:
         trainer.fit(module, loader, held_out)
         if trainer.interrupted:
             raise KeyboardInterrupt
+        # Lightning binds it to the module: callbacks outlive a block, and would keep its training state alive.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            vars(callback).pop("log", None)
+            vars(callback).pop("log_dict", None)
         module.to(self.device)
         weights = {"start": module.start_weights(), "trained": module.hard_weights()}
         measures = {key: self._error(module, held_out, own) for key, own in weights.items()}

@@ -27,6 +27,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
         "enable_checkpointing",
     },
     "model": {"phases"},
+    "data": {"cache_folder", "retries", "retry_pause"},
     "activations": {"memory_limit_gb", "folder"},
 }
 LATER = {"config", "end_to_end"}

@@ -8,6 +8,7 @@ to the output's energy. The sum of errors is minimised for a total of bits by a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,16 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.packing import WORD_BITS, packed_words
+from lightning_gsq.qtensor import BitsLedger
 from lightning_gsq.quantizers.warm_start import nearest_level, round_groups
 from lightning_gsq.sage.dual_mode import fit_scale
-from lightning_gsq.sage.saliency import column_step
+from lightning_gsq.sage.graph import GraphOptions
+from lightning_gsq.sage.saliency import column_count, column_step
 from lightning_gsq.sage.tensors import index_bits
 from lightning_gsq.scheme import QuantScheme, SalientPart
+
+MAX_RATIO = 0.3
+"""Largest salient ratio of a search, unless asked otherwise."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,28 @@ def mixed_bits(rows: int, in_features: int, scheme: QuantScheme, scale_bits: int
     if isinstance(table, int):
         return bits + scale_bits * table + WORD_BITS * packed_words(groups, index_bits(table))
     return bits + scale_bits * groups
+
+
+def planned_ledger(rows: int, in_features: int, scheme: QuantScheme, scale_bits: int = 16) -> BitsLedger:
+    """At most what a matrix will cost, before anything is known of it; what is left open counts as the dearest choice.
+
+    Only the total means something: it stands with the codes.
+    """
+    weights, part = rows * in_features, scheme.salient
+    if scheme.budget is not None:
+        return BitsLedger(weights, int(weights * scheme.budget))
+    assert part is not None
+    ratio = MAX_RATIO if part.ratio is None else part.ratio
+    groups = part.scale_groups
+    if groups == "graph" or (groups is None and part.layout == "element"):
+        groups = GraphOptions().max_groups
+    if part.layout == "element":
+        assert groups is not None
+        codes = 1 + index_bits(groups) + ratio * part.bits
+        return BitsLedger(weights, int(weights * (codes + 1) + scale_bits * (rows + groups)))
+    ratio = column_count(ratio, in_features) / in_features
+    own = dataclasses.replace(scheme, salient=dataclasses.replace(part, ratio=ratio, scale_groups=groups))
+    return BitsLedger(weights, mixed_bits(rows, in_features, own, scale_bits))
 
 
 def column_errors(w_OI: Tensor, moment_I: Tensor, scheme: QuantScheme) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.quantizers import Matrix, WarmStart
 from lightning_gsq.quantizers.warm_start import quantized, stack
 from lightning_gsq.sage import saliency
-from lightning_gsq.sage.budget import Menu, Option, column_errors, mixed_bits, options_of, spend
+from lightning_gsq.sage.budget import MAX_RATIO, Menu, Option, column_errors, mixed_bits, options_of, spend
 from lightning_gsq.sage.dual_mode import quantize_elements
 from lightning_gsq.sage.graph import GraphOptions, graph_group_count
 from lightning_gsq.sage.start import MixedStart, mixed_start, mixed_tensor, stack_starts
@@ -42,7 +42,7 @@ class SettleOptions:
     """
 
     price: float = 0.1
-    max_ratio: float = 0.3
+    max_ratio: float = MAX_RATIO
     graph: GraphOptions = field(default_factory=GraphOptions)
     menu: Menu = field(default_factory=Menu)
 

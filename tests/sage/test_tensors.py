@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_gsq.qtensor import BitsLedger, QuantizedTensor, QuantizedWeight
-from lightning_gsq.sage.budget import mixed_bits
+from lightning_gsq.sage.budget import mixed_bits, planned_ledger
 from lightning_gsq.sage.dual_mode import quantize_elements
 from lightning_gsq.sage.saliency import magnitude_score, salient_mask
 from lightning_gsq.sage.start import mixed_tensor
@@ -45,11 +45,14 @@ def test_structured(bits: object, salient_bits: int, columns: int, count: int, t
     tensor = mixed_case(bits, salient_bits, columns, count, table)
     _check(tensor)
     assert mixed_bits(5, columns, tensor.scheme) == BitsLedger.of(tensor).total_bits
+    assert planned_ledger(5, columns, tensor.scheme).total_bits == BitsLedger.of(tensor).total_bits
 
 
 @pytest.mark.parametrize(("groups", "bits", "ratio"), itertools.product([1, 2, 5, 8], [2, 4, 8], [0.0, 0.02, 0.4]))
 def test_element(groups: int, bits: int, ratio: float) -> None:
-    _check(_element(groups, bits, ratio))
+    tensor = _element(groups, bits, ratio)
+    _check(tensor)
+    assert tensor.ledger().total_bits <= planned_ledger(12, 45, tensor.scheme).total_bits + 4 * 32  # whole words
 
 
 def _check(tensor: QuantizedWeight) -> None:

@@ -1,0 +1,72 @@
+"""What there is: memory of the host and the device, room on disks; and the check whether something fits."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+import torch
+
+from lightning_gsq.errors import ConfigurationError
+
+
+def own_bytes() -> int:
+    """What this process takes now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def give_back_freed_memory() -> None:
+    """Returns memory that is free, but kept by the allocator, to the system, where the C library can (glibc)."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def host_bytes() -> int:
+    """What a new process may take: available memory, within the limit of a container."""
+    available = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
+        cached = _inactive(Path("/sys/fs/cgroup/memory.stat"))
+        available = min(available, int(maximum) - int(used.read_text()) + cached)
+    return available
+
+
+def _inactive(statistics: Path) -> int:
+    """Cache that the container gives back when asked for memory."""
+    if not statistics.is_file():
+        return 0
+    fields = dict(line.split() for line in statistics.read_text().splitlines())
+    return int(fields.get("inactive_file", 0))
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Free memory of an accelerator; None if the device is the host or does not say."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info(device)[0])
+    return None
+
+
+def free_disk(folder: str | Path | None) -> int:
+    """Free bytes on the disk of a folder that may not exist yet; None for the system's temporary folder."""
+    path = Path(folder or tempfile.gettempdir()).expanduser().resolve()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raises one error for all problems, if there are any.
+
+    Raises:
+        ConfigurationError: something does not fit.
+    """
+    lines = list(problems)
+    if lines:
+        raise ConfigurationError("this run does not fit:\n" + "\n".join(f"  {line}" for line in lines))
