@@ -5,6 +5,7 @@ from lightning_gsq.callbacks.monitor import QuantizationMonitor
 from lightning_gsq.callbacks.phase_progress import EndToEndProgress
 from lightning_gsq.callbacks.progress import BlockProgress
 from lightning_gsq.callbacks.rounding import HardRounding, RoundingReport
+from lightning_gsq.callbacks.saliency import SaliencyThreshold
 
 __all__ = [
     "BlockProgress",
@@ -13,4 +14,5 @@ __all__ = [
     "HardRounding",
     "QuantizationMonitor",
     "RoundingReport",
+    "SaliencyThreshold",
 ]

@@ -29,7 +29,7 @@ from lightning_gsq.head import find_head
 from lightning_gsq.modules import EndToEndOptions, EndToEndQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of
 from lightning_gsq.pipeline import BlockPlan, to_cpu
-from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.ranks import Ranks
 from lightning_gsq.recipe import WATCHERS, fingerprint
 from lightning_gsq.run_folder import RunFolder, compare
@@ -102,7 +102,7 @@ def run_end_to_end(
     model: ModelQuantization,
     data: CalibrationDataModule,
     plan: list[BlockPlan],
-    start: list[dict[str, QuantizedTensor]],
+    start: list[dict[str, QuantizedWeight]],
     options: EndToEndOptions,
     settings: dict[str, Any],
     folder: RunFolder,
@@ -130,7 +130,7 @@ def run_end_to_end(
         ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
     """
     settings = _kept(settings)
-    blocks = fingerprint(part for own in start for t in own.values() for part in (t.codes_OI, t.scales_OG.float()))
+    blocks = fingerprint(part for own in start for t in own.values() for part in t.parts())
     known = folder.read_dense("end_to_end")
     if ranks.agree(known is not None):
         assert known is not None

@@ -26,7 +26,7 @@ from lightning_gsq.ledger import Ledger, LedgerEntry
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, as_stored, installed, make_plan
 from lightning_gsq.plan import refuse_early
-from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.ranks import Ranks, check_shares
 from lightning_gsq.recipe import make_recipe
 from lightning_gsq.run_folder import RunFolder, write_atomically
@@ -284,7 +284,7 @@ def _add_seconds(folder: RunFolder, part: str, began: float) -> None:
 def _ledger(
     model: ModelQuantization,
     plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedTensor]],
+    tensors: list[dict[str, QuantizedWeight]],
     folder: RunFolder,
     kind: str,
 ) -> Ledger:
@@ -292,10 +292,7 @@ def _ledger(
     entries, headers = [], {}
     for own, weights in zip(plan, tensors, strict=True):
         file = folder.block_file(kind, own.index)
-        stored = [
-            LedgerEntry.packed(f"{own.name}.{name}", tensor.shape, tensor.scheme, 8 * tensor.scales_OG.element_size())
-            for name, tensor in weights.items()
-        ]
+        stored = [LedgerEntry.of(f"{own.name}.{name}", tensor) for name, tensor in weights.items()]
         entries += stored
         headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
     quantized = {entry.name for entry in entries}
@@ -314,10 +311,11 @@ def _summary(
     recipe: dict[str, Any],
     kind: str,
     plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedTensor]],
+    tensors: list[dict[str, QuantizedWeight]],
     result: EndToEndResult | None,
 ) -> dict[str, Any]:
     ledger = _ledger(model, plan, tensors, folder, kind)
+    saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
     progress = folder.progress
     blocks = progress.get("blocks", {})
     seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
@@ -344,6 +342,7 @@ def _summary(
             "group_size": model.scheme.group_size,
         },
         "blocks": blocks,
+        **({"saliency": saliency} if saliency else {}),
         "pretrained": model.pretrained,
         "seed": recipe["seed"],
         "versions": recipe["versions"],

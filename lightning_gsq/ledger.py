@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gsq.packing import WORD_BITS, packed_words
+from lightning_gsq.qtensor import QuantizedTensor, QuantizedWeight
 from lightning_gsq.scheme import QuantScheme
 
 PARTS = ("codes", "scales", "positions", "padding", "redundant", "unquantized")
@@ -65,6 +66,14 @@ class LedgerEntry:
             scales=rows * scheme.num_groups(columns) * scale_bits,
             padding=stored - codes,
         )
+
+    @classmethod
+    def of(cls, name: str, tensor: QuantizedWeight) -> LedgerEntry:
+        """A finished weight as a block file holds it; where its parts have rows of their own, codes count padding."""
+        if isinstance(tensor, QuantizedTensor):
+            return cls.packed(name, tensor.shape, tensor.scheme, 8 * tensor.scales_OG.element_size())
+        bits = tensor.ledger()
+        return cls(name, bits.weights, bits.code_bits, bits.scale_bits, bits.position_bits)
 
     @property
     def quantized(self) -> bool:

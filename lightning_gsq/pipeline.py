@@ -25,17 +25,20 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lightning_gsq.backbone import BlockCall, check_chain, compiled_run_block, embed, find_blocks, run_block, trace
+from lightning_gsq.callbacks import SaliencyThreshold
 from lightning_gsq.compiling import compiler_available
 from lightning_gsq.data import ActivationDataset, ActivationOptions, ActivationStore, CalibrationDataModule
 from lightning_gsq.data.activations import first, slices
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import BlockQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of, seed_of
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.quantizers import GumbelQuantizer, InputStatistics, Start
-from lightning_gsq.quantizers.warm_start import quantized
+from lightning_gsq.qtensor import QuantizedWeight
+from lightning_gsq.quantizers import GumbelQuantizer, InputStatistics, Matrix
+from lightning_gsq.quantizers.warm_start import stack
 from lightning_gsq.ranks import Ranks
 from lightning_gsq.run_folder import RunFolder
+from lightning_gsq.sage import Choice, MixedQuantizer, UnsettledQuantizer
+from lightning_gsq.sage.settle import settled_start, settled_tensor
 from lightning_gsq.scheme import QuantScheme, assign_schemes
 from lightning_gsq.sites import LinearSite, find_linear_sites
 
@@ -122,6 +125,7 @@ class BlockwiseRun:
         self.make_trainer, self.activations = make_trainer, activations
         self.plan, self.blocks = plan, find_blocks(model.network)[1]
         self.trainer = make_trainer()
+        self.saliency = _saliency(self.trainer, model, plan)
         self.device = self.trainer.strategy.root_device
         compiled = model.compile_blocks and compiler_available(self.device.type)
         self.run_block = compiled_run_block() if compiled else run_block
@@ -132,7 +136,7 @@ class BlockwiseRun:
 
     # -- phases
 
-    def warm_start(self) -> list[dict[str, QuantizedTensor]]:
+    def warm_start(self) -> list[dict[str, QuantizedWeight]]:
         """The warm start alone, every block on the activations of the blocks before it, as a plain GPTQ run does.
 
         Returns:
@@ -149,12 +153,13 @@ class BlockwiseRun:
             for index in range(self.plan[-1].index + 1):
                 block = self._working_copy(index)
                 if index in plans:
-                    starts = self._starts(plans[index], block, hidden)
+                    matrices = self._matrices(plans[index], block, hidden)
+                    choices = self._choose(matrices)
+                    own, dtype = self.model.warm_start, self.model.scale_dtype
                     tensors = {
-                        site.name: quantized(start, scheme, self.model.scale_dtype)
-                        for (site, scheme), start in zip(plans[index].weights.items(), starts, strict=True)
+                        name: to_cpu(settled_tensor(matrix, choices.get(name), own, dtype))
+                        for name, matrix in matrices.items()
                     }
-                    tensors = {name: to_cpu(tensor) for name, tensor in tensors.items()}
                     self.folder.write_block("warm_start", index, tensors)
                     results.append(tensors)
                     install(block, plans[index], tensors)
@@ -177,7 +182,7 @@ class BlockwiseRun:
 
     def _train_missing(
         self,
-        done: dict[int, dict[str, QuantizedTensor]],
+        done: dict[int, dict[str, QuantizedWeight]],
         finished: Callable[[BlockPlan, float, dict[str, float]], None],
     ) -> None:
         plans = {plan.index: plan for plan in self.plan}
@@ -215,16 +220,10 @@ class BlockwiseRun:
 
     def _fit(
         self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor
-    ) -> tuple[dict[str, QuantizedTensor], dict[str, float]]:
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, float]]:
         train = len(self.train_ids_NT)
-        starts = self._starts(plan, block, inputs_NTD[: self._hessian_sequences])
-        quantizers = {
-            site: GumbelQuantizer(
-                start, scheme, self.model.gumbel, generator_of(self.seed, plan.index, site.name, "logits")
-            )
-            for (site, scheme), start in zip(plan.weights.items(), starts, strict=True)
-        }
-        del starts  # their positions are as large as the weights, and needed no more
+        matrices = self._matrices(plan, block, inputs_NTD[: self._hessian_sequences])
+        quantizers = {site: self._quantizer(plan, site, matrices[site.name]) for site in plan.weights}
         module = BlockQuantization(
             block,
             self.calls[plan.index],
@@ -239,6 +238,7 @@ class BlockwiseRun:
             position=(self.plan.index(plan), len(self.plan)),
             run=self.run_block,
         )
+        del matrices, quantizers  # with the Hessians, as large as the weights; needed no more once the fit is set up
         own = (self.ranks.rank,) if self.ranks.rank else ()
         order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order", *own))
         size = self.data.batch_size
@@ -276,38 +276,49 @@ class BlockwiseRun:
         dtype = self.model.scale_dtype
         tensors = {
             name: to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
-            for name, quantizer in module.named_quantizers()
+            for name, quantizer in module.named_weights()
         }
         return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
 
-    def _starts(self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> list[Start]:
-        """The warm start of each of the block's weights."""
-        sites = list(plan.weights)
-        statistics = InputStatistics(sites, self.device)
-        if self.model.warm_start.needs_hessian:
+    def _matrices(self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> dict[str, Matrix]:
+        """The block's weights with the second moments of their inputs."""
+        needed = self.model.warm_start.needs_hessian
+        statistics = InputStatistics(list(plan.weights), self.device)
+        if needed:
             with torch.no_grad(), statistics.watching(block), self._precision():
                 for part in slices(len(inputs_NTD), self.forward_size):
                     run_block(block, self._fetch(inputs_NTD[part]), self.calls[plan.index].to(self.device))
             if self.ranks.world > 1:
                 statistics.reduce(self.ranks.sum)
-        starts = []
-        with torch.no_grad():
-            for site, scheme in plan.weights.items():
-                w_OI = site.to_matrix(block.get_parameter(site.name)).float()
-                hessians = statistics.hessians(site) if self.model.warm_start.needs_hessian else None
-                matrices, name = w_OI.split(site.out_features), f"{plan.name}.{site.name}"
-                parts = [
-                    self.model.warm_start.start(name, matrix, None if hessians is None else hessians[i], scheme)
-                    for i, matrix in enumerate(matrices)
-                ]
-                starts.append(
-                    Start(
-                        torch.cat([part.codes_OI for part in parts]),
-                        torch.cat([part.scales_OG for part in parts]),
-                        torch.cat([part.position_OI for part in parts]),
-                    )
-                )
-        return starts
+        return {
+            site.name: Matrix(
+                site.to_matrix(block.get_parameter(site.name)).detach().float(),
+                statistics.hessians(site) if needed else None,
+                scheme,
+                f"{plan.name}.{site.name}",
+            )
+            for site, scheme in plan.weights.items()
+        }
+
+    def _choose(self, matrices: dict[str, Matrix]) -> dict[str, Choice]:
+        """The salient part of each matrix whose scheme has one."""
+        mixed = {name: matrix for name, matrix in matrices.items() if matrix.scheme.mixed}
+        return self.saliency.choose(mixed) if self.saliency is not None else {}
+
+    @torch.no_grad()
+    def _quantizer(self, plan: BlockPlan, site: LinearSite, matrix: Matrix) -> GumbelQuantizer | UnsettledQuantizer:
+        """The trainable form of a weight, from its warm start."""
+        options, warm_start = self.model.gumbel, self.model.warm_start
+        generator = generator_of(self.seed, plan.index, site.name, "logits")
+        if not matrix.scheme.mixed:
+            start = stack([warm_start.start(matrix.name, w, h, matrix.scheme) for w, h in matrix.parts()])
+            return GumbelQuantizer(start, matrix.scheme, options, generator)
+
+        def build(choice: Choice) -> MixedQuantizer:
+            with torch.no_grad():
+                return MixedQuantizer(settled_start(matrix, choice, warm_start), choice.scheme, options, generator)
+
+        return UnsettledQuantizer(site.name, matrix, build)
 
     @torch.no_grad()
     def _propagate(self, block: nn.Module, index: int, source_NTD: Tensor, out_NTD: Tensor) -> None:
@@ -365,7 +376,7 @@ class BlockwiseRun:
         finally:
             store.close()
 
-    def _finished_blocks(self) -> dict[int, dict[str, QuantizedTensor]]:
+    def _finished_blocks(self) -> dict[int, dict[str, QuantizedWeight]]:
         """Blocks on disk, up to the first that is missing."""
         done = {}
         there = [self.folder.has_blocks("block", [plan.index]) for plan in self.plan]
@@ -376,7 +387,7 @@ class BlockwiseRun:
         return done
 
 
-def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedTensor]) -> None:
+def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedWeight]) -> None:
     """Puts the dequantized weights into a block, in the block's dtype."""
     for site in plan.weights:
         parameter = block.get_parameter(site.name)
@@ -388,7 +399,7 @@ def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedTenso
 def installed(
     model: ModelQuantization,
     plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedTensor]],
+    tensors: list[dict[str, QuantizedWeight]],
     dense: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """The model with these weights inside the context, its own afterwards.
@@ -441,14 +452,35 @@ def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]
             parameter.data = data
 
 
-def to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
+def to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:
     """The tensor as it is stored.
 
     Raises:
         ConfigurationError: a scale overflowed.
     """
-    if not bool(torch.isfinite(tensor.scales_OG).all()):
+    for scales in tensor.scales:
+        if not bool(torch.isfinite(scales).all()):
+            raise ConfigurationError(
+                f"model.scale_dtype: a scale does not fit into {scales.dtype}; use bfloat16 or float32"
+            )
+    return tensor.cpu()
+
+
+def _saliency(trainer: Trainer, model: ModelQuantization, plan: list[BlockPlan]) -> SaliencyThreshold | None:
+    """The callback that settles salient weights; None where no scheme has any."""
+    mixed = {scheme for own in plan for scheme in own.weights.values() if scheme.mixed}
+    if not mixed:
+        return None
+    found = [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, SaliencyThreshold)]
+    if not found:
         raise ConfigurationError(
-            f"model.scale_dtype: a scale does not fit into {tensor.scales_OG.dtype}; use bfloat16 or float32"
+            "trainer.callbacks: salient weights and a budget need the callback "
+            "lightning_gsq.callbacks.SaliencyThreshold"
         )
-    return QuantizedTensor(tensor.codes_OI.cpu(), tensor.scales_OG.cpu(), tensor.scheme)
+    element = any(scheme.salient is not None and scheme.salient.layout == "element" for scheme in mixed)
+    if element and "blocks" in model.phases:
+        raise ConfigurationError(
+            "model.scheme.salient.layout: element is the published layout, which is not trained; use "
+            "--model.phases [init], or structured"
+        )
+    return found[0]

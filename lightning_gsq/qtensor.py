@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +28,37 @@ def reduce_groups(x_OI: Tensor, group_length: int) -> Tensor:
     return torch.cat([sums, x_OI[:, full * group_length :].sum(-1, keepdim=True)], dim=1)
 
 
+class QuantizedWeight(Protocol):
+    """A finished weight matrix, however it is stored."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)``."""
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """How it is quantized; nothing left open."""
+
+    @property
+    def scales(self) -> Iterable[Tensor]:
+        """Every tensor of scales."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight ``O I``."""
+
+    def pack(self) -> dict[str, Tensor]:
+        """The tensors that a block file holds."""
+
+    def ledger(self) -> BitsLedger:
+        """What the packed tensors cost."""
+
+    def cpu(self) -> QuantizedWeight:
+        """The same on the CPU."""
+
+    def parts(self) -> Iterable[Tensor]:
+        """Every tensor that the weight depends on, scales in fp32: what a fingerprint is made of."""
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """The codes and scales of one weight matrix.
@@ -44,6 +77,25 @@ class QuantizedTensor:
     def shape(self) -> tuple[int, int]:
         """``(O, I)``."""
         return self.codes_OI.shape[0], self.codes_OI.shape[1]
+
+    @property
+    def scales(self) -> tuple[Tensor]:
+        """The scales ``O G``."""
+        return (self.scales_OG,)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Codes and fp32 scales."""
+        return self.codes_OI, self.scales_OG.float()
+
+    def cpu(self) -> QuantizedTensor:
+        """The same on the CPU."""
+        return QuantizedTensor(self.codes_OI.cpu(), self.scales_OG.cpu(), self.scheme)
+
+    def ledger(self) -> BitsLedger:
+        """What the packed tensors cost."""
+        rows, columns = self.shape
+        words = rows * packed_words(columns, self.scheme.storage_bits)
+        return BitsLedger(rows * columns, 32 * words, 8 * self.scales_OG.element_size() * self.scales_OG.numel())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``O I``; computed in fp32, then rounded to ``dtype``."""
@@ -93,35 +145,44 @@ class QuantizedTensor:
 class BitsLedger:
     """What quantized weights cost, in bits; sums with ``+``.
 
-    ``code_bits`` counts the packed words as stored, padding at the end of rows included.
+    ``code_bits`` counts the packed words as stored, padding at the end of rows included; ``position_bits`` what says
+    which weights are salient and which scale each group has.
     """
 
     weights: int = 0
     code_bits: int = 0
     scale_bits: int = 0
+    position_bits: int = 0
 
     @classmethod
-    def of(cls, tensor: QuantizedTensor) -> BitsLedger:
+    def of(cls, tensor: QuantizedWeight) -> BitsLedger:
         """The ledger of one weight matrix."""
-        rows, columns = tensor.shape
-        words = rows * packed_words(columns, tensor.scheme.storage_bits)
-        return cls(rows * columns, 32 * words, 8 * tensor.scales_OG.element_size() * tensor.scales_OG.numel())
+        return tensor.ledger()
 
     def __add__(self, other: BitsLedger) -> BitsLedger:
         return BitsLedger(
-            self.weights + other.weights, self.code_bits + other.code_bits, self.scale_bits + other.scale_bits
+            self.weights + other.weights,
+            self.code_bits + other.code_bits,
+            self.scale_bits + other.scale_bits,
+            self.position_bits + other.position_bits,
         )
 
     @property
+    def total_bits(self) -> int:
+        """All bits."""
+        return self.code_bits + self.scale_bits + self.position_bits
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of codes and scales."""
-        return (self.code_bits + self.scale_bits) // 8
+        """Bytes of codes, scales and positions."""
+        return self.total_bits // 8
 
     def per_weight(self) -> dict[str, float]:
-        """Bits per quantized weight: ``codes``, ``scales`` and ``total``."""
+        """Bits per quantized weight: ``codes``, ``scales``, ``positions`` and ``total``."""
         count = max(self.weights, 1)
         return {
             "codes": self.code_bits / count,
             "scales": self.scale_bits / count,
-            "total": (self.code_bits + self.scale_bits) / count,
+            "positions": self.position_bits / count,
+            "total": self.total_bits / count,
         }

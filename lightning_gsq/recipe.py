@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_gsq import report
-from lightning_gsq.callbacks import BlockProgress, HardRounding, QuantizationMonitor
+from lightning_gsq.callbacks import BlockProgress, HardRounding, QuantizationMonitor, SaliencyThreshold
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.modules import ModelQuantization
 
@@ -54,6 +54,8 @@ def make_recipe(
         kept[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
     callbacks = kept["trainer"].get("callbacks") or []
     watchers = {f"lightning_gsq.callbacks.{watcher.__name__}" for watcher in WATCHERS}
+    if not has_salient_part(settings["model"]):
+        watchers.add(f"lightning_gsq.callbacks.{SaliencyThreshold.__name__}")
     kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in watchers]
     fingerprints = {
         "model": model_fingerprint(model),
@@ -61,6 +63,13 @@ def make_recipe(
         "evaluation": fingerprint([evaluation.ids_NT]),
     }
     return {"seed": seed, "settings": kept, "fingerprints": fingerprints, "versions": report.versions()}
+
+
+def has_salient_part(settings: dict[str, Any]) -> bool:
+    """Whether any scheme in these settings leaves something to the callback that chooses salient weights."""
+    overrides = (settings.get("overrides") or {}).values()
+    schemes = [settings["scheme"], *(override or {} for override in overrides)]
+    return any(scheme.get("salient") or scheme.get("budget") for scheme in schemes)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_gsq.ledger import PARTS, Ledger
-from lightning_gsq.qtensor import BitsLedger, QuantizedTensor
+from lightning_gsq.qtensor import BitsLedger, QuantizedWeight
 
 PACKAGES = ("lightning-gsq", "torch", "lightning", "transformers", "safetensors")
 PERPLEXITY_NAMES = {
@@ -34,9 +35,24 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def ledger_of(blocks: Iterable[Mapping[str, QuantizedTensor]]) -> BitsLedger:
+def ledger_of(blocks: Iterable[Mapping[str, QuantizedWeight]]) -> BitsLedger:
     """The ledger of all weights of all blocks."""
     return sum((BitsLedger.of(tensor) for block in blocks for tensor in block.values()), BitsLedger())
+
+
+def saliency_of(blocks: Mapping[str, Mapping[str, QuantizedWeight]]) -> dict[str, dict[str, Any]]:
+    """What was chosen for each weight that has a salient part, by full parameter name."""
+    return {
+        f"{prefix}.{name}": {
+            **dataclasses.asdict(tensor.scheme.salient),
+            "bits_of_others": tensor.scheme.bits,
+            "group_size_of_others": tensor.scheme.group_size,
+            "true_bits": BitsLedger.of(tensor).per_weight()["total"],
+        }
+        for prefix, block in blocks.items()
+        for name, tensor in block.items()
+        if tensor.scheme.salient is not None
+    }
 
 
 def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:
@@ -53,7 +69,8 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     bits = summary["bits_per_weight"]
     table.add_row(
         "true bits per weight",
-        f"{bits['total']:.3f}  ({bits['codes']:.3f} codes + {bits['scales']:.3f} scales)",
+        f"{bits['total']:.3f}  ({bits['codes']:.3f} codes + {bits['scales']:.3f} scales"
+        + (f" + {bits['positions']:.3f} positions)" if bits["positions"] else ")"),
     )
     sizes = summary["bytes"]
     table.add_row(

@@ -11,6 +11,7 @@ tensorboard/           event files
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,10 +25,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.qtensor import QuantizedWeight
+from lightning_gsq.sage.tensors import unpack_weight
+from lightning_gsq.scheme import QuantScheme, SalientPart
 
-Blocks = dict[str, QuantizedTensor]
+Blocks = dict[str, QuantizedWeight]
 
 
 class RunFolder:
@@ -152,7 +154,7 @@ class RunFolder:
         """Whether all these blocks have a file of that kind."""
         return all(self.block_file(kind, index).exists() for index in indices)
 
-    def write_block(self, kind: str, index: int, tensors: Mapping[str, QuantizedTensor]) -> None:
+    def write_block(self, kind: str, index: int, tensors: Mapping[str, QuantizedWeight]) -> None:
         """Writes a finished block atomically."""
         if self.rank:
             return
@@ -160,11 +162,7 @@ class RunFolder:
         layout: dict[str, Any] = {}
         for name, tensor in tensors.items():
             content |= {f"{name}.{part}": value for part, value in tensor.pack().items()}
-            layout[name] = {
-                "bits": tensor.scheme.bits,
-                "group_size": tensor.scheme.group_size,
-                "shape": list(tensor.shape),
-            }
+            layout[name] = describe(tensor)
         write_atomically(self.block_file(kind, index), save(content, {"layout": json.dumps(layout)}))
 
     def read_block(self, kind: str, index: int, expected: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> Blocks:
@@ -182,15 +180,18 @@ class RunFolder:
         try:
             with safe_open(file, framework="pt") as content:
                 layout = json.loads((content.metadata() or {})["layout"])
-                names = {f"{name}.{part}" for name in layout for part in ("codes", "scales")}
-                if set(layout) != set(expected) or set(content.keys()) != names:
+                parts: dict[str, set[str]] = {name: set() for name in layout}
+                for key in content.keys():  # noqa: SIM118 - not a dict
+                    parts[key.rpartition(".")[0]].add(key.rpartition(".")[2])
+                if set(layout) != set(expected):
                     raise ValueError(f"it holds {sorted(layout)}, expected {sorted(expected)}")
                 tensors = {}
                 for name, (scheme, shape) in expected.items():
-                    if QuantScheme(layout[name]["bits"], layout[name]["group_size"]) != scheme:
+                    stored = stored_scheme(layout[name])
+                    if not scheme.admits(stored):
                         raise ValueError(f"{name} is stored as {layout[name]}, expected {scheme}")
-                    parts = {part: content.get_tensor(f"{name}.{part}") for part in ("codes", "scales")}
-                    tensors[name] = QuantizedTensor.unpack(parts, scheme, shape)
+                    own = {part: content.get_tensor(f"{name}.{part}") for part in parts[name]}
+                    tensors[name] = unpack_weight(own, stored, shape)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise ConfigurationError(
                 f"trainer.default_root_dir: the block file {file} cannot be used: {error}. Delete it to have this "
@@ -225,6 +226,23 @@ class RunFolder:
             raise ConfigurationError(
                 f"trainer.default_root_dir: {file} cannot be used: {error}. Delete it to have that phase run again"
             ) from error
+
+
+def describe(tensor: QuantizedWeight) -> dict[str, Any]:
+    """What a block file says about a weight: bits, group size, shape, and the salient part if it has one."""
+    scheme = tensor.scheme
+    salient = {} if scheme.salient is None else {"salient": dataclasses.asdict(scheme.salient)}
+    return {"bits": scheme.bits, "group_size": scheme.group_size, **salient, "shape": list(tensor.shape)}
+
+
+def stored_scheme(layout: Mapping[str, Any]) -> QuantScheme:
+    """The scheme in what :func:`describe` returned.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is damaged.
+    """
+    salient = SalientPart(**layout["salient"]) if "salient" in layout else None
+    return QuantScheme(layout["bits"], layout["group_size"], salient)
 
 
 def compare(known: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

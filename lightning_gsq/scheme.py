@@ -18,6 +18,63 @@ from lightning_gsq.errors import ConfigurationError
 
 Bits = int | Literal["ternary"]
 MIN_BITS, MAX_BITS = 1, 8
+MAX_SCALE_GROUPS = 256
+"""Distinct scales of a matrix whose numbers fit a byte."""
+
+
+@dataclass(frozen=True)
+class SalientPart:
+    """The few weights of a matrix that get more bits than the rest (SAGE-PTQ, arXiv 2606.05429).
+
+    Args:
+        layout: "structured": whole input columns are salient, and positions cost next to nothing; "element": any
+            weight may be, as published, and the positions of all of them are stored.
+        bits: Bits of a salient weight, 2 to 8.
+        ratio: Share of the weights that are salient; null searches it for each matrix (callback SaliencyThreshold).
+        score: What makes a weight salient: "magnitude", its distance from the mean; "hessian", that times its input's
+            second moment; "error", how much of the output's error its bits take away (structured only).
+        group_size: Salient weights of a row that share one scale; -1 for one scale a row.
+        scale_groups: Distinct scales of the other weights in one matrix. A number, or "graph" for the count that
+            graph-guided grouping finds; null leaves every group of group_size weights a scale of its own in the
+            structured layout and means "graph" in the element layout.
+        trained: Train the salient weights together with the others; otherwise they stay at their warm start.
+
+    Raises:
+        ConfigurationError: a value out of range, or one that the layout does not know.
+    """
+
+    layout: Literal["structured", "element"] = "structured"
+    bits: int = 4
+    ratio: float | None = None
+    score: Literal["magnitude", "hessian", "error"] = "magnitude"
+    group_size: int = -1
+    scale_groups: int | Literal["graph"] | None = None
+    trained: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= MAX_BITS:
+            raise ConfigurationError(f"salient.bits must be 2 to {MAX_BITS}, got {self.bits}")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise ConfigurationError(f"salient.ratio must be a share of the weights, 0 to below 1, got {self.ratio}")
+        if self.group_size != -1 and (self.group_size < 1 or self.layout == "element"):
+            raise ConfigurationError(
+                "salient.group_size must be a positive number of weights, or -1 for one scale a row, the only choice "
+                f"with salient.layout element; got {self.group_size}"
+            )
+        if isinstance(self.scale_groups, int) and not 1 <= self.scale_groups <= MAX_SCALE_GROUPS:
+            raise ConfigurationError(
+                f"salient.scale_groups must be 1 to {MAX_SCALE_GROUPS}, graph or null, got {self.scale_groups}"
+            )
+        if self.layout == "element" and self.score == "error":
+            raise ConfigurationError(
+                "salient.score error compares whole columns: use it with salient.layout structured, or choose "
+                "magnitude or hessian"
+            )
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """Grid and groups of the salient weights."""
+        return QuantScheme(self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -34,13 +91,18 @@ class QuantScheme:
         bits: Bits a weight, 1 to 8, or "ternary".
         group_size: Consecutive input features that share one scale; -1 for one scale a row. The last group of a
             row may be shorter.
+        salient: A part of each matrix that gets more bits; bits and group_size are then those of the other weights.
+        budget: True bits a weight (codes, scales and positions) that the blocks may cost. Salient ratio, salient bits
+            and group size are then chosen for each matrix, and those given here are not used.
 
     Raises:
-        ConfigurationError: bits or group_size out of range.
+        ConfigurationError: a value out of range, or a combination that does not exist.
     """
 
     bits: Bits = 2
     group_size: int = 64
+    salient: SalientPart | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         valid = self.bits == "ternary" or (isinstance(self.bits, int) and MIN_BITS <= self.bits <= MAX_BITS)
@@ -50,6 +112,56 @@ class QuantScheme:
             raise ConfigurationError(
                 f"group_size must be a positive number of weights, or -1 for one scale a row, got {self.group_size}"
             )
+        if self.salient is not None and self.salient.layout == "element" and self.bits != 1:
+            raise ConfigurationError(
+                f"bits must be 1 with salient.layout element, got {self.bits!r}; salient.layout structured takes any"
+            )
+        if self.budget is not None:
+            if self.salient is not None and self.salient.layout == "element":
+                raise ConfigurationError("budget needs salient.layout structured, got element")
+            if not self.storage_bits < self.budget <= MAX_BITS:
+                raise ConfigurationError(
+                    f"budget must be above the {self.storage_bits} bits that a code takes and at most {MAX_BITS}, got "
+                    f"{self.budget}; fewer bits make room for less"
+                )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some weights of a matrix may be salient."""
+        return self.salient is not None or self.budget is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to choose for each matrix."""
+        if self.budget is not None:
+            return False
+        return self.salient is None or (
+            self.salient.ratio is not None
+            and self.salient.scale_groups != "graph"
+            and not (self.salient.layout == "element" and self.salient.scale_groups is None)
+        )
+
+    @property
+    def plain(self) -> QuantScheme:
+        """Grid and groups alone."""
+        return QuantScheme(self.bits, self.group_size)
+
+    def admits(self, chosen: QuantScheme) -> bool:
+        """Whether ``chosen``, the scheme of a finished matrix, is one that this scheme could have led to."""
+        if not self.mixed:
+            return chosen == self
+        if chosen.bits != self.bits or chosen.budget is not None:
+            return False
+        if self.budget is not None:
+            return chosen.salient is None or chosen.salient.layout == "structured"
+        assert self.salient is not None
+        if chosen.group_size != self.group_size or chosen.salient is None:
+            return False
+        # The ratio was rounded to whole columns or weights.
+        own = dataclasses.replace(self.salient, ratio=chosen.salient.ratio)
+        if not isinstance(own.scale_groups, int):
+            own = dataclasses.replace(own, scale_groups=chosen.salient.scale_groups)
+        return own == chosen.salient
 
     @property
     def low(self) -> int:
@@ -81,7 +193,12 @@ class QuantScheme:
 
     def __str__(self) -> str:
         name = "ternary" if self.bits == "ternary" else f"{self.bits} bit"
-        return f"{name}, " + ("one scale a row" if self.group_size == -1 else f"groups of {self.group_size}")
+        if self.budget is not None:
+            return f"{name} and salient columns within {self.budget:g} true bits"
+        if self.salient is not None and self.salient.layout == "element":
+            return f"{name}, any weights salient at {self.salient.bits} bits"
+        groups = "one scale a row" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"{name}, {groups}" + (f", salient columns at {self.salient.bits} bits" if self.salient else "")
 
 
 @dataclass(frozen=True)
@@ -91,14 +208,17 @@ class SchemeOverride:
     Args:
         bits: Bits a weight, 1 to 8, or "ternary".
         group_size: Weights that share one scale; -1 for one scale a row.
+        salient: The salient part.
     """
 
     bits: Bits | None = None
     group_size: int | None = None
+    salient: SalientPart | None = None
 
     def apply(self, scheme: QuantScheme) -> QuantScheme:
         """The scheme with this override's settings in place."""
-        changes = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changes = {name: value for name, value in own.items() if value is not None}
         return dataclasses.replace(scheme, **changes)
 
 

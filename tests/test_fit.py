@@ -61,7 +61,7 @@ def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["perplexity"]) == {"full_precision", "warm_start", "blocks"}
-    assert summary["bits_per_weight"] == pytest.approx({"codes": 2.0, "scales": 1.0, "total": 3.0})
+    assert summary["bits_per_weight"] == pytest.approx({"codes": 2.0, "scales": 1.0, "positions": 0.0, "total": 3.0})
     assert summary["bytes"]["blocks"] == sum(len(content) for content in _blocks(tmp_path).values())
     for key in ("original", "quantized"):
         assert summary["bytes"][key] > 0

@@ -1,15 +1,15 @@
 """Files that other programs load, from a finished run."""
 
 from lightning_gsq.export.formats import CheckFailedError, CheckReport, ExportFormat, ExportOptions, Runtime, formats
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight, open_run
+from lightning_gsq.export.source import ExportedWeight, FinishedRun, open_run
 
 __all__ = [
     "CheckFailedError",
     "CheckReport",
     "ExportFormat",
     "ExportOptions",
+    "ExportedWeight",
     "FinishedRun",
-    "QuantizedWeight",
     "Runtime",
     "formats",
     "open_run",

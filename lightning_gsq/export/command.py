@@ -22,7 +22,7 @@ from lightning_gsq.export.card import model_card
 from lightning_gsq.export.figure import draw_ledger
 from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, format_of
 from lightning_gsq.export.hub import check_name, push
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight, open_run
+from lightning_gsq.export.source import ExportedWeight, FinishedRun, open_run
 from lightning_gsq.ledger import Ledger
 from lightning_gsq.report import print_ledger
 
@@ -93,12 +93,17 @@ def check_free(folder: Path) -> None:
         raise ConfigurationError(f"output: {folder} exists; use --overwrite to replace it, or another --output")
 
 
-def check_possible(chosen: Sequence[ExportFormat], weights: Sequence[QuantizedWeight]) -> None:
+def check_possible(chosen: Sequence[ExportFormat], weights: Sequence[ExportedWeight]) -> None:
     """Verifies that every format can hold these weights.
 
     Raises:
         ConfigurationError: one cannot; the message names one that can.
     """
+    mixed = next((weight.name for weight in weights if weight.scheme.mixed), None)
+    if mixed is not None and any(own.name != "dequantized" for own in chosen):
+        raise ConfigurationError(
+            f"format: {mixed} has salient weights of other bits, which only dequantized holds; use --format dequantized"
+        )
     refusals = [reason for reason in (own.refuse(weights) for own in chosen) if reason]
     if refusals:
         raise ConfigurationError("format: " + "\n".join(refusals))
@@ -128,7 +133,7 @@ def export_run(
     return folders
 
 
-def print_loadability(console: Console, chosen: Sequence[ExportFormat], weights: Sequence[QuantizedWeight]) -> None:
+def print_loadability(console: Console, chosen: Sequence[ExportFormat], weights: Sequence[ExportedWeight]) -> None:
     """Prints which program loads which folder, and how exactly."""
     schemes = " and ".join(sorted({str(weight.scheme) for weight in weights}))
     table = Table("format", "runtime", "weights", title=f"What loads {schemes}", title_justify="left")

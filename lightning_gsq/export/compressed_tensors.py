@@ -34,7 +34,7 @@ from lightning_gsq.export.linear import (
     refuse_other_than_linear,
 )
 from lightning_gsq.export.packages import not_checked
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.export.writer import ShardWriter, write_companions
 from lightning_gsq.ledger import Ledger
 from lightning_gsq.packing import pack
@@ -95,7 +95,7 @@ class CompressedTensorsFormat(ExportFormat):
 
     name: ClassVar[str] = PACKAGE
 
-    def refuse(self, weights: Sequence[QuantizedWeight]) -> str | None:
+    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
         """Refuses fused experts, transposed weights, and rows that end inside a group."""
         for weight in weights:
             in_features = weight.site.in_features
@@ -129,7 +129,7 @@ class CompressedTensorsFormat(ExportFormat):
         """Loads it with transformers and the compressed-tensors package."""
         return not_checked(PACKAGE) or compare_model(run, folder, PACKAGE, _dense)
 
-    def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
+    def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """transformers, vLLM, SGLang."""
         return [
             Runtime("transformers", "exact", 'AutoModelForCausalLM.from_pretrained("{folder}")'),

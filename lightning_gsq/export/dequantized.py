@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from lightning_gsq.export.check import compare_model
 from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.export.writer import ShardWriter, file_names, write_companions
 from lightning_gsq.ledger import Ledger
 
@@ -22,7 +22,7 @@ class DequantizedFormat(ExportFormat):
 
     name: ClassVar[str] = "dequantized"
 
-    def refuse(self, weights: Sequence[QuantizedWeight]) -> str | None:
+    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
         """Holds everything."""
         return None
 
@@ -42,7 +42,7 @@ class DequantizedFormat(ExportFormat):
         """Loads it with transformers."""
         return compare_model(run, folder, "transformers", rounded_to=run.dtype)
 
-    def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
+    def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """Everything that reads Hugging Face folders."""
         usage = 'AutoModelForCausalLM.from_pretrained("{folder}")'
         exactness = "rounded to the stored dtype"

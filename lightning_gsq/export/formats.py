@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.ledger import Ledger
 
 
@@ -94,7 +94,7 @@ class ExportFormat(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def refuse(self, weights: Sequence[QuantizedWeight]) -> str | None:
+    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
         """Why the format cannot hold these weights, naming one that can; None if it can."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class ExportFormat(ABC):
         """
 
     @abstractmethod
-    def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
+    def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """Which programs load it, and whether exactly."""
 
     def weight_files(self, folder: Path) -> list[Path]:

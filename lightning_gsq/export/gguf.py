@@ -31,7 +31,7 @@ from lightning_gsq import loading
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, Runtime
 from lightning_gsq.export.linear import fits_dtype, refuse_other_than_linear
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.gguf.blocks import BLOCK_TYPES, BlockType, encode, exact_type, projection
 from lightning_gsq.gguf.file import Field, GGUFFile, NewTensor, write_gguf
 from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, rotary_factors, storage_fields
@@ -84,7 +84,7 @@ class GGUFFormat(ExportFormat):
 
     name: ClassVar[str] = "gguf"
 
-    def refuse(self, weights: Sequence[QuantizedWeight]) -> str | None:
+    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
         """Refuses fused experts and transposed weights."""
         return refuse_other_than_linear(self.name, weights)
 
@@ -112,7 +112,7 @@ class GGUFFormat(ExportFormat):
 
         return check_file(run, folder / FILE, source_file(run))
 
-    def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
+    def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """llama.cpp, and transformers where its reader knows the block types."""
         storages = [Storage.of(weight.scheme, weight.site.in_features, "Q8_0") for weight in weights]
         exact, kinds = all(storage.exact for storage in storages), sorted({storage.name for storage in storages})
@@ -218,7 +218,7 @@ def _plain(name: str, shape: tuple[int, ...], value: Callable[[], Tensor], kind:
 
 
 def _quantized(
-    run: FinishedRun, weight: QuantizedWeight, layout: Layout, name: str, options: ExportOptions
+    run: FinishedRun, weight: ExportedWeight, layout: Layout, name: str, options: ExportOptions
 ) -> NewTensor:
     storage = Storage.of(weight.scheme, weight.site.in_features, options.gguf_projection)
 

@@ -36,7 +36,7 @@ from lightning_gsq.export.linear import (
     refuse_other_than_linear,
 )
 from lightning_gsq.export.packages import not_checked
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.export.writer import ShardWriter, write_companions
 from lightning_gsq.gguf.blocks import fp16_scales
 from lightning_gsq.ledger import Ledger
@@ -102,7 +102,7 @@ class GPTQFormat(ExportFormat):
 
     name: ClassVar[str] = "gptq"
 
-    def refuse(self, weights: Sequence[QuantizedWeight]) -> str | None:
+    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
         """Refuses bits without a kernel, 3-bit matrices that are not made of blocks of 32, and fused experts."""
         for weight in weights:
             bits = linear_bits(weight.scheme)
@@ -147,7 +147,7 @@ class GPTQFormat(ExportFormat):
             raise CheckFailedError(f"{PACKAGE} cannot load {folder}: {error}") from error
         return compare(run, loaded.float().eval(), f"{PACKAGE} {version(PACKAGE)}", _dense)
 
-    def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
+    def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """gptqmodel; others for the widths that they have kernels for."""
         return [Runtime(PACKAGE, "exact", 'GPTQModel.load("{folder}")')]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.ledger import LedgerEntry
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
@@ -29,7 +29,7 @@ def other_linear_layers(run: FinishedRun) -> list[str]:
     return [name for name, module in modules if isinstance(module, nn.Linear) and name not in quantized]
 
 
-def refuse_other_than_linear(format_name: str, weights: Sequence[QuantizedWeight]) -> str | None:
+def refuse_other_than_linear(format_name: str, weights: Sequence[ExportedWeight]) -> str | None:
     """Why a format made of linear layers cannot hold these weights; None if it can."""
     for weight in weights:
         if weight.site.experts or weight.site.transposed:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare_model
 from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.source import FinishedRun, QuantizedWeight
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.export.writer import ShardWriter, file_names, write_companions
 from lightning_gsq.layers import PackedWeight
 from lightning_gsq.ledger import Ledger, LedgerEntry
@@ -34,7 +34,7 @@ class NativeFormat(ExportFormat):
 
     name: ClassVar[str] = "native"
 
-    def refuse(self, weights: Sequence[QuantizedWeight]) -> str | None:
+    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
         """Holds everything."""
         return None
 
@@ -59,7 +59,7 @@ class NativeFormat(ExportFormat):
         """Loads it with the project's runtime."""
         return compare_model(run, folder, "lightning-gsq", _dense_of)
 
-    def runtimes(self, weights: Sequence[QuantizedWeight]) -> list[Runtime]:
+    def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """The project's runtime, by itself or inside transformers."""
         return [
             Runtime("lightning-gsq", "exact", 'lightning_gsq.load("{folder}")'),

@@ -27,10 +27,10 @@ from lightning_gsq.backbone import find_blocks
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import ModelQuantization
 from lightning_gsq.pipeline import BlockPlan, make_plan, replaced
-from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.qtensor import QuantizedTensor, QuantizedWeight
 from lightning_gsq.recipe import model_fingerprint
 from lightning_gsq.run_folder import RunFolder
-from lightning_gsq.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.scheme import QuantScheme, SalientPart, SchemeOverride
 from lightning_gsq.sites import LinearSite
 
 _MODEL_SETTINGS = (
@@ -48,7 +48,7 @@ _MODEL_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
+class ExportedWeight:
     """A quantized parameter of the model.
 
     Args:
@@ -79,10 +79,10 @@ class QuantizedWeight:
         return self.scheme.group_length(self.site.in_features)
 
 
-def quantized_weights(plan: list[BlockPlan]) -> list[QuantizedWeight]:
+def quantized_weights(plan: list[BlockPlan]) -> list[ExportedWeight]:
     """The weights of a plan under their full names."""
     return [
-        QuantizedWeight(f"{own.name}.{site.name}", scheme, site, own.index)
+        ExportedWeight(f"{own.name}.{site.name}", scheme, site, own.index)
         for own in plan
         for site, scheme in own.weights.items()
     ]
@@ -125,7 +125,7 @@ class FinishedRun:
         self._trained = ExitStack()
         for name, value in (trained[0] if trained else {}).items():
             self._trained.enter_context(replaced(self.network, name, value))
-        self._cached: tuple[int, dict[str, QuantizedTensor]] | None = None
+        self._cached: tuple[int, dict[str, QuantizedWeight]] | None = None
 
     @property
     def network(self) -> PreTrainedModel:
@@ -163,7 +163,18 @@ class FinishedRun:
         return self.model.output_dtype
 
     def tensor(self, name: str) -> QuantizedTensor:
-        """Codes and scales of a quantized weight. Reads its block, and keeps that until another one is read.
+        """Codes and scales of a quantized weight that has one grid.
+
+        Raises:
+            ConfigurationError: it has salient weights, or the block's file is damaged.
+        """
+        found = self.quantized(name)
+        if not isinstance(found, QuantizedTensor):
+            raise ConfigurationError(f"format: {name} has salient weights, which only dequantized holds")
+        return found
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        """A quantized weight of any kind. Reads its block, and keeps that until another one is read.
 
         Raises:
             ConfigurationError: the block's file is damaged.
@@ -176,7 +187,7 @@ class FinishedRun:
 
     def dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """A quantized weight in the shape of the model's parameter, dequantized in fp32 and rounded to ``dtype``."""
-        return self.weights[name].site.from_matrix(self.tensor(name).dequantize(dtype)).contiguous()
+        return self.weights[name].site.from_matrix(self.quantized(name).dequantize(dtype)).contiguous()
 
     @torch.no_grad()
     def reference(self, weight_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -273,9 +284,16 @@ def _model_of(recipe: Mapping[str, Any], root: Path) -> ModelQuantization:
     known = recipe["settings"]["model"]
     try:
         return ModelQuantization(
-            scheme=QuantScheme(**known["scheme"]),
-            overrides={name: SchemeOverride(**override) for name, override in (known.get("overrides") or {}).items()},
+            scheme=QuantScheme(**_with_salient(known["scheme"])),
+            overrides={
+                name: SchemeOverride(**_with_salient(own)) for name, own in (known.get("overrides") or {}).items()
+            },
             **{key: known[key] for key in _MODEL_SETTINGS if key in known},
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"run: the recipe in {root} is not one of this version: {error}") from error
+
+
+def _with_salient(fields: Mapping[str, Any]) -> dict[str, Any]:
+    salient = fields.get("salient")
+    return {**fields, "salient": SalientPart(**salient) if salient else None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from lightning_gsq.backbone import BlockCall, BlockRunner, run_block
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.noise import seed_of
 from lightning_gsq.optim import Adam, Lion
-from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.quantizers import GumbelQuantizer
+from lightning_gsq.sage import MixedQuantizer, UnsettledQuantizer
 from lightning_gsq.sites import LinearSite
 
+WeightQuantizer = GumbelQuantizer | MixedQuantizer
+"""One trainable weight; its parts are Gumbel quantizers."""
 Batch = tuple[Tensor, Tensor]
 """Hidden states that enter the block, and what should leave it; each ``B T D``."""
 
@@ -38,7 +41,8 @@ class BlockQuantization(LightningModule):
     Args:
         block: The full-precision block; frozen here.
         call: Its arguments beside the hidden states.
-        quantizers: One Gumbel quantizer for each linear weight to quantize.
+        quantizers: One quantizer for each linear weight to quantize; one that is unsettled waits for the callback
+            SaliencyThreshold.
         optimizer: Makes the optimizer from parameter groups; its learning rate is that of the logits.
         scale_learning_rate: Learning rate of the scales' logarithms; no weight decay applies to them.
         learning_rate_floor: Where the cosine schedule ends, as a share of the start.
@@ -54,7 +58,7 @@ class BlockQuantization(LightningModule):
         self,
         block: nn.Module,
         call: BlockCall,
-        quantizers: dict[LinearSite, GumbelQuantizer],
+        quantizers: Mapping[LinearSite, WeightQuantizer | UnsettledQuantizer],
         optimizer: OptimizerCallable,
         scale_learning_rate: float = 1e-3,
         learning_rate_floor: float = 0.1,
@@ -80,11 +84,17 @@ class BlockQuantization(LightningModule):
         """Optimizer steps of the blocks before, so that the curves of successive blocks join along one axis."""
         return self.position[0] * max(1, int(self.trainer.estimated_stepping_batches))
 
-    def named_quantizers(self) -> Iterator[tuple[str, GumbelQuantizer]]:
-        """Pairs of parameter name and quantizer."""
+    def named_weights(self) -> Iterator[tuple[str, WeightQuantizer]]:
+        """Pairs of parameter name and quantizer of the whole weight."""
         for site, quantizer in zip(self.sites, self.quantizers, strict=True):
-            assert isinstance(quantizer, GumbelQuantizer)
+            assert isinstance(quantizer, GumbelQuantizer | MixedQuantizer)
             yield site.name, quantizer
+
+    def named_quantizers(self) -> Iterator[tuple[str, GumbelQuantizer]]:
+        """Pairs of name and Gumbel quantizer: all of a weight, or its salient and its other columns apart."""
+        for name, quantizer in self.named_weights():
+            for suffix, part in quantizer.parts():
+                yield name + suffix, part
 
     def sampled_weights(self, *key: int) -> dict[str, Tensor]:
         """One relaxed sample of every weight; ``key`` selects the noise."""
@@ -95,11 +105,11 @@ class BlockQuantization(LightningModule):
 
     def hard_weights(self) -> dict[str, Tensor]:
         """Every weight rounded to its most probable level."""
-        return self._dense({name: quantizer.harden() for name, quantizer in self.named_quantizers()})
+        return self._dense({name: quantizer.harden() for name, quantizer in self.named_weights()})
 
     def start_weights(self) -> dict[str, Tensor]:
         """Every weight as the warm start left it."""
-        return self._dense({name: quantizer.start_tensor() for name, quantizer in self.named_quantizers()})
+        return self._dense({name: quantizer.start_tensor() for name, quantizer in self.named_weights()})
 
     def forward(self, hidden_BTD: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """Runs the block with these weights."""
@@ -162,5 +172,5 @@ class BlockQuantization(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _dense(self, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
+    def _dense(self, tensors: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
         return {site.name: site.from_matrix(tensors[site.name].dequantize()) for site in self.sites}

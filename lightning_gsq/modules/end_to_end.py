@@ -25,7 +25,7 @@ from lightning_gsq.head import find_head, last_hidden
 from lightning_gsq.modules.block import NonFiniteLossError
 from lightning_gsq.modules.student_block import StudentBlock, norm_names, standing_in
 from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
-from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.quantizers import GumbelOptions
 from lightning_gsq.sites import LinearSite
 from lightning_gsq.teacher import StoredTeacher
@@ -126,7 +126,7 @@ class EndToEndQuantization(LightningModule):
     def __init__(
         self,
         network: PreTrainedModel,
-        tensors: Mapping[int, Mapping[LinearSite, QuantizedTensor]],
+        tensors: Mapping[int, Mapping[LinearSite, QuantizedWeight]],
         options: EndToEndOptions,
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
         seed: int = 0,
@@ -286,7 +286,7 @@ class EndToEndQuantization(LightningModule):
 
     # -- results
 
-    def tensors(self) -> dict[int, dict[str, QuantizedTensor]]:
+    def tensors(self) -> dict[int, dict[str, QuantizedWeight]]:
         """The quantized weights as they stand, by block and by name inside the block."""
         return {int(index): block.tensors() for index, block in self.blocks.items()}  # type: ignore[operator]
 

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.noise import generator_of, seed_of
 from lightning_gsq.ops.gumbel_softmax import gumbel_softmax_weight
 from lightning_gsq.ops.scaled_codes import scaled_codes
-from lightning_gsq.qtensor import QuantizedTensor, expand_groups
+from lightning_gsq.qtensor import QuantizedTensor, QuantizedWeight, expand_groups
 from lightning_gsq.quantizers import GumbelOptions, GumbelQuantizer, Start
+from lightning_gsq.sage.start import mixed_tensor
+from lightning_gsq.sage.tensors import MixedTensor, merge_order
 from lightning_gsq.sites import LinearSite
 
 NEARLY_HARD = 1e-4
@@ -51,6 +54,38 @@ class ScaledWeight(nn.Module):
         """The quantized weight as it stands, its scales in their stored dtype."""
         scales_OG = (self.start_scales * self.log_scale.exp()).to(self.scale_dtype)
         return QuantizedTensor(self.codes.data, scales_OG, self.scheme)
+
+
+class TableWeight(ScaledWeight):
+    """A weight matrix whose groups share a table of scales, which trains.
+
+    Args:
+        tensor: Codes and scales to start from.
+        table_n: The distinct scales.
+        members_OG: Number of each group's scale.
+    """
+
+    def __init__(self, tensor: QuantizedTensor, table_n: Tensor, members_OG: Tensor) -> None:
+        super().__init__(tensor)
+        self.members = nn.Parameter(members_OG, requires_grad=False)
+        self.start_scales = nn.Parameter(table_n.float(), requires_grad=False)
+        self.log_scale = nn.Parameter(torch.zeros_like(self.start_scales))
+
+    @property
+    def scales_OG(self) -> Tensor:
+        """The scales of all groups, fp32: as they train, or as they are stored when nothing trains."""
+        table_n = self.start_scales * self.log_scale.exp() if self.training else self.table().float()
+        return table_n[self.members.long()]
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """The distinct scales as they stand, in their stored dtype."""
+        return (self.start_scales * self.log_scale.exp()).to(self.scale_dtype)
+
+    @torch.no_grad()
+    def tensor(self) -> QuantizedTensor:
+        """The quantized weight as it stands."""
+        return QuantizedTensor(self.codes.data, self.table()[self.members.long()], self.scheme)
 
 
 class SampledWeight(nn.Module):
@@ -101,6 +136,64 @@ class SampledWeight(nn.Module):
         return self.quantizer.harden(self.scale_dtype)
 
 
+class MixedWeight(nn.Module):
+    """A weight matrix with salient columns: one trainable weight for these, one for the others.
+
+    Where the others share a table of scales, its entries train and each group keeps its number.
+
+    Args:
+        tensor: Codes and scales to start from.
+        logits: Options of the logits if the codes train too.
+        generator: Source of the logits' initial noise.
+    """
+
+    def __init__(self, tensor: MixedTensor, logits: GumbelOptions | None, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scheme = tensor.scheme
+        self.rest = trainable_weight(tensor.rest, logits, generator)
+        self.salient = None if tensor.salient is None else trainable_weight(tensor.salient, logits, generator)
+        if isinstance(self.rest, ScaledWeight) and tensor.table_n is not None and tensor.members_OG is not None:
+            self.rest = TableWeight(tensor.rest, tensor.table_n, tensor.members_OG)
+        # Parameters for the same reason as in ScaledWeight.
+        self.columns = nn.Parameter(tensor.columns_K, requires_grad=False)
+        self.order = nn.Parameter(merge_order(tensor.columns_K, tensor.rest.shape[1]), requires_grad=False)
+
+    def forward(self, key: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
+        """The dense weight ``O I``; ``key`` is for weights that are sampled."""
+        rest_OR = self.rest(key, dtype)
+        if self.salient is None:
+            return rest_OR
+        return torch.cat([rest_OR, self.salient((*key, "salient"), dtype)], dim=1).index_select(1, self.order)
+
+    @torch.no_grad()
+    def tensor(self) -> MixedTensor:
+        """The quantized weight as it stands."""
+        rest = self.rest.tensor()  # type: ignore[operator]
+        salient = None if self.salient is None else self.salient.tensor()  # type: ignore[operator]
+        if isinstance(self.rest, TableWeight):
+            members_OG = self.rest.members.data
+            return MixedTensor(self.columns.data, salient, rest, self.scheme, self.rest.table(), members_OG)
+        coded = None if salient is None else (salient.codes_OI, salient.scales_OG)
+        return mixed_tensor(
+            self.columns.data, (rest.codes_OI, rest.scales_OG), coded, self.scheme, rest.scales_OG.dtype
+        )
+
+
+def trainable_weight(tensor: QuantizedWeight, logits: GumbelOptions | None, generator: torch.Generator) -> nn.Module:
+    """The trainable form of a finished weight: its scales, and its codes too where ``logits`` is given.
+
+    Raises:
+        ConfigurationError: it is stored in the element layout.
+    """
+    if isinstance(tensor, MixedTensor):
+        return MixedWeight(tensor, logits, generator)
+    if not isinstance(tensor, QuantizedTensor):
+        raise ConfigurationError(
+            "model.phases: weights of the element layout are not trained end to end; use salient.layout structured"
+        )
+    return ScaledWeight(tensor) if logits is None else SampledWeight(tensor, logits, generator)
+
+
 class _OwnForward(nn.Module):
     """The block's own forward as a module, also while another one stands in for it."""
 
@@ -128,7 +221,7 @@ class StudentBlock(nn.Module):
     def __init__(
         self,
         block: nn.Module,
-        tensors: Mapping[LinearSite, QuantizedTensor],
+        tensors: Mapping[LinearSite, QuantizedWeight],
         norms: list[str],
         logits: GumbelOptions | None,
         recompute: bool,
@@ -138,9 +231,7 @@ class StudentBlock(nn.Module):
         self.own = _OwnForward(block)
         self.sites, self.recompute, self.key = list(tensors), recompute, key
         self.weights = nn.ModuleList(
-            ScaledWeight(tensor)
-            if logits is None
-            else SampledWeight(tensor, logits, generator_of(*key, site.name, "end_to_end", "logits"))
+            trainable_weight(tensor, logits, generator_of(*key, site.name, "end_to_end", "logits"))
             for site, tensor in tensors.items()
         )
         self.norm_names = norms
@@ -165,7 +256,7 @@ class StudentBlock(nn.Module):
             weights[f"block.{site.name}"] = site.from_matrix(weight((*self.key, site.name, *self.step), dtype))
         return torch.func.functional_call(self.own, weights, args, kwargs)
 
-    def tensors(self) -> dict[str, QuantizedTensor]:
+    def tensors(self) -> dict[str, QuantizedWeight]:
         """The quantized weights as they stand, by name inside the block."""
         return {
             site.name: weight.tensor()  # type: ignore[operator]

@@ -24,6 +24,7 @@ from lightning_gsq.plan.simulate import activation_bytes
 from lightning_gsq.plan.skeleton import BlockSkeleton, Skeleton
 from lightning_gsq.qtensor import BitsLedger
 from lightning_gsq.quantizers import GPTQ
+from lightning_gsq.sage.budget import planned_ledger
 from lightning_gsq.scheme import QuantScheme
 from lightning_gsq.sites import LinearSite
 
@@ -111,6 +112,9 @@ def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_bytes: in
     """What quantized weights will cost, without quantizing them."""
     total = BitsLedger()
     for site, scheme in weights:
+        if scheme.mixed:
+            total += planned_ledger(site.rows, site.in_features, scheme, 8 * scale_bytes)
+            continue
         words = site.rows * packed_words(site.in_features, scheme.storage_bits)
         scales = site.rows * scheme.num_groups(site.in_features)
         total += BitsLedger(site.rows * site.in_features, 32 * words, 8 * scale_bytes * scales)

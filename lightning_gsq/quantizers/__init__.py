@@ -3,6 +3,16 @@
 from lightning_gsq.quantizers.from_file import FromFile
 from lightning_gsq.quantizers.gumbel import GumbelOptions, GumbelQuantizer
 from lightning_gsq.quantizers.statistics import InputStatistics
-from lightning_gsq.quantizers.warm_start import GPTQ, RTN, Start, WarmStart
+from lightning_gsq.quantizers.warm_start import GPTQ, RTN, Matrix, Start, WarmStart
 
-__all__ = ["GPTQ", "RTN", "FromFile", "GumbelOptions", "GumbelQuantizer", "InputStatistics", "Start", "WarmStart"]
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "FromFile",
+    "GumbelOptions",
+    "GumbelQuantizer",
+    "InputStatistics",
+    "Matrix",
+    "Start",
+    "WarmStart",
+]

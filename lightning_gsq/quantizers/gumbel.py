@@ -10,6 +10,7 @@ Logits start at ``sigma * (N(0, 1) + alpha * c)`` with ``c_l = -(v_l - start)^2 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +93,10 @@ class GumbelQuantizer(nn.Module):
         """The candidates: levels of the grid, or shifts around the start's code."""
         self.logits = nn.Parameter(self._initial_logits(start, generator).to(getattr(torch, options.logits_dtype)))
         self.log_scale = nn.Parameter(torch.zeros_like(self.start_scales))
+
+    def parts(self) -> Iterator[tuple[str, GumbelQuantizer]]:
+        """This quantizer alone; one with salient columns has two parts, each with a suffix for the weight's name."""
+        yield "", self
 
     @property
     def group_length(self) -> int:

@@ -11,7 +11,7 @@ have a lower error at every width tried (docs/results.md). GPTQ's codes answer t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ SHRINK_STEPS = 40
 SMALLEST_SHRINK = 0.2
 TINY = 1e-8
 """Floor of a scale's magnitude, so that a group of zeros divides by something."""
+
+
+ScaleRule = Callable[[Tensor, QuantScheme, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,30 @@ class Start:
     codes_OI: Tensor
     scales_OG: Tensor
     position_OI: Tensor
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix and what is known about its inputs.
+
+    Args:
+        w_OI: fp32 weight; the matrices of experts lie below one another.
+        hessians: Mean of ``2 x xᵀ`` over the calibration inputs, one for each expert; None if they were not collected.
+        scheme: How to quantize it.
+        name: Its full parameter name, for warm starts that look weights up.
+    """
+
+    w_OI: Tensor
+    hessians: list[Tensor] | None
+    scheme: QuantScheme
+    name: str = ""
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight and Hessian of each expert's matrix."""
+        if self.hessians is None:
+            yield self.w_OI, None
+        else:
+            yield from zip(self.w_OI.chunk(len(self.hessians)), self.hessians, strict=True)
 
 
 class WarmStart(ABC):
@@ -83,15 +110,7 @@ class RTN(WarmStart):
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""
         importance_I = hessian_II.diagonal() if self.weighted and hessian_II is not None else None
-        length = scheme.group_length(w_OI.shape[1])
-        scales, positions = [], []
-        for start in range(0, w_OI.shape[1], length):
-            w_OC = w_OI[:, start : start + length]
-            s_O = search_scale(w_OC, scheme, None if importance_I is None else importance_I[start : start + length])
-            scales.append(s_O)
-            positions.append(w_OC / s_O[:, None])
-        position_OI = torch.cat(positions, dim=1)
-        return Start(nearest_level(position_OI, scheme).to(torch.int8), torch.stack(scales, dim=1), position_OI)
+        return round_groups(w_OI, scheme, importance_I, search_scale)
 
 
 class GPTQ(WarmStart):
@@ -134,9 +153,7 @@ class GPTQ(WarmStart):
                     if stop > end and c > start:
                         late = error_OC[:, : c - start] @ factor_II[start:c, end:stop]
                         group_OC = torch.cat([w_OI[:, c:end], w_OI[:, end:stop] - late], dim=1)
-                    scales.append(
-                        search_scale(group_OC, scheme, None if importance_I is None else importance_I[c:stop])
-                    )
+                    scales.append(self.scale(group_OC, scheme, None if importance_I is None else importance_I[c:stop]))
                 position_O = w_OI[:, c] / scales[-1]
                 code_O = nearest_level(position_O, scheme)
                 position_OI[:, c], codes_OI[:, c] = position_O, code_O
@@ -145,6 +162,30 @@ class GPTQ(WarmStart):
                 error_OC[:, c - start] = error_O
             w_OI[:, end:] -= error_OC @ factor_II[start:end, end:]
         return Start(codes_OI.to(torch.int8), torch.stack(scales, dim=1), position_OI)
+
+    def scale(self, w_OC: Tensor, scheme: QuantScheme, importance_C: Tensor | None) -> Tensor:
+        """The scale of one group a row, ``O``."""
+        return search_scale(w_OC, scheme, importance_C)
+
+
+def round_groups(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor | None, scale: ScaleRule) -> Start:
+    """Rounds to nearest, group by group.
+
+    Args:
+        w_OI: fp32 weight.
+        scheme: Grid and group size.
+        importance_I: Weights of the squared errors, one a column; None if there are none.
+        scale: Finds the scale of one group a row from its weights, the scheme and the group's importance.
+    """
+    length = scheme.group_length(w_OI.shape[1])
+    scales, positions = [], []
+    for start in range(0, w_OI.shape[1], length):
+        w_OC = w_OI[:, start : start + length]
+        s_O = scale(w_OC, scheme, None if importance_I is None else importance_I[start : start + length])
+        scales.append(s_O)
+        positions.append(w_OC / s_O[:, None])
+    position_OI = torch.cat(positions, dim=1)
+    return Start(nearest_level(position_OI, scheme).to(torch.int8), torch.stack(scales, dim=1), position_OI)
 
 
 def nearest_level(position: Tensor, scheme: QuantScheme) -> Tensor:
@@ -215,3 +256,12 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
 def quantized(start: Start, scheme: QuantScheme, scale_dtype: torch.dtype) -> QuantizedTensor:
     """The warm start as a finished weight, its scales rounded to the stored dtype."""
     return QuantizedTensor(start.codes_OI, start.scales_OG.to(scale_dtype), scheme)
+
+
+def stack(starts: list[Start]) -> Start:
+    """The starts of several matrices as one, row below row."""
+    return Start(
+        torch.cat([part.codes_OI for part in starts]),
+        torch.cat([part.scales_OG for part in starts]),
+        torch.cat([part.position_OI for part in starts]),
+    )
