@@ -265,7 +265,8 @@ def _check_folder(folder: Path, need_weights: bool) -> None:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
         hint = f"; it holds {others[0]}, a pickle, which is never read: convert it to safetensors" if others else ""
         raise ConfigurationError(f"model.pretrained: {folder} has no weights (no *.safetensors file){hint}")
-    weight_files(folder)
+    if any(folder.glob("*.safetensors")):
+        weight_files(folder)
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,4 +11,5 @@ rm -rf .venv/installed
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
   --target .venv/installed .
 (cd .venv/installed && MYPYPATH="$PWD" ../bin/mypy --config-file ../../pyproject.toml)
-exec .venv/bin/pytest "$@"
+# One process a core, each on one thread: most tests are small, and threads of several processes get in each other's way.
+OMP_NUM_THREADS=1 exec .venv/bin/pytest --numprocesses auto --dist worksteal "$@"

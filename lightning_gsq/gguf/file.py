@@ -134,7 +134,7 @@ class _Cursor:
     """A position in a file's bytes that never leaves them."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
-        self.path, self.data, self.position = path, memoryview(data), 0
+        self.path, self.data, self.position = path, memoryview(data.data), 0
 
     def fail(self, what: str) -> NoReturn:
         raise ConfigurationError(f"{self.path} is not a GGUF file that can be read: {what}")

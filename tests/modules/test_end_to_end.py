@@ -51,6 +51,7 @@ def _fit(module: EndToEndQuantization, epochs: int = 2) -> tuple[float, float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        inference_mode=False,
     )
     held_out = DataLoader(TensorDataset(ids[:8]), batch_size=4)
     (found,) = trainer.validate(module, held_out, verbose=False)
