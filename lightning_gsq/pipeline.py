@@ -34,7 +34,7 @@ from lightning_gsq.modules import BlockQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of, seed_of
 from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.quantizers import GumbelQuantizer, InputStatistics, Matrix
-from lightning_gsq.quantizers.warm_start import stack
+from lightning_gsq.quantizers.warm_start import start_of
 from lightning_gsq.ranks import Ranks
 from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.sage import Choice, MixedQuantizer, UnsettledQuantizer
@@ -311,8 +311,7 @@ class BlockwiseRun:
         options, warm_start = self.model.gumbel, self.model.warm_start
         generator = generator_of(self.seed, plan.index, site.name, "logits")
         if not matrix.scheme.mixed:
-            start = stack([warm_start.start(matrix.name, w, h, matrix.scheme) for w, h in matrix.parts()])
-            return GumbelQuantizer(start, matrix.scheme, options, generator)
+            return GumbelQuantizer(start_of(matrix, warm_start), matrix.scheme, options, generator)
 
         def build(choice: Choice) -> MixedQuantizer:
             with torch.no_grad():

@@ -26,13 +26,7 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare_model
 from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.linear import (
-    entry_of,
-    fits_dtype,
-    linear_bits,
-    other_linear_layers,
-    refuse_other_than_linear,
-)
+from lightning_gsq.export.linear import linear_bits, other_linear_layers, refuse_other_than_linear, write_layers
 from lightning_gsq.export.packages import not_checked
 from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.export.writer import ShardWriter, write_companions
@@ -109,18 +103,7 @@ class CompressedTensorsFormat(ExportFormat):
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes safetensors, config and tokenizer."""
         writer = ShardWriter(folder, options.shard_size)
-        for names in run.units():
-            for name in names:
-                if name in run.weights:
-                    weight = run.weights[name]
-                    tensor = run.tensor(name)
-                    parts = encode(tensor)
-                    writer.add(
-                        {f"{weight.stem}.{part}": value for part, value in parts.items()},
-                        entry_of(name, tensor, parts, "weight_packed", "weight_scale"),
-                    )
-                else:
-                    writer.add_plain(name, fits_dtype(name, run.parameter(name), run.scale_dtype))
+        write_layers(run, writer, encode, "weight_packed", "weight_scale", run.scale_dtype)
         layers = {weight.stem: (weight.scheme, weight.site.in_features) for weight in run.weights.values()}
         write_companions(run, folder, quantization_config(layers, other_linear_layers(run)), run.scale_dtype)
         return writer.finish()

@@ -28,13 +28,7 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare
 from lightning_gsq.export.formats import CheckFailedError, CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.linear import (
-    entry_of,
-    fits_dtype,
-    linear_bits,
-    other_linear_layers,
-    refuse_other_than_linear,
-)
+from lightning_gsq.export.linear import linear_bits, other_linear_layers, refuse_other_than_linear, write_layers
 from lightning_gsq.export.packages import not_checked
 from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.export.writer import ShardWriter, write_companions
@@ -118,17 +112,7 @@ class GPTQFormat(ExportFormat):
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes safetensors, config, quantize_config.json and tokenizer."""
         writer = ShardWriter(folder, options.shard_size)
-        for names in run.units():
-            for name in names:
-                if name in run.weights:
-                    weight, tensor = run.weights[name], run.tensor(name)
-                    parts = encode(tensor)
-                    writer.add(
-                        {f"{weight.stem}.{part}": value for part, value in parts.items()},
-                        entry_of(name, tensor, parts, "qweight", "scales"),
-                    )
-                else:
-                    writer.add_plain(name, fits_dtype(name, run.parameter(name), DTYPE))
+        write_layers(run, writer, encode, "qweight", "scales", DTYPE)
         layers = {weight.stem: weight.scheme for weight in run.weights.values()}
         config = quantization_config(layers, other_linear_layers(run), f"lightning-gsq:{version('lightning-gsq')}")
         write_companions(run, folder, config, DTYPE)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import ExportedWeight, FinishedRun
+from lightning_gsq.export.writer import ShardWriter
 from lightning_gsq.ledger import LedgerEntry
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
@@ -58,6 +59,40 @@ def entry_of(name: str, tensor: QuantizedTensor, parts: Mapping[str, Tensor], co
         padding=8 * parts[codes].nbytes - code_bits,
         redundant=8 * sum(part.nbytes for key, part in parts.items() if key not in (codes, scales)),
     )
+
+
+def write_layers(
+    run: FinishedRun,
+    writer: ShardWriter,
+    encode: Callable[[QuantizedTensor], dict[str, Tensor]],
+    codes: str,
+    scales: str,
+    dtype: torch.dtype,
+) -> None:
+    """Adds every parameter of a run: quantized layers as a format encodes them, the others as plain numbers.
+
+    Args:
+        run: The run.
+        writer: Where to.
+        encode: The tensors of one layer, by the part's name.
+        codes: Which part holds the codes.
+        scales: Which part holds the scales.
+        dtype: What readers compute in: plain numbers have to fit it.
+
+    Raises:
+        ConfigurationError: a parameter does not.
+    """
+    for names in run.units():
+        for name in names:
+            if name in run.weights:
+                weight, tensor = run.weights[name], run.tensor(name)
+                parts = encode(tensor)
+                writer.add(
+                    {f"{weight.stem}.{part}": value for part, value in parts.items()},
+                    entry_of(name, tensor, parts, codes, scales),
+                )
+            else:
+                writer.add_plain(name, fits_dtype(name, run.parameter(name), dtype))
 
 
 def fits_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,8 +49,7 @@ class NativeFormat(ExportFormat):
                 if name in run.weights:
                     weight, tensor = run.weights[name], run.tensor(name)
                     parts = {f"{weight.stem}.{part}": value for part, value in tensor.pack().items()}
-                    scale_bits = 8 * tensor.scales_OG.element_size()
-                    writer.add(parts, LedgerEntry.packed(name, weight.shape, weight.scheme, scale_bits))
+                    writer.add(parts, LedgerEntry.of(name, tensor))
         layouts = {name: (weight.scheme, weight.site) for name, weight in run.weights.items()}
         write_companions(run, folder, GSQConfig.of(layouts).to_dict())
         return writer.finish()

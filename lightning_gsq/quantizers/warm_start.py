@@ -96,6 +96,11 @@ class WarmStart(ABC):
         """
 
 
+def start_of(matrix: Matrix, warm_start: WarmStart) -> Start:
+    """The start of a whole matrix, each expert's own below one another."""
+    return stack([warm_start.start(matrix.name, w, hessian, matrix.scheme) for w, hessian in matrix.parts()])
+
+
 class RTN(WarmStart):
     """Round to nearest, each group's scale chosen for the smallest error.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.quantizers import Matrix, WarmStart
-from lightning_gsq.quantizers.warm_start import quantized, stack
+from lightning_gsq.quantizers.warm_start import quantized, start_of
 from lightning_gsq.sage import saliency
 from lightning_gsq.sage.budget import MAX_RATIO, Menu, Option, column_errors, mixed_bits, options_of, spend
 from lightning_gsq.sage.dual_mode import quantize_elements
@@ -98,8 +98,7 @@ def settled_tensor(
 ) -> QuantizedWeight:
     """A matrix after its warm start alone; ``choice`` is None for a scheme without a salient part."""
     if choice is None:
-        start = stack([warm_start.start(matrix.name, w, hessian, matrix.scheme) for w, hessian in matrix.parts()])
-        return quantized(start, matrix.scheme, scale_dtype)
+        return quantized(start_of(matrix, warm_start), matrix.scheme, scale_dtype)
     if choice.mask_OI is not None:
         return quantize_elements(matrix.w_OI, choice.mask_OI, choice.scheme, scale_dtype, _element_moment(matrix))
     both = settled_start(matrix, choice, warm_start)
