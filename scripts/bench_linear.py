@@ -25,7 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lightning_gsq.compiling import compile_function
 from lightning_gsq.ops.packed_linear import packed_linear, tuning
+from lightning_gsq.ops.packed_linear.reference import packed_linear_reference
 from lightning_gsq.packing import packed_words
 
 SHAPES = {
@@ -78,6 +80,8 @@ class Case:
 
         forms["packed"] = packed("auto")
         forms["dequantize, then matmul"] = packed("dense")
+        compiled = compile_function(packed_linear_reference)
+        forms["torch.compile"] = lambda i: compiled(x, *self.packed[i % len(self.packed)], **self.settings)
         forms["bf16 dense"] = dense(torch.bfloat16)
         forms["fp32 dense"] = dense(torch.float32)
         for name, layers in self.peers.items():
