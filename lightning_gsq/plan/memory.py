@@ -287,10 +287,11 @@ def _evaluation(
     host = {} if windows > options.memory_limit_gb * 1e9 else {name: windows}
     through = {"activations of some windows": activations(max(1, FORWARD_TOKENS // tokens))}
     some = "log-probabilities of some positions"
-    last = {"head in bfloat16" if cast else "head": cast, some: whole[some]}
-    if around.accelerated:
-        through["largest block"] = max(block.parameters for block in skeleton.blocks) * itemsize
-        last["head in bfloat16" if cast else "head"] = cast or vocabulary * skeleton.width * itemsize
+    last = {some: whole[some]}
+    if around.accelerated:  # else the block is used where it is, and the head too unless it is cast
+        through = {"largest block": max(block.parameters for block in skeleton.blocks) * itemsize} | through
+    if around.accelerated or cast:
+        last = {"head": cast or vocabulary * skeleton.width * itemsize} | last
     return ", block by block", host, max(through, last, key=lambda terms: sum(terms.values()))
 
 
