@@ -278,7 +278,8 @@ class GSQCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
         trainer = self.evaluation_trainer()
-        found = estimate(model, datamodule, settings.evaluation, settings.activations, trainer, probe, host, device)
+        own = (settings.evaluation, settings.activations, settings.end_to_end)
+        found = estimate(model, datamodule, *own, trainer, probe, host, device)
         print_estimate(self.console, found, datamodule, model.pretrained)
         limits.refuse(found.problems)
 

@@ -21,6 +21,7 @@ from lightning_gsq.export.command import check_possible, export_run
 from lightning_gsq.export.formats import ExportFormat, ExportOptions, format_of
 from lightning_gsq.export.source import FinishedRun, quantized_weights
 from lightning_gsq.ledger import Ledger, LedgerEntry
+from lightning_gsq.memory import release
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.perplexity import make_measure
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, as_stored, installed, make_plan
@@ -159,6 +160,7 @@ def _phases(
 
         run.train_blocks(finished)
         ranks.wait()
+        release()
     tensors = [folder.read_block(kind, own.index, own.expected) for own in plan]
     if "blocks" in model.phases:
         with installed(model, plan, tensors):
@@ -166,6 +168,7 @@ def _phases(
     result: EndToEndResult | None = None
     if "end_to_end" in model.phases:
         own_settings = settings["end_to_end"]
+        release()
         result = run_end_to_end(
             model,
             data,

@@ -13,7 +13,7 @@ from lightning_gsq import loading, plan
 from lightning_gsq.backbone import find_blocks, run_block, trace
 from lightning_gsq.cli import main
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.modules import BlockQuantization, ModelQuantization
+from lightning_gsq.modules import BlockQuantization, EndToEndOptions, ModelQuantization
 from lightning_gsq.plan import limits, memory, simulate
 from lightning_gsq.plan.skeleton import Skeleton, make_skeleton
 from lightning_gsq.qtensor import BitsLedger
@@ -57,19 +57,19 @@ def test_simulated_activations_are_those_of_a_real_pass(name: str, training: boo
     model = FAMILIES[name]()
     skeleton = _skeleton(model)
     block = skeleton.blocks[0]
-    told = simulate.activation_bytes(block, skeleton.width, 2, 48, False, training)
+    told = simulate.activation_bytes(block, skeleton.width, 2, 48, False, training).peak
 
     def random(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(shape).to(dtype)
 
-    real = simulate._peak(block, random, skeleton.width, 2, 48, False, training)
+    real = simulate._run(block, random, skeleton.width, 2, 48, False, training).peak
     # A router sends tokens unevenly, and the extrapolation assumes a straight line.
     assert told == pytest.approx(real, rel=0.3 if name == "qwen3_moe" else 0.05)
 
 
 def test_half_precision_takes_less() -> None:
     block, width = _skeleton(FAMILIES["llama"]()).blocks[0], 32
-    sizes = [simulate.activation_bytes(block, width, 2, 64, bf16, True) for bf16 in (False, True)]
+    sizes = [simulate.activation_bytes(block, width, 2, 64, bf16, True).peak for bf16 in (False, True)]
     assert sizes[1] < sizes[0]
 
 
@@ -115,6 +115,7 @@ def _estimate(pretrained: Path, folder: Path, **trainer: object) -> plan.Estimat
         CalibrationDataModule(PythonDocumentation(), 32, num_sequences=48, num_validation_sequences=8, batch_size=2),
         PerplexityData(sequence_length=64, num_windows=2),
         ActivationOptions(),
+        EndToEndOptions(),
         Trainer(default_root_dir=folder, accelerator="cpu", logger=False, **trainer),  # type: ignore[arg-type]
         with_probe=False,
     )

@@ -13,7 +13,7 @@ from lightning_gsq import loading
 from lightning_gsq.backbone import compiled_run_block, run_block
 from lightning_gsq.compiling import compiler_available
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
-from lightning_gsq.modules import ModelQuantization
+from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.plan import limits
 from lightning_gsq.plan.memory import (
     Phase,
@@ -85,6 +85,7 @@ def estimate(
     data: CalibrationDataModule,
     evaluation: PerplexityData,
     activations: ActivationOptions,
+    end_to_end: EndToEndOptions,
     trainer: Trainer,
     with_probe: bool = True,
     host_memory: float | None = None,
@@ -97,6 +98,7 @@ def estimate(
         data: Calibration text.
         evaluation: Text for perplexity.
         activations: How hidden states are kept.
+        end_to_end: The end-to-end phase.
         trainer: A Trainer with the user's settings.
         with_probe: Measure one block's steps.
         host_memory: Bytes of another machine's host; None for this one's.
@@ -121,7 +123,7 @@ def estimate(
         accelerated=device.type != "cpu" or device_memory is not None,
         mapped=source.gguf_file is None and model.dtype_name == "auto",
     )
-    phases = phases_of(model, data, evaluation, activations, skeleton, plan, around)
+    phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
     mapped = streams > activations.memory_limit_gb * 1e9
     windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0

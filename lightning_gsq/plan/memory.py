@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
-from lightning_gsq.modules import ModelQuantization
-from lightning_gsq.modules.model import LOSS_POSITIONS
+from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.packing import packed_words
 from lightning_gsq.perplexity import runs_by_block, whole_model_terms
 from lightning_gsq.pipeline import FORWARD_TOKENS
@@ -129,6 +128,7 @@ def phases_of(
     data: CalibrationDataModule,
     evaluation: PerplexityData,
     options: ActivationOptions,
+    end_to_end: EndToEndOptions,
     skeleton: Skeleton,
     plan: dict[int, Weights],
     around: Surroundings,
@@ -164,8 +164,8 @@ def phases_of(
         found.append(Phase("blocks: training of a block", held | own, worst.training))
     if "end_to_end" in names:
         terms = {"model": weights} if around.accelerated else {}
-        terms |= _end_to_end(data, skeleton, ledger, around)
-        found.append(Phase("end to end (estimate, blocks recomputed)", dict(held), terms))
+        terms |= _end_to_end(model, data, end_to_end, skeleton, plan, ledger, around)
+        found.append(Phase("end to end", dict(held), terms))
     output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
     found.append(Phase("save", held | results | installed | output))
     return found
@@ -204,8 +204,8 @@ def _block_terms(
     around: Surroundings,
 ) -> _BlockTerms:
     tokens, sequences = data.sequence_length, max(1, FORWARD_TOKENS // data.sequence_length)
-    forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False)
-    backward = activation_bytes(block, width, data.batch_size, tokens, around.bf16, training=True)
+    forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False).peak
+    backward = activation_bytes(block, width, data.batch_size, tokens, around.bf16, training=True).peak
     count = sum(site.rows * site.in_features for site in weights)
     groups = sum(site.rows * scheme.num_groups(site.in_features) for site, scheme in weights.items())
     logits = sum(
@@ -274,7 +274,7 @@ def _evaluation(
 
     def activations(windows: int) -> int:
         block = skeleton.blocks[0]
-        return activation_bytes(block, skeleton.width, windows, tokens, around.bf16, training=False)
+        return activation_bytes(block, skeleton.width, windows, tokens, around.bf16, training=False).peak
 
     if not by_block(evaluation, skeleton, around):
         device = whole | {"head in bfloat16, activations of a block": cast + activations(1)}
@@ -296,18 +296,37 @@ def _evaluation(
 
 
 def _end_to_end(
-    data: CalibrationDataModule, skeleton: Skeleton, ledger: BitsLedger, around: Surroundings
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    options: EndToEndOptions,
+    skeleton: Skeleton,
+    plan: dict[int, Weights],
+    ledger: BitsLedger,
+    around: Surroundings,
 ) -> dict[str, int]:
-    """Scales of the whole model under an Adam-like optimizer, each block run again in the backward pass."""
-    tokens = data.batch_size * data.sequence_length
-    groups = ledger.scale_bits // 16
-    block = activation_bytes(
-        skeleton.blocks[0], skeleton.width, data.batch_size, data.sequence_length, around.bf16, training=True
-    )
-    return {
+    """Teacher and student in one network; of the student, codes, and dense weights as long as a block's graph lives."""
+    batch, tokens = options.batch_size, data.sequence_length
+    itemsize = 2 if around.bf16 else FP32
+    trained = ledger.scale_bits // (8 * model.scale_dtype.itemsize) if "scales" in options.train else 0
+    if "head" in options.train:
+        trained += skeleton.vocabulary * skeleton.width
+    if "logits" in options.train:
+        weights = ((site, scheme) for own in plan.values() for site, scheme in own.items())
+        trained += sum(candidates(q, model.gumbel.shifts) * s.rows * s.in_features for s, q in weights)
+    one = activation_bytes(skeleton.blocks[0], skeleton.width, batch, tokens, around.bf16, training=True)
+    terms = {
         "codes": ledger.weights,
-        "scales, gradients, optimizer state": math.ceil(groups * FP32 * (2 + around.optimizer_state)),
-        "inputs of all blocks": len(skeleton.blocks) * tokens * skeleton.width * FP32,
-        "activations of one block": block,
-        "logits of a chunk of positions": 3 * LOSS_POSITIONS * skeleton.vocabulary * FP32,
+        "what trains, gradients, optimizer state": math.ceil(trained * FP32 * (2 + around.optimizer_state)),
+        "last hidden states, their gradients": 4 * batch * tokens * skeleton.width * FP32,
+        "head of teacher and student": 2 * skeleton.vocabulary * skeleton.width * (2 if around.bf16 else 0),
+        "logits of a chunk of positions": (2 * itemsize + 4 * FP32) * options.chunk * skeleton.vocabulary,
     }
+    if options.recompute:
+        terms["inputs of all blocks"] = len(skeleton.blocks) * batch * tokens * skeleton.width * FP32
+        terms["activations of one block"] = one.peak
+        return terms
+    if not around.bf16:  # under autocast the cast weights are among the activations
+        terms["dense weights"] = ledger.weights * FP32
+    terms["activations of all blocks"] = len(skeleton.blocks) * one.kept
+    terms["backward pass of one block"] = one.peak - one.kept
+    return terms
