@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq import loading
+from lightning_gsq.data.activations import slices
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
 from lightning_gsq.scheme import QuantScheme, SchemeOverride
@@ -107,10 +108,13 @@ class ModelQuantization(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Adds the predictions of a window ``1 T`` of token ids, its first token being context only."""
         logits_TV, target_T = self.network(batch, use_cache=False).logits[0, :-1], batch[0, 1:]
-        for part in range(0, len(target_T), LOSS_POSITIONS):
-            own = slice(part, part + LOSS_POSITIONS)
-            loss = nn.functional.cross_entropy(logits_TV[own].float(), target_T[own])
-            self.negative_log_likelihood.update(loss, weight=len(target_T[own]))
+        for own in slices(len(target_T), LOSS_POSITIONS):
+            self.add_predictions(logits_TV[own], target_T[own])
+
+    def add_predictions(self, logits_NV: Tensor, target_N: Tensor) -> None:
+        """Adds what the logits of some positions say of the tokens that follow them."""
+        loss = nn.functional.cross_entropy(logits_NV.float(), target_N)
+        self.negative_log_likelihood.update(loss, weight=len(target_N))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the perplexity of all windows."""

@@ -19,11 +19,13 @@ from lightning_gsq.plan.memory import (
     Phase,
     Surroundings,
     Weights,
+    by_block,
     ledger_of,
     num_streams,
     optimizer_state,
     phases_of,
     stream_bytes,
+    window_bytes,
 )
 from lightning_gsq.plan.probe import Timing, probe
 from lightning_gsq.plan.skeleton import Skeleton, make_skeleton
@@ -47,6 +49,7 @@ class Estimate:
         on_host: The device is the host.
         streams: Bytes of the hidden states of the blocks phase.
         mapped: They live in memory-mapped files.
+        windows: Bytes of the hidden states of the evaluation windows, where they live in such files too.
         run_folder: Bytes the run folder takes, by what they are.
         steps: Optimizer steps a block.
         timing: Seconds of one block's parts; None without a probe.
@@ -62,6 +65,7 @@ class Estimate:
     on_host: bool
     streams: int
     mapped: bool
+    windows: int
     run_folder: dict[str, int]
     steps: int
     timing: Timing | None
@@ -110,16 +114,19 @@ def estimate(
     device = trainer.strategy.root_device
     bf16 = trainer.precision == "bf16-mixed"
     compiled = model.gumbel.backend != "eager" and compiler_available(device.type)
+    device_room = limits.device_bytes(device) if device_memory is None else int(device_memory)
     around = Surroundings(
         bf16=bf16,
         optimizer_state=optimizer_state(model),
         file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
+        device_room=device_room,
         accelerated=device.type != "cpu" or device_memory is not None,
         mapped=source.gguf_file is None and model.dtype_name == "auto",
     )
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
     mapped = streams > activations.memory_limit_gb * 1e9
+    windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
     ledgers = {scheme: ledger_of(items, model.scale_dtype.itemsize) for scheme, items in _by_scheme(plan).items()}
     total = sum(ledgers.values(), BitsLedger())
     kinds = len({"init", "blocks", "end_to_end"} & set(model.phases))
@@ -155,6 +162,7 @@ def estimate(
         not around.accelerated,
         streams,
         mapped,
+        windows if windows > activations.memory_limit_gb * 1e9 else 0,
         run_folder,
         steps,
         timing,
@@ -164,7 +172,6 @@ def estimate(
     )
     # What this process takes already is part of the plan's baseline.
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
-    device_room = limits.device_bytes(device) if device_memory is None else int(device_memory)
     found.problems.extend(_problems(found, activations, Path(trainer.default_root_dir), host_room, device_room))
     return found
 
@@ -205,8 +212,8 @@ def _problems(
         problems.append(
             f"device memory: {_gigabytes(needed)} are needed ({worst.name}), {_gigabytes(device_room)} are free"
         )
-    if found.mapped:
-        problems += _disk_problems(found.streams, activations)
+    if found.mapped or found.windows:
+        problems += _disk_problems(max(found.streams if found.mapped else 0, found.windows), activations)
     needed, free = sum(found.run_folder.values()), limits.free_disk(folder)
     if needed > free:
         problems.append(

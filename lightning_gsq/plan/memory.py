@@ -17,8 +17,8 @@ import torch
 
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
-from lightning_gsq.modules.model import LOSS_POSITIONS
 from lightning_gsq.packing import packed_words
+from lightning_gsq.perplexity import runs_by_block, whole_model_terms
 from lightning_gsq.pipeline import FORWARD_TOKENS
 from lightning_gsq.plan.simulate import activation_bytes
 from lightning_gsq.plan.skeleton import BlockSkeleton, Skeleton
@@ -70,6 +70,7 @@ class Surroundings:
         bf16: Matrix products in bfloat16.
         optimizer_state: Bytes of optimizer state for each byte of parameters.
         file_bytes: Size of a GGUF file, which is mapped while the model loads; 0 for safetensors.
+        device_room: Bytes of the accelerator; None if the device is the host or does not say.
         accelerated: The device has a memory of its own.
         mapped: The model's weights are a mapping of their files, which the system can drop and read again.
     """
@@ -77,6 +78,7 @@ class Surroundings:
     bf16: bool
     optimizer_state: float
     file_bytes: int
+    device_room: int | None
     accelerated: bool
     mapped: bool
 
@@ -150,20 +152,19 @@ def phases_of(
     if around.file_bytes == 0:
         loading = Phase("load", dict(held))
     found = [loading]
-    evaluate = _evaluation(evaluation, skeleton, around)
-    if around.accelerated:
-        evaluate = {"model": weights, **evaluate}
-    found.append(Phase("perplexity", dict(held), evaluate))
+    way, windows, evaluate = _evaluation(evaluation, options, skeleton, around)
+    found.append(Phase(f"perplexity{way}", held | windows, evaluate))
     if "init" in names:
         own = {"hidden states": stream * hessian // data.wanted}
         found.append(Phase("warm start", held | own | results, worst.start))
-        found.append(Phase("perplexity of the warm start", held | results | installed, evaluate))
+        found.append(Phase(f"perplexity of the warm start{way}", held | results | installed | windows, evaluate))
     if "blocks" in names:
         own = {} if mapped else {f"hidden states, {num_streams(model)} streams": streams}
         found.append(Phase("blocks: warm start of a block", held | own, worst.start))
         found.append(Phase("blocks: training of a block", held | own, worst.training))
     if "end_to_end" in names:
-        terms = _end_to_end(model, data, end_to_end, skeleton, plan, ledger, around)
+        terms = {"model": weights} if around.accelerated else {}
+        terms |= _end_to_end(model, data, end_to_end, skeleton, plan, ledger, around)
         found.append(Phase("end to end", dict(held), terms))
     output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
     found.append(Phase("save", held | results | installed | output))
@@ -246,17 +247,52 @@ def _block_terms(
     return _BlockTerms(copy | working, copy | starts | training)
 
 
-def _evaluation(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
-    """One window at a time, on the device that holds the whole model."""
-    tokens, vocabulary = evaluation.sequence_length, skeleton.vocabulary
+def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: int) -> int:
+    """Hidden states of the evaluation windows at one depth; of one window where their number depends on the text."""
+    count = evaluation.num_windows or 1
+    return count * evaluation.sequence_length * width * getattr(torch, options.dtype).itemsize
+
+
+def by_block(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> bool:
+    """Whether ``fit`` will measure perplexity block by block."""
+    return runs_by_block(evaluation.by_block, _whole_model(evaluation, skeleton, around), around.device_room)
+
+
+def _whole_model(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
+    weights = skeleton.parameters * skeleton.dtype.itemsize
     itemsize = 2 if around.bf16 else skeleton.dtype.itemsize
-    head = vocabulary * skeleton.width * 2 if around.bf16 and skeleton.dtype.itemsize > 2 else 0
-    block = activation_bytes(skeleton.blocks[0], skeleton.width, 1, tokens, around.bf16, training=False).peak
-    return {
-        "logits of a window": tokens * vocabulary * itemsize,
-        "log-probabilities of some positions": 2 * LOSS_POSITIONS * vocabulary * FP32,
-        "head in bfloat16, activations of a block": head + block,
-    }
+    return whole_model_terms(weights, skeleton.vocabulary, evaluation.sequence_length, itemsize)
+
+
+def _evaluation(
+    evaluation: PerplexityData, options: ActivationOptions, skeleton: Skeleton, around: Surroundings
+) -> tuple[str, dict[str, int], dict[str, int]]:
+    """How perplexity is measured, in words, and its terms on the host and on the device."""
+    tokens, vocabulary, itemsize = evaluation.sequence_length, skeleton.vocabulary, skeleton.dtype.itemsize
+    whole = _whole_model(evaluation, skeleton, around)
+    cast = vocabulary * skeleton.width * 2 if around.bf16 and itemsize > 2 else 0
+
+    def activations(windows: int) -> int:
+        block = skeleton.blocks[0]
+        return activation_bytes(block, skeleton.width, windows, tokens, around.bf16, training=False).peak
+
+    if not by_block(evaluation, skeleton, around):
+        device = whole | {"head in bfloat16, activations of a block": cast + activations(1)}
+        if not around.accelerated:
+            device.pop("model")
+        return ", whole model" if around.accelerated else "", {}, device
+    known = evaluation.num_windows is not None
+    windows = window_bytes(evaluation, options, skeleton.width)
+    name = "hidden states of the windows" if known else "hidden states of each window (all are taken)"
+    host = {} if windows > options.memory_limit_gb * 1e9 else {name: windows}
+    through = {"activations of some windows": activations(max(1, FORWARD_TOKENS // tokens))}
+    some = "log-probabilities of some positions"
+    last = {some: whole[some]}
+    if around.accelerated:  # else the block is used where it is, and the head too unless it is cast
+        through = {"largest block": max(block.parameters for block in skeleton.blocks) * itemsize} | through
+    if around.accelerated or cast:
+        last = {"head": cast or vocabulary * skeleton.width * itemsize} | last
+    return ", block by block", host, max(through, last, key=lambda terms: sum(terms.values()))
 
 
 def _end_to_end(
