@@ -199,7 +199,7 @@ class BlockwisePerplexity:
     ) -> Iterator[tuple[Tensor, torch.dtype]]:
         """The inputs of the first block, as they are kept, and the dtype that the model gives them."""
         first_BTD = embed(self.network, ids_NT[:1])
-        store = ActivationStore((*ids_NT.shape, first_BTD.shape[-1]), activations, streams=1)  # type: ignore[arg-type]
+        store = ActivationStore((*ids_NT.shape, first_BTD.shape[-1]), activations, streams=1)
         try:
             hidden_NTD = store.new()
             for part in slices(len(ids_NT), size):

@@ -117,7 +117,13 @@ def _from_plain(name: str, content: Any) -> tuple[QuantScheme, LinearSite]:
 def _salient_from_plain(name: str, content: Any) -> SalientPart | None:
     if content is None:
         return None
-    types = {"layout": str, "bits": int, "ratio": (int, float), "group_size": int, "scale_groups": (int, type(None))}
+    types: dict[str, Any] = {
+        "layout": str,
+        "bits": int,
+        "ratio": (int, float),
+        "group_size": int,
+        "scale_groups": (int, type(None)),
+    }
     if not isinstance(content, dict) or set(content) != set(SALIENT_FIELDS):
         raise ConfigurationError(f"quantization_config: the salient part of {name} is {content!r}")
     wrong = [key for key, value in content.items() if type(value) is bool or not isinstance(value, types[key])]
@@ -243,7 +249,7 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
             parts = _stored_parts(owner_name, stored, parameter.device)
             model.set_submodule(owner_name, SageLinear(scheme, site, parts, bias, parameter.dtype))
             continue
-        settings = {
+        settings: dict[str, Any] = {
             "scale_dtype": _scale_dtype(name, stored),
             "dtype": parameter.dtype,
             "device": parameter.device,

@@ -181,7 +181,7 @@ class EndToEndQuantization(LightningModule):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """The last hidden states of the quantized model, ``B T D``."""
         outer = dict(zip(self.norm_names, self.norms, strict=True))
-        with standing_in({int(index): block for index, block in self.blocks.items()}, self.originals):  # type: ignore[misc]
+        with standing_in({int(index): block for index, block in self.blocks.items()}, self.originals):
             return last_hidden(self.network, ids_BT, outer)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
