@@ -223,9 +223,9 @@ class GSQCLI(LightningCLI):
             warnings.simplefilter("ignore")
             return PlanningTrainer(**config)
 
-    def evaluation_trainer(self) -> Trainer:
+    def evaluation_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that only evaluates: neither logger nor callbacks."""
-        return self.instantiate_trainer(logger=False, callbacks=[])
+        return self.instantiate_trainer(logger=False, callbacks=[], **kwargs)
 
     def fit(self, model: ModelQuantization, datamodule: CalibrationDataModule) -> None:
         """Quantizes the model into the run folder."""

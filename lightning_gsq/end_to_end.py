@@ -76,7 +76,8 @@ def check_end_to_end(
             "trainer.limit_val_batches: the end-to-end phase keeps the state that is best on the held-out sequences, "
             "so it needs them; leave the option out"
         )
-    if _sharded(options, trainer.world_size) and "logits" in options.train and model.gumbel.logits_dtype != "float32":
+    logits = "logits" in options.train and model.gumbel.logits_dtype != "float32"
+    if logits and spread_over(options, trainer.world_size):
         raise ConfigurationError(
             f"model.gumbel.logits_dtype: {options.strategy} takes one dtype for all that trains, and scales train in "
             f"float32; got {model.gumbel.logits_dtype}. Use float32, or leave logits out of end_to_end.train"
@@ -86,9 +87,9 @@ def check_end_to_end(
         _refuse_another(folder, known[1], _kept(settings))
 
 
-def _sharded(options: EndToEndOptions, world: int) -> bool:
-    """Whether the phase spreads the model; one process has nobody to share it with."""
-    return options.strategy is not None and world > 1
+def spread_over(options: EndToEndOptions, world: int) -> dict[str, Any]:
+    """The trainer's setting that spreads the whole model, if it is spread; one process has nobody to share it with."""
+    return {"strategy": options.strategy} if options.strategy is not None and world > 1 else {}
 
 
 def _kept(settings: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +159,7 @@ def run_end_to_end(
     own: dict[str, Any] = {}
     if options.accumulate_grad_batches is not None:
         own["accumulate_grad_batches"] = options.accumulate_grad_batches
-    sharded = _sharded(options, ranks.world)
-    if sharded:
-        own["strategy"] = options.strategy
+    spread = spread_over(options, ranks.world)
     batches = max(1, data.num_sequences // ranks.world // options.batch_size)
     trainer = make_trainer(
         max_epochs=options.max_epochs,
@@ -169,9 +168,10 @@ def run_end_to_end(
         check_val_every_n_epoch=None,  # counts batches across passes, however few a pass has
         callbacks=[*quiet, EndToEndProgress()],
         **own,
+        **spread,
     )
     module = EndToEndQuantization(
-        private_copy(model.network) if sharded else model.network,
+        private_copy(model.network) if spread else model.network,
         {
             own.index: {site: tensors[site.name] for site in own.weights}
             for own, tensors in zip(plan, start, strict=True)

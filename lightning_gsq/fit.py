@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gsq import board, loading, report
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
-from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_to_end
+from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_to_end, spread_over
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.command import check_possible, export_run
 from lightning_gsq.export.formats import ExportFormat, ExportOptions, format_of
@@ -41,7 +41,7 @@ def fit(
     activations: ActivationOptions,
     end_to_end: EndToEndOptions,
     make_trainer: Callable[..., Trainer],
-    make_evaluation_trainer: Callable[[], Trainer],
+    make_evaluation_trainer: Callable[..., Trainer],
     settings: dict[str, Any],
     seed: int,
     console: Console,
@@ -56,7 +56,7 @@ def fit(
         activations: How hidden states are kept.
         end_to_end: The end-to-end phase.
         make_trainer: Makes a Trainer with the user's settings, some of them replaced where arguments name them.
-        make_evaluation_trainer: Makes a Trainer that only evaluates.
+        make_evaluation_trainer: Makes a Trainer that only evaluates, as ``make_trainer`` does.
         settings: All resolved settings, for the recipe.
         seed: Seed of everything random.
         console: Where to print.
@@ -122,11 +122,12 @@ def _phases(
     recipe: dict[str, Any],
     source: loading.ModelSource,
     kind: str,
-    make_evaluation_trainer: Callable[[], Trainer],
+    make_evaluation_trainer: Callable[..., Trainer],
     console: Console,
 ) -> dict[str, Any]:
     """The phases asked for, one after another, each with its perplexity; the model and the summary."""
     model, data, plan, folder, ranks = run.model, run.data, run.plan, run.folder, run.ranks
+    spread = spread_over(end_to_end, ranks.world)
     windows: DataLoader[Tensor] = DataLoader(ranks.share(evaluation.ids_NT, even=False), batch_size=1)  # type: ignore
     weights = sum(site.rows * site.in_features for own in plan for site in own.weights)
     console.print(
@@ -143,7 +144,7 @@ def _phases(
             # What is reported of the quantized model is what its files give: nothing more precise than they are.
             stored = contextlib.nullcontext() if name == "full_precision" else as_stored(model, plan)
             with stored:
-                (result,) = make_evaluation_trainer().validate(model, windows, verbose=False)
+                (result,) = make_evaluation_trainer(**spread).validate(model, windows, verbose=False)
             known = {**known, name: result["perplexity"]}
             folder.update_progress(perplexity=known)
             _add_seconds(folder, "evaluation", began)

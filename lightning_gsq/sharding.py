@@ -14,10 +14,11 @@ import functools
 import pkgutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -74,14 +75,14 @@ def private_copy(network: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(network, shared)
 
 
-def shard(module: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, methods: Iterable[str]) -> None:
+def shard(module: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, methods: Iterable[str] = ()) -> None:
     """Spreads a module over a mesh, one unit after another, so that the device never holds it all.
 
     Args:
         module: The module; what lies outside of the units is gathered during all of its forward passes.
         units: Parts of it, which are gathered while they run.
         mesh: The processes.
-        methods: Names of the module's methods that are its forward passes.
+        methods: Names of the module's methods that are forward passes, beside ``forward``.
     """
     inside: set[nn.Parameter] = set()
     for unit in units:
@@ -137,6 +138,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def idle_batch(device: torch.device) -> list[Any]:
-    """Token ids for a forward pass that is run because other processes run one."""
-    return [torch.zeros(1, 2, dtype=torch.long, device=device)]
+def passes_of_others(module: LightningModule, passes: int) -> int:
+    """How many forward passes other processes make beyond this one's ``passes``; all have to take part in them."""
+    most = module.trainer.strategy.reduce(torch.tensor(passes, device=module.device), reduce_op="max")
+    return int(most) - passes
+
+
+def idle_batch(device: torch.device) -> Tensor:
+    """Token ids ``1 T`` for a forward pass that is run because other processes run one."""
+    return torch.zeros(1, 2, dtype=torch.long, device=device)

@@ -31,7 +31,16 @@ from lightning_gsq.modules.student_block import StudentBlock, norm_names, standi
 from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
 from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.quantizers import GumbelOptions
-from lightning_gsq.sharding import FSDP2Strategy, Sharding, idle_batch, is_sharded, local, shard, whole
+from lightning_gsq.sharding import (
+    FSDP2Strategy,
+    Sharding,
+    idle_batch,
+    is_sharded,
+    local,
+    passes_of_others,
+    shard,
+    whole,
+)
 from lightning_gsq.sites import LinearSite
 from lightning_gsq.teacher import StoredTeacher, top_tokens
 
@@ -237,19 +246,12 @@ class EndToEndQuantization(LightningModule):
         if self.stored is not None:
             missing = self.stored.missing(self.global_rank, self.trainer.world_size)
             size, k = self.options.batch_size, self.stored.k
-            idle = self._passes_of_others(self.stored.passes(missing, size))
+            idle = passes_of_others(self, self.stored.passes(missing, size)) if is_sharded(self) else 0
             with self.trainer.precision_plugin.forward_context():
                 self.stored.compute(missing, lambda ids_BT: self.teacher_top(ids_BT.to(self.device), k), size)
             for _ in range(idle):
-                self.teacher_top(*idle_batch(self.device), k)
+                self.teacher_top(idle_batch(self.device), k)
             self.trainer.strategy.barrier()
-
-    def _passes_of_others(self, passes: int) -> int:
-        """How many forward passes beyond this process's the others make; sharded, all have to take part in each."""
-        if not is_sharded(self):
-            return 0
-        most = self.trainer.strategy.reduce(torch.tensor(passes, device=self.device), reduce_op="max")
-        return int(most) - passes
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch.
@@ -272,12 +274,13 @@ class EndToEndQuantization(LightningModule):
 
     def on_validation_start(self) -> None:
         """Learns how many batches the others have: held-out sequences are not always divided evenly."""
-        self.idle_passes = self._passes_of_others(sum(int(count) for count in self.trainer.num_val_batches))
+        own = sum(int(count) for count in self.trainer.num_val_batches)
+        self.idle_passes = passes_of_others(self, own) if is_sharded(self) else 0
 
     def on_validation_epoch_end(self) -> None:
         """Takes part in the last batches of the others."""
         for _ in range(self.idle_passes):
-            self.loss(idle_batch(self.device))
+            self.loss([idle_batch(self.device)])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the losses of some held-out sequences, scales rounded as they are stored."""
