@@ -271,7 +271,10 @@ class GSQCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
         trainer = self.evaluation_trainer()
-        found = estimate(model, datamodule, settings.evaluation, settings.activations, trainer, probe, host, device)
+        spread = trainer.world_size if settings.end_to_end.strategy else 1
+        found = estimate(
+            model, datamodule, settings.evaluation, settings.activations, trainer, probe, host, device, spread
+        )
         print_estimate(self.console, found, datamodule, model.pretrained)
         limits.refuse(found.problems)
 

@@ -85,6 +85,7 @@ def estimate(
     with_probe: bool = True,
     host_memory: float | None = None,
     device_memory: float | None = None,
+    spread: int = 1,
 ) -> Estimate:
     """Plans the run that ``fit`` would do with these settings; loads no weight and reads no text.
 
@@ -97,6 +98,7 @@ def estimate(
         with_probe: Measure one block's steps.
         host_memory: Bytes of another machine's host; None for this one's.
         device_memory: Bytes of another machine's accelerator; None for what this one has.
+        spread: Devices that share the whole model where a phase takes all of it.
 
     Raises:
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
@@ -114,6 +116,7 @@ def estimate(
         file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
         accelerated=device.type != "cpu" or device_memory is not None,
         mapped=source.gguf_file is None and model.dtype_name == "auto",
+        spread=spread,
     )
     phases = phases_of(model, data, evaluation, activations, skeleton, plan, around)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0

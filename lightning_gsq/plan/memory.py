@@ -72,6 +72,7 @@ class Surroundings:
         file_bytes: Size of a GGUF file, which is mapped while the model loads; 0 for safetensors.
         accelerated: The device has a memory of its own.
         mapped: The model's weights are a mapping of their files, which the system can drop and read again.
+        spread: Devices that share the whole model where a phase takes all of it; 1 for a copy on each.
     """
 
     bf16: bool
@@ -79,6 +80,7 @@ class Surroundings:
     file_bytes: int
     accelerated: bool
     mapped: bool
+    spread: int = 1
 
 
 def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:
@@ -150,8 +152,7 @@ def phases_of(
         loading = Phase("load", dict(held))
     found = [loading]
     evaluate = _evaluation(evaluation, skeleton, around)
-    if around.accelerated:
-        evaluate = {"model": weights, **evaluate}
+    evaluate = _whole_model(skeleton, around) | evaluate
     found.append(Phase("perplexity", dict(held), evaluate))
     if "init" in names:
         own = {"hidden states": stream * hessian // data.wanted}
@@ -162,7 +163,7 @@ def phases_of(
         found.append(Phase("blocks: warm start of a block", held | own, worst.start))
         found.append(Phase("blocks: training of a block", held | own, worst.training))
     if "end_to_end" in names:
-        terms = _end_to_end(data, skeleton, ledger, around)
+        terms = _whole_model(skeleton, around) | _end_to_end(data, skeleton, ledger, around)
         found.append(Phase("end to end (estimate, blocks recomputed)", dict(held), terms))
     output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
     found.append(Phase("save", held | results | installed | output))
@@ -258,6 +259,18 @@ def _evaluation(evaluation: PerplexityData, skeleton: Skeleton, around: Surround
     }
 
 
+def _whole_model(skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
+    """All weights on the device, or its share of them and what is gathered at a time."""
+    itemsize = skeleton.dtype.itemsize
+    if around.spread == 1:
+        return {"model": skeleton.parameters * itemsize} if around.accelerated else {}
+    blocks = [block.parameters for block in skeleton.blocks]
+    return {
+        f"model, one of {around.spread} shares": math.ceil(skeleton.parameters * itemsize / around.spread),
+        "a block, and what lies outside, gathered": (skeleton.parameters - sum(blocks) + max(blocks)) * itemsize,
+    }
+
+
 def _end_to_end(
     data: CalibrationDataModule, skeleton: Skeleton, ledger: BitsLedger, around: Surroundings
 ) -> dict[str, int]:
@@ -267,9 +280,11 @@ def _end_to_end(
     block = activation_bytes(
         skeleton.blocks[0], skeleton.width, data.batch_size, data.sequence_length, around.bf16, training=True
     )
-    return {
-        "codes": ledger.weights,
-        "scales, gradients, optimizer state": math.ceil(groups * FP32 * (2 + around.optimizer_state)),
+    scales = groups * FP32 * (2 + around.optimizer_state)
+    gathered = {"codes of a block, gathered": ledger.weights // len(skeleton.blocks)} if around.spread > 1 else {}
+    return gathered | {
+        "codes": math.ceil(ledger.weights / around.spread),
+        "scales, gradients, optimizer state": math.ceil(scales / around.spread),
         "inputs of all blocks": len(skeleton.blocks) * tokens * skeleton.width * FP32,
         "activations of one block": block,
         "logits of a chunk of positions": 3 * LOSS_POSITIONS * skeleton.vocabulary * FP32,
