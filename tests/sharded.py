@@ -27,8 +27,16 @@ from tests.modules.test_end_to_end import rounded
 from tests.tiny import FAMILIES
 
 CASES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
-    # the family, the blocks that are quantized, options; the default optimizer in the one, the project's in the other
-    "llama": ("llama", [1], {"train": ["scales", "norms"], "batch_size": 1}),
+    # the family, the blocks that are quantized, options
+    "llama": (
+        "llama",
+        [1],
+        {
+            "train": ["scales", "norms"],
+            "batch_size": 1,
+            "optimizer": lambda groups: torch.optim.Adam(groups, lr=2e-3, fused=True),
+        },
+    ),
     "gemma2": (
         "gemma2",
         [0, 1],
