@@ -277,10 +277,11 @@ class EndToEndQuantization(LightningModule):
         own = sum(int(count) for count in self.trainer.num_val_batches)
         self.idle_passes = passes_of_others(self, own) if is_sharded(self) else 0
 
-    def on_validation_epoch_end(self) -> None:
-        """Takes part in the last batches of the others."""
-        for _ in range(self.idle_passes):
-            self.loss([idle_batch(self.device)])
+    def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Takes part in the last batches of the others, before the means over all processes are computed."""
+        if batch_idx + 1 == sum(int(count) for count in self.trainer.num_val_batches):
+            for _ in range(self.idle_passes):
+                self.loss([idle_batch(self.device)])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the losses of some held-out sequences, scales rounded as they are stored."""
