@@ -36,7 +36,8 @@ class CalibrationDataModule(LightningDataModule):
         batch_size: Sequences of one step, on one device.
         chat_template: Pass every document through the tokenizer's chat template, plain text as a user's message.
         seed: Seed of the choice and order of the sequences.
-        cache_folder: Where tokens are kept, to be shared by several runs; null for the run folder.
+        cache_folder: Where tokens are kept, to be shared by several runs; null for the run folder, where those of text
+            that the model writes itself always are.
         retries: Attempts to go on reading where a source failed, before giving up.
         retry_pause: Seconds before the first of them; doubled each time, up to a minute.
     """
@@ -71,6 +72,8 @@ class CalibrationDataModule(LightningDataModule):
         self.num_sequences, self.num_validation_sequences = num_sequences, num_validation_sequences
         self.chat_template, self.seed = chat_template, seed
         self.cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
+        self.run_folder: Path | None = None
+        """Where tokens are kept that no other run shares; None for nowhere."""
         self.retries, self.retry_pause = retries, retry_pause
         self.train_ids_NT: Tensor
         self.validation_ids_NT: Tensor
@@ -92,8 +95,8 @@ class CalibrationDataModule(LightningDataModule):
             raise ConfigurationError(
                 f"data.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}"
             )
-        name = self._source_name()
-        if self.cache_folder is None or name is None or not any(self.cache_folder.glob(f"{name}-*.safetensors")):
+        name, folder = self._source_name(), self._folder
+        if folder is None or name is None or not any(folder.glob(f"{name}-*.safetensors")):
             self.source.check()
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -102,10 +105,10 @@ class CalibrationDataModule(LightningDataModule):
         Raises:
             ConfigurationError: the source holds too little text, or failed for good.
         """
-        if isinstance(self.source, (ModelSamples, Mixture)) and self.source.needs_model:
-            self.source.attach(model, tokenizer)
         self._stream = stream = self._open_stream(tokenizer)
         goal = READ_AHEAD * self.wanted * self.sequence_length
+        if isinstance(self.source, (ModelSamples, Mixture)) and self.source.needs_model and not stream.has(goal):
+            self.source.attach(model, tokenizer)
         stream.read(goal, self.retries, self.retry_pause)
         ids = stream.ids(goal)
         windows = len(ids) // self.sequence_length
@@ -148,7 +151,8 @@ class CalibrationDataModule(LightningDataModule):
 
         name = self._source_name()
         key = None if name is None else f"{name}-{tokenizer_identity(tokenizer)}"
-        file = None if self.cache_folder is None or key is None else self.cache_folder / f"{key}.safetensors"
+        folder = self._folder
+        file = None if folder is None or key is None else folder / f"{key}.safetensors"
         stream = TokenStream(self.source, encode, key, len(tokenizer), file)
         if self._state is None:
             stream.load()
@@ -159,9 +163,16 @@ class CalibrationDataModule(LightningDataModule):
             raise ConfigurationError(f"data: the state to go on from cannot be used: {error}") from error
         return stream
 
+    @property
+    def _folder(self) -> Path | None:
+        """Where the tokens of this source are kept."""
+        return self.run_folder if self.source.needs_model else self.cache_folder or self.run_folder
+
     def _source_name(self) -> str | None:
         """Stands for the text and how it is prepared; None if the source cannot say what its text depends on."""
-        identity = None if self.source.needs_model else self.source.identity()
+        identity = self.source.identity()
+        if identity is None and self.source.needs_model:
+            identity = {"text of the run": True}  # its recipe says the rest
         return None if identity is None else f"tokens-{fingerprint([identity, self.chat_template])}"
 
     def _text(self, document: Document, tokenizer: PreTrainedTokenizerBase) -> str:

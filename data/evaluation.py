@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning_gsq.data.sources import PythonDocumentation, TextSource
@@ -11,6 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
+
+ByBlock = bool | Literal["auto"]
 
 
 class PerplexityData(LightningDataModule):
@@ -25,10 +29,16 @@ class PerplexityData(LightningDataModule):
             raw files use ``TextFile`` with ``rows: true``.
         sequence_length: Tokens of a window.
         num_windows: Windows to use; null for all.
+        by_block: Measure block by block, the device never holding more than one: true, false, or "auto" for where the
+            whole model does not fit the free memory of the accelerator.
     """
 
     def __init__(
-        self, source: TextSource | None = None, sequence_length: int = 1024, num_windows: int | None = None
+        self,
+        source: TextSource | None = None,
+        sequence_length: int = 1024,
+        num_windows: int | None = None,
+        by_block: ByBlock = "auto",
     ) -> None:
         super().__init__()
         if sequence_length < 2:
@@ -36,7 +46,7 @@ class PerplexityData(LightningDataModule):
         if num_windows is not None and num_windows < 1:
             raise ConfigurationError(f"evaluation.num_windows must be at least 1, or null for all, got {num_windows}")
         self.source = source or PythonDocumentation("evaluation")
-        self.sequence_length, self.num_windows = sequence_length, num_windows
+        self.sequence_length, self.num_windows, self.by_block = sequence_length, num_windows, by_block
         self.ids_NT: Tensor
 
     def check(self, max_length: int | None) -> None:

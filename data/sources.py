@@ -44,7 +44,7 @@ class TextSource(ABC):
     """A stream of documents."""
 
     needs_model: bool = False
-    """Whether :meth:`documents` needs the model itself, loaded."""
+    """Whether :meth:`documents` needs the model itself, loaded. Such text belongs to one run, not to several."""
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -231,6 +231,11 @@ class ModelSamples(TextSource):
 
     def check(self) -> None:
         """Nothing can be missing: the model is checked where it is loaded."""
+
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`TextSource.identity`; among the runs of one model."""
+        names = ("num_tokens", "length", "temperature", "top_p", "seed", "batch_size")
+        return {"ModelSamples": {name: getattr(self, name) for name in names}}
 
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes the samples; :meth:`documents` yields them afterwards."""

@@ -137,7 +137,7 @@ class TokenStream:
         """
         tokens, documents, position = self._whole
         del self.tokens[tokens:], self.ends[documents:]
-        if self.exhausted or tokens >= goal:
+        if self.has(goal):
             return
         reader, saved = RetryingReader(self.source, position, retries, pause), time.monotonic()
         try:
@@ -162,6 +162,10 @@ class TokenStream:
         finally:
             if self._whole[1] > documents or self.exhausted:
                 self._save()
+
+    def has(self, goal: int) -> bool:
+        """Whether there are ``goal`` tokens already, or the source has no more."""
+        return self.exhausted or self._whole[0] >= goal
 
     def ids(self, goal: int) -> Tensor:
         """The tokens (int64) of the documents up to the one that reaches ``goal``, or all there are."""

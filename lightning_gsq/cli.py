@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import logging
 import os
@@ -27,8 +28,10 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.command import export
 from lightning_gsq.fit import fit
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization, NonFiniteLossError
+from lightning_gsq.perplexity import make_measure
 from lightning_gsq.plan import estimate, limits, print_estimate
 from lightning_gsq.predict import predict
+from lightning_gsq.ranks import Ranks, check_shares
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs/quantized",
@@ -223,9 +226,9 @@ class GSQCLI(LightningCLI):
             warnings.simplefilter("ignore")
             return PlanningTrainer(**config)
 
-    def evaluation_trainer(self, **kwargs: Any) -> Trainer:
+    def evaluation_trainer(self) -> Trainer:
         """A Trainer that only evaluates: neither logger nor callbacks."""
-        return self.instantiate_trainer(logger=False, callbacks=[], **kwargs)
+        return self.instantiate_trainer(logger=False, callbacks=[])
 
     def fit(self, model: ModelQuantization, datamodule: CalibrationDataModule) -> None:
         """Quantizes the model into the run folder."""
@@ -251,9 +254,16 @@ class GSQCLI(LightningCLI):
         evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
         model.load(source, quantized=True)
         evaluation.tokenize(model.tokenizer)
-        (result,) = self.evaluation_trainer().validate(model, evaluation.val_dataloader(), verbose=False)
+        trainer = self.evaluation_trainer()
+        room = limits.device_bytes(trainer.strategy.root_device)
+        check_shares(trainer.world_size, evaluation__num_windows=len(evaluation.ids_NT))
+        console = self.console if trainer.global_rank == 0 else Console(quiet=True)
+        say = functools.partial(console.print, soft_wrap=True)
+        activations = self.config_init[self.subcommand].activations
+        with Ranks.joined(trainer) as ranks:
+            perplexity = make_measure(model, evaluation, activations, self.evaluation_trainer, room, say, ranks)()
         windows, length = evaluation.ids_NT.shape
-        self.console.print(f"perplexity {result['perplexity']:.3f}  ({windows} windows of {length} tokens)")
+        console.print(f"perplexity {perplexity:.3f}  ({windows} windows of {length} tokens)")
 
     def plan(
         self,
@@ -271,10 +281,8 @@ class GSQCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
         trainer = self.evaluation_trainer()
-        spread = trainer.world_size if settings.end_to_end.strategy else 1
-        found = estimate(
-            model, datamodule, settings.evaluation, settings.activations, trainer, probe, host, device, spread
-        )
+        own = (settings.evaluation, settings.activations, settings.end_to_end)
+        found = estimate(model, datamodule, *own, trainer, probe, host, device)
         print_estimate(self.console, found, datamodule, model.pretrained)
         limits.refuse(found.problems)
 

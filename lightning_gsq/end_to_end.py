@@ -77,7 +77,7 @@ def check_end_to_end(
             "so it needs them; leave the option out"
         )
     logits = "logits" in options.train and model.gumbel.logits_dtype != "float32"
-    if logits and spread_over(options, trainer.world_size):
+    if logits and _is_spread(options, trainer.world_size):
         raise ConfigurationError(
             f"model.gumbel.logits_dtype: {options.strategy} takes one dtype for all that trains, and scales train in "
             f"float32; got {model.gumbel.logits_dtype}. Use float32, or leave logits out of end_to_end.train"
@@ -87,9 +87,9 @@ def check_end_to_end(
         _refuse_another(folder, known[1], _kept(settings))
 
 
-def spread_over(options: EndToEndOptions, world: int) -> dict[str, Any]:
-    """The trainer's setting that spreads the whole model, if it is spread; one process has nobody to share it with."""
-    return {"strategy": options.strategy} if options.strategy is not None and world > 1 else {}
+def _is_spread(options: EndToEndOptions, world: int) -> bool:
+    """Whether the model is spread over the processes; one has nobody to share it with."""
+    return options.strategy is not None and world > 1
 
 
 def _kept(settings: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +159,9 @@ def run_end_to_end(
     own: dict[str, Any] = {}
     if options.accumulate_grad_batches is not None:
         own["accumulate_grad_batches"] = options.accumulate_grad_batches
-    spread = spread_over(options, ranks.world)
+    spread = _is_spread(options, ranks.world)
+    if spread:
+        own["strategy"] = options.strategy
     batches = max(1, data.num_sequences // ranks.world // options.batch_size)
     trainer = make_trainer(
         max_epochs=options.max_epochs,
@@ -168,7 +170,6 @@ def run_end_to_end(
         check_val_every_n_epoch=None,  # counts batches across passes, however few a pass has
         callbacks=[*quiet, EndToEndProgress()],
         **own,
-        **spread,
     )
     module = EndToEndQuantization(
         private_copy(model.network) if spread else model.network,

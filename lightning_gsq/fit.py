@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,25 +12,25 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
-from safetensors.torch import load_file, save
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_gsq import board, loading, report
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
-from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_to_end, spread_over
+from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.command import check_possible, export_run
 from lightning_gsq.export.formats import ExportFormat, ExportOptions, format_of
 from lightning_gsq.export.source import FinishedRun, quantized_weights
 from lightning_gsq.ledger import Ledger, LedgerEntry
+from lightning_gsq.memory import release
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
+from lightning_gsq.perplexity import make_measure
 from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, as_stored, installed, make_plan
 from lightning_gsq.plan import refuse_early
+from lightning_gsq.plan.limits import device_bytes
 from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.ranks import Ranks, check_shares
 from lightning_gsq.recipe import make_recipe
-from lightning_gsq.run_folder import RunFolder, write_atomically
+from lightning_gsq.run_folder import RunFolder
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -41,7 +42,7 @@ def fit(
     activations: ActivationOptions,
     end_to_end: EndToEndOptions,
     make_trainer: Callable[..., Trainer],
-    make_evaluation_trainer: Callable[..., Trainer],
+    make_evaluation_trainer: Callable[[], Trainer],
     settings: dict[str, Any],
     seed: int,
     console: Console,
@@ -56,7 +57,7 @@ def fit(
         activations: How hidden states are kept.
         end_to_end: The end-to-end phase.
         make_trainer: Makes a Trainer with the user's settings, some of them replaced where arguments name them.
-        make_evaluation_trainer: Makes a Trainer that only evaluates, as ``make_trainer`` does.
+        make_evaluation_trainer: Makes a Trainer that only evaluates.
         settings: All resolved settings, for the recipe.
         seed: Seed of everything random.
         console: Where to print.
@@ -72,7 +73,7 @@ def fit(
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     limit = loading.max_length(loading.load_config(source))
     trainer = make_trainer()
-    data.cache_folder = data.cache_folder or Path(trainer.default_root_dir) / "calibration"
+    data.run_folder = Path(trainer.default_root_dir) / "calibration"
     data.check(limit)
     evaluation.check(limit)
     _check_trainer(trainer)
@@ -87,7 +88,7 @@ def fit(
     plan = make_plan(model)
     model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
     check_possible(exports, quantized_weights(plan))
-    _calibrate(data, model, folder)
+    data.tokenize(model.tokenizer, model.network)
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
     kind = _last_kind(model, plan, folder)
@@ -96,18 +97,17 @@ def fit(
     shared = {"data__num_sequences": data.train_ids_NT, "data__num_validation_sequences": data.validation_ids_NT}
     shared["evaluation__num_windows"] = evaluation.ids_NT
     check_shares(trainer.world_size, **{name: len(ids_NT) for name, ids_NT in shared.items()})
-    ranks = Ranks.join(trainer)
-    try:
+    with Ranks.joined(trainer) as ranks:
         ranks.wait()
+        # Before, to refuse without starting other processes; now, because then the first may not have written it yet.
         folder.open_recipe(recipe)
         folder.share_progress(ranks.agree)
         run = BlockwiseRun(model, data, plan, folder, make_trainer, activations, seed, console.print, ranks)
         refuse_early(model, data, activations, run.width)
-        summary = _phases(run, evaluation, end_to_end, settings, recipe, source, kind, make_evaluation_trainer, console)
-    except BaseException:
-        ranks.leave(failed=True)
-        raise
-    ranks.leave()
+        room = device_bytes(run.device)
+        say = functools.partial(console.print, soft_wrap=True)
+        measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks)
+        summary = _phases(run, measure, end_to_end, settings, recipe, source, kind, console)
     if folder.rank:
         return summary
     _export(FinishedRun(folder, recipe, summary, model, plan), exports, console)
@@ -116,19 +116,16 @@ def fit(
 
 def _phases(
     run: BlockwiseRun,
-    evaluation: PerplexityData,
+    measure: Callable[[], float],
     end_to_end: EndToEndOptions,
     settings: dict[str, Any],
     recipe: dict[str, Any],
     source: loading.ModelSource,
     kind: str,
-    make_evaluation_trainer: Callable[..., Trainer],
     console: Console,
 ) -> dict[str, Any]:
     """The phases asked for, one after another, each with its perplexity; the model and the summary."""
     model, data, plan, folder, ranks = run.model, run.data, run.plan, run.folder, run.ranks
-    spread = spread_over(end_to_end, ranks.world)
-    windows: DataLoader[Tensor] = DataLoader(ranks.share(evaluation.ids_NT, even=False), batch_size=1)  # type: ignore
     weights = sum(site.rows * site.in_features for own in plan for site in own.weights)
     console.print(
         f"{model.pretrained}: {len(plan)} blocks, {weights:,} weights to quantize ({model.scheme}), "
@@ -144,8 +141,7 @@ def _phases(
             # What is reported of the quantized model is what its files give: nothing more precise than they are.
             stored = contextlib.nullcontext() if name == "full_precision" else as_stored(model, plan)
             with stored:
-                (result,) = make_evaluation_trainer(**spread).validate(model, windows, verbose=False)
-            known = {**known, name: result["perplexity"]}
+                known = {**known, name: measure()}
             folder.update_progress(perplexity=known)
             _add_seconds(folder, "evaluation", began)
             for logger in run.trainer.loggers:
@@ -164,6 +160,7 @@ def _phases(
 
         run.train_blocks(finished)
         ranks.wait()
+        release()
     tensors = [folder.read_block(kind, own.index, own.expected) for own in plan]
     if "blocks" in model.phases:
         with installed(model, plan, tensors):
@@ -171,6 +168,7 @@ def _phases(
     result: EndToEndResult | None = None
     if "end_to_end" in model.phases:
         own_settings = settings["end_to_end"]
+        release()
         result = run_end_to_end(
             model,
             data,
@@ -184,6 +182,7 @@ def _phases(
             console.print,
             ranks,
         )
+        release()
         if not result.rejected:
             kind = "end_to_end"
             tensors = [folder.read_block(kind, own.index, own.expected) for own in plan]
@@ -262,19 +261,6 @@ def _bytes_to_write(model: ModelQuantization) -> int:
     """Upper bound of what a run writes: the dense model, two sets of block files, logs."""
     parameters = sum(p.numel() for p in model.network.parameters())
     return int(parameters * (model.output_dtype.itemsize + 2 * 1.2)) + 50_000_000
-
-
-def _calibrate(data: CalibrationDataModule, model: ModelQuantization, folder: RunFolder) -> None:
-    """Tokenises the calibration text; text that the model writes itself is kept for a resumed run."""
-    file = folder.root / "calibration.safetensors"
-    if data.source.needs_model and file.exists():
-        stored = load_file(file)
-        data.train_ids_NT, data.validation_ids_NT = stored["train"].long(), stored["validation"].long()
-        return
-    data.tokenize(model.tokenizer, model.network)
-    if data.source.needs_model and folder.rank == 0:
-        ids = {"train": data.train_ids_NT.int(), "validation": data.validation_ids_NT.int()}
-        write_atomically(file, save(ids))
 
 
 def _add_seconds(folder: RunFolder, part: str, began: float) -> None:

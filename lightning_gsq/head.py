@@ -15,11 +15,20 @@ TOLERANCE = 2e-2
 
 
 @torch.no_grad()
-def find_head(model: PreTrainedModel) -> Head:
+def find_head(
+    model: PreTrainedModel,
+    purpose: str = "model.phases: the end-to-end phase",
+    way_out: str = "leave out end_to_end",
+) -> Head:
     """The head of a causal decoder, verified on a short sequence.
 
     The logits have to be those of the output embedding applied to what ``base_model`` returns, times one factor (as in
     Granite or Cohere), then capped by ``final_logit_softcapping`` (as in Gemma 2).
+
+    Args:
+        model: The model.
+        purpose: What needs it, for the message.
+        way_out: What to do where there is none.
 
     Raises:
         ConfigurationError: they are something else.
@@ -41,8 +50,8 @@ def find_head(model: PreTrainedModel) -> Head:
             if float(error) < TOLERANCE:
                 return head
     raise ConfigurationError(
-        f"model.phases: the end-to-end phase computes logits from the last hidden states, and those of "
-        f"{type(model).__name__} are not its output embedding applied to them; leave out end_to_end"
+        f"{purpose} computes logits from the last hidden states, and those of {type(model).__name__} are not its "
+        f"output embedding applied to them; {way_out}"
     )
 
 

@@ -13,6 +13,7 @@ that reads and writes each of them once; without a compiler it runs as it is.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
     return compile_function(update, dynamic=True)
 
 
-class _FusedOptimizer(torch.optim.Optimizer):
+class _FusedOptimizer(torch.optim.Optimizer, ABC):
     """What the two share: state of the parameters' dtype, and one call of the update for each parameter."""
 
     update: Callable[..., None]
@@ -104,8 +105,9 @@ class _FusedOptimizer(torch.optim.Optimizer):
                         f"parameters must be float32 or bfloat16, got {parameter.dtype}; torch.optim takes others"
                     )
 
+    @abstractmethod
     def _numbers(self, group: dict[str, Any], step: int) -> list[float]:
-        raise NotImplementedError
+        """What the update is told beside its tensors, in its order."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -249,6 +249,7 @@ class BlockwiseRun:
             generator=order,
             collate_fn=first,
             drop_last=train >= size,
+            pin_memory=self.device.type == "cuda",  # copied while the step before still computes
         )
         held_out = DataLoader(
             ActivationDataset(inputs_NTD[train:], targets_NTD[train:]), batch_size=size, collate_fn=first

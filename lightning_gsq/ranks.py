@@ -8,6 +8,8 @@ by then.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -55,6 +57,18 @@ class Ranks:
             strategy.launcher.launch(lambda: None)
         strategy.setup_environment()
         return cls(trainer.global_rank, trainer.world_size, strategy)
+
+    @classmethod
+    @contextmanager
+    def joined(cls, trainer: Trainer) -> Iterator[Ranks]:
+        """What :meth:`join` gives, left at the end; an error ends the other processes too."""
+        ranks = cls.join(trainer)
+        try:
+            yield ranks
+        except BaseException:
+            ranks.leave(failed=True)
+            raise
+        ranks.leave()
 
     @property
     def first(self) -> bool:

@@ -32,6 +32,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
     },
     "model": {"phases"},
     "data": {"cache_folder", "retries", "retry_pause"},
+    "evaluation": {"by_block"},
     "activations": {"memory_limit_gb", "folder"},
 }
 LATER = {"config", "end_to_end", "export"}

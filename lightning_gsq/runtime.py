@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -27,11 +27,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lightning_gsq.checkpoint import TensorInfo, read_headers, read_json, weight_files
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.layers import PackedExperts, PackedWeight, QuantLinear
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.sage.runtime import SCALES, SageLinear, is_part
+from lightning_gsq.scheme import QuantScheme, SalientPart
 from lightning_gsq.sites import LinearSite
 
 METHOD = "lightning_gsq"
 VERSION = 1
+SALIENT_FIELDS = ("layout", "bits", "ratio", "group_size", "scale_groups")
+"""What a reader has to know of the salient part; the rest is about finding and training it."""
 SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 Layouts = Mapping[str, tuple[QuantScheme, LinearSite]]
 """Scheme and shape of each packed weight, by parameter name."""
@@ -42,8 +45,8 @@ class GSQConfig(QuantizationConfigMixin):
     """``quantization_config`` of a native folder.
 
     Args:
-        weights: Layout of each packed weight, by parameter name: ``bits``, ``group_size``, ``shape`` (``[O, I]``), and
-            for fused experts ``experts`` and ``transposed``.
+        weights: Layout of each packed weight, by parameter name: ``bits``, ``group_size``, ``shape`` (``[O, I]``), for
+            fused experts ``experts`` and ``transposed``, and ``salient`` where some weights have more bits.
         version: Version of the format.
 
     Raises:
@@ -86,6 +89,8 @@ def _to_plain(scheme: QuantScheme, site: LinearSite) -> dict[str, Any]:
         plain["experts"] = site.experts
     if site.transposed:
         plain["transposed"] = True
+    if scheme.salient is not None:
+        plain["salient"] = {key: getattr(scheme.salient, key) for key in SALIENT_FIELDS}
     return plain
 
 
@@ -103,7 +108,28 @@ def _from_plain(name: str, content: Any) -> tuple[QuantScheme, LinearSite]:
         )
     if type(bits) not in (int, str) or not isinstance(transposed, bool):
         raise ConfigurationError(f"quantization_config: {name} has bits {bits!r} and transposed {transposed!r}")
-    return QuantScheme(bits, group_size), LinearSite(name, experts, shape[0], shape[1], transposed)
+    scheme = QuantScheme(bits, group_size, _salient_from_plain(name, content.get("salient")))
+    if not scheme.settled or (scheme.mixed and experts):
+        raise ConfigurationError(f"quantization_config: {name} has a salient part that is no layout: {content}")
+    return scheme, LinearSite(name, experts, shape[0], shape[1], transposed)
+
+
+def _salient_from_plain(name: str, content: Any) -> SalientPart | None:
+    if content is None:
+        return None
+    types: dict[str, Any] = {
+        "layout": str,
+        "bits": int,
+        "ratio": (int, float),
+        "group_size": int,
+        "scale_groups": (int, type(None)),
+    }
+    if not isinstance(content, dict) or set(content) != set(SALIENT_FIELDS):
+        raise ConfigurationError(f"quantization_config: the salient part of {name} is {content!r}")
+    wrong = [key for key, value in content.items() if type(value) is bool or not isinstance(value, types[key])]
+    if wrong or content["layout"] not in ("structured", "element"):
+        raise ConfigurationError(f"quantization_config: the salient part of {name} is {content!r}")
+    return SalientPart(**content)
 
 
 @register_quantizer(METHOD)
@@ -122,16 +148,18 @@ class GSQQuantizer(HfQuantizer):
         if outside:
             raise ConfigurationError(f"model: the index in {root} names {outside[0]}, outside of that folder")
         stored = read_headers(files)
-        exchange_modules(model, layouts, {name: _scale_dtype(name, stored) for name in layouts})
+        exchange_modules(model, layouts, stored)
         check_stored(model, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
-            if isinstance(module, PackedWeight):
+            if isinstance(module, (PackedWeight, SageLinear)):
                 try:
                     module.check_values()
                 except ValueError as error:
                     raise ConfigurationError(f"model: {name}: {error}") from error
+            if isinstance(module, SageLinear):
+                module.look_up()
         return model
 
     def is_serializable(self) -> bool:
@@ -191,16 +219,17 @@ def load(
     return nn.Module.to(loaded, device) if device is not None else loaded
 
 
-def exchange_modules(model: nn.Module, layouts: Layouts, scale_dtypes: Mapping[str, torch.dtype]) -> None:
+def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, TensorInfo]) -> None:
     """Puts packed modules, without values, in the place of those with the named weights.
 
     Args:
         model: The model, on the meta device.
         layouts: What to exchange, by parameter name.
-        scale_dtypes: Stored dtype of the scales, by parameter name.
+        stored: What the files hold.
 
     Raises:
-        ConfigurationError: there is no such weight, it has another shape, or its module computes something else.
+        ConfigurationError: there is no such weight, it has another shape, its module computes something else, or no
+            file holds it.
     """
     parameters = dict(model.named_parameters())
     for name, (scheme, site) in layouts.items():
@@ -214,14 +243,23 @@ def exchange_modules(model: nn.Module, layouts: Layouts, scale_dtypes: Mapping[s
             )
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        dtypes = {"scale_dtype": scale_dtypes[name], "dtype": parameter.dtype}
+        known = type(owner) in (nn.Linear, Conv1D) and attribute == "weight"
+        bias = getattr(owner, "bias", None) is not None
+        if scheme.salient is not None and known:
+            parts = _stored_parts(owner_name, stored, parameter.device)
+            model.set_submodule(owner_name, SageLinear(scheme, site, parts, bias, parameter.dtype))
+            continue
+        settings: dict[str, Any] = {
+            "scale_dtype": _scale_dtype(name, stored),
+            "dtype": parameter.dtype,
+            "device": parameter.device,
+        }
         if site.experts:
             delattr(owner, attribute)
-            setattr(owner, attribute, PackedExperts(scheme, site, device=parameter.device, **dtypes))
+            setattr(owner, attribute, PackedExperts(scheme, site, **settings))
             _select_eager_experts(model)
-        elif type(owner) in (nn.Linear, Conv1D) and attribute == "weight":
-            bias = getattr(owner, "bias", None) is not None
-            model.set_submodule(owner_name, QuantLinear(scheme, site, bias, device=parameter.device, **dtypes))
+        elif known:
+            model.set_submodule(owner_name, QuantLinear(scheme, site, bias, **settings))
         else:
             raise ConfigurationError(
                 f"quantization_config: {name} belongs to a {type(owner).__name__}, which has no packed form; export "
@@ -246,6 +284,26 @@ def check_stored(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
                         f"model: {name}.{part} is {found.dtype} {found.shape} in {found.file.name}, expected "
                         f"{wanted.dtype} {tuple(wanted.shape)}"
                     )
+
+
+def _stored_parts(stem: str, stored: Mapping[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
+    """The parts of a weight with salient columns or elements as tensors without values; they are checked when loaded.
+
+    Raises:
+        ConfigurationError: there are none, or one has a dtype that its kind never has.
+    """
+    parts = {}
+    for name, info in stored.items():
+        part = name.removeprefix(f"{stem}.")
+        if name == part or not is_part(part):
+            continue
+        allowed = SCALE_DTYPES if part in SCALES else {"I32": torch.int32}
+        if info.dtype not in allowed:
+            raise ConfigurationError(f"model: {name} is {info.dtype}, expected one of {', '.join(allowed)}")
+        parts[part] = torch.empty(info.shape, dtype=allowed[info.dtype], device=device)
+    if not parts:
+        raise ConfigurationError(f"model: no file holds {stem}.codes")
+    return parts
 
 
 def _scale_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:

@@ -75,14 +75,14 @@ def private_copy(network: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(network, shared)
 
 
-def shard(module: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, methods: Iterable[str] = ()) -> None:
+def shard(module: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, methods: Iterable[str]) -> None:
     """Spreads a module over a mesh, one unit after another, so that the device never holds it all.
 
     Args:
         module: The module; what lies outside of the units is gathered during all of its forward passes.
         units: Parts of it, which are gathered while they run.
         mesh: The processes.
-        methods: Names of the module's methods that are forward passes, beside ``forward``.
+        methods: Names of the module's methods that are its forward passes.
     """
     inside: set[nn.Parameter] = set()
     for unit in units:

@@ -5,7 +5,8 @@
     python scripts/bench_linear.py --tune             # GPU: measure tiles, rewrite this GPU's entries of the table
 
 Medians and the spread; every form is timed in turn within each round, so that a drifting machine affects them alike.
-Each call uses another copy of the weight, of more than 50 MB together, so that none is found in the cache.
+Each call uses another copy of the weight, of more than 50 MB together, so that none is found in the cache. On a GPU the
+packages of ``peers.py`` that are installed take part.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import peers
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from lightning_gsq.compiling import compile_function
 from lightning_gsq.ops.packed_linear import packed_linear, tuning
+from lightning_gsq.ops.packed_linear.reference import packed_linear_reference
 from lightning_gsq.packing import packed_words
 
 SHAPES = {
@@ -56,6 +60,12 @@ class Case:
             for dtype in (torch.bfloat16, torch.float32)
         }
         self.packed_bytes = rows * (4 * words + 2 * groups)
+        self.peers: dict[str, list[torch.nn.Module]] = {}
+        for peer in peers.installed() if device == "cuda" else ():
+            try:
+                self.peers[peer] = [peers.PEERS[peer](rows, columns, bits, group) for _ in range(len(self.packed))]
+            except Exception as error:  # a width that the package does not have: its column stays empty
+                print(f"{peer}, {bits} bits: {type(error).__name__}: {error}")
 
     def forms(self, x: torch.Tensor) -> dict[str, Callable[[int], object]]:
         """Name and call of every form; the argument counts calls."""
@@ -70,8 +80,12 @@ class Case:
 
         forms["packed"] = packed("auto")
         forms["dequantize, then matmul"] = packed("dense")
+        compiled = compile_function(packed_linear_reference)
+        forms["torch.compile"] = lambda i: compiled(x, *self.packed[i % len(self.packed)], **self.settings)
         forms["bf16 dense"] = dense(torch.bfloat16)
         forms["fp32 dense"] = dense(torch.float32)
+        for name, layers in self.peers.items():
+            forms[name] = lambda i, layers=layers: layers[i % len(layers)](x)  # type: ignore[misc]
         return forms
 
 
@@ -225,10 +239,11 @@ def main() -> None:
                     row["of peak bandwidth"] = f"{case.packed_bytes / middle['packed'] / peak:.0%}"
                 rows.append(row)
             del case
-    for key in rows[0]:
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    for key in names:
         table.add_column(key, justify="right")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(str(row.get(key, "")) for key in names))
     Console(width=200).print(table)
     if options.json:
         options.json.write_text(json.dumps({"title": title, "rows": rows}, indent=2) + "\n")

@@ -70,7 +70,7 @@ def test_two_processes_end_as_one_does(alone: Path, tiny_llama: Path, corpus: Pa
 def test_torchrun(alone: Path, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     config = _config(tiny_llama, corpus, tmp_path)
     launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m lightning_gsq"
-    extra = ["--end_to_end.batch_size", "2", "--end_to_end.top_k", "258"]
+    extra = ["--end_to_end.batch_size", "2", "--end_to_end.top_k", "258", "--evaluation.by_block", "true"]
     run = _start("fit", "--config", str(config), *PHASES, *DDP, *extra, module=launcher)
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output

@@ -275,5 +275,21 @@ def test_the_reported_perplexity_is_that_of_the_file(
     reported = json.loads((tmp_path / "run" / "summary.json").read_text())["perplexity"]["blocks"]
     capsys.readouterr()
     folder = str(tmp_path / "run" / "export" / "native")
-    assert main(["validate", "--config", str(config), "--model.pretrained", folder]) == 0
-    assert f"perplexity {reported:.3f} " in capsys.readouterr().out
+    for choice in ("false", "true"):
+        arguments = ["--model.pretrained", folder, "--evaluation.by_block", choice]
+        assert main(["validate", "--config", str(config), *arguments]) == 0
+        output = capsys.readouterr().out
+        assert f"perplexity {reported:.3f} " in output and ("block by block" in output) == (choice == "true")
+
+
+def test_perplexity_block_by_block(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    found = []
+    for choice in ("false", "true"):
+        phases = ["init", "blocks", "end_to_end"]
+        config = _config(tiny_llama, corpus, tmp_path / choice, model__phases=phases, trainer__max_steps=4)
+        assert main(["fit", "--config", str(config), "--evaluation.by_block", choice]) == 0
+        found.append(json.loads((tmp_path / choice / "run" / "summary.json").read_text())["perplexity"])
+    assert set(found[0]) == {"full_precision", "warm_start", "blocks", "end_to_end"}
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    config = tmp_path / "true" / "config.yaml"
+    assert main(["fit", "--config", str(config)]) == 0, "the way of measuring is not part of the recipe"

@@ -13,7 +13,7 @@ from lightning_gsq import loading, plan
 from lightning_gsq.backbone import find_blocks, run_block, trace
 from lightning_gsq.cli import main
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.modules import BlockQuantization, ModelQuantization
+from lightning_gsq.modules import BlockQuantization, EndToEndOptions, ModelQuantization
 from lightning_gsq.plan import limits, memory, simulate
 from lightning_gsq.plan.skeleton import Skeleton, make_skeleton
 from lightning_gsq.qtensor import BitsLedger
@@ -57,19 +57,19 @@ def test_simulated_activations_are_those_of_a_real_pass(name: str, training: boo
     model = FAMILIES[name]()
     skeleton = _skeleton(model)
     block = skeleton.blocks[0]
-    told = simulate.activation_bytes(block, skeleton.width, 2, 48, False, training)
+    told = simulate.activation_bytes(block, skeleton.width, 2, 48, False, training).peak
 
     def random(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(shape).to(dtype)
 
-    real = simulate._peak(block, random, skeleton.width, 2, 48, False, training)
+    real = simulate._run(block, random, skeleton.width, 2, 48, False, training).peak
     # A router sends tokens unevenly, and the extrapolation assumes a straight line.
     assert told == pytest.approx(real, rel=0.3 if name == "qwen3_moe" else 0.05)
 
 
 def test_half_precision_takes_less() -> None:
     block, width = _skeleton(FAMILIES["llama"]()).blocks[0], 32
-    sizes = [simulate.activation_bytes(block, width, 2, 64, bf16, True) for bf16 in (False, True)]
+    sizes = [simulate.activation_bytes(block, width, 2, 64, bf16, True).peak for bf16 in (False, True)]
     assert sizes[1] < sizes[0]
 
 
@@ -88,7 +88,7 @@ def test_terms_of_training_are_the_tensors_of_a_block(bits: object) -> None:
     optimizer = settings.optimizer([{"params": trained, "name": "logits"}])
     module.loss((traced.inputs_BTD[0], traced.inputs_BTD[1]), module.sampled_weights(0)).backward()
     optimizer.step()
-    around = memory.Surroundings(False, memory.optimizer_state(settings), 0, False, True)
+    around = memory.Surroundings(False, memory.optimizer_state(settings), 0, None, False, True)
     data = CalibrationDataModule(sequence_length=16)
     terms = memory._block_terms(settings, data, 32, skeleton.blocks[0], dict.fromkeys(sites, scheme), around).training
     by_kind = {name.split()[0]: count for name, count in terms.items()}
@@ -115,6 +115,7 @@ def _estimate(pretrained: Path, folder: Path, **trainer: object) -> plan.Estimat
         CalibrationDataModule(PythonDocumentation(), 32, num_sequences=48, num_validation_sequences=8, batch_size=2),
         PerplexityData(sequence_length=64, num_windows=2),
         ActivationOptions(),
+        EndToEndOptions(),
         Trainer(default_root_dir=folder, accelerator="cpu", logger=False, **trainer),  # type: ignore[arg-type]
         with_probe=False,
     )
@@ -196,6 +197,42 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "this run does not fit" in error
     assert "host memory: " in error and "device memory: " in error and "4.0 GB are available" in error
     assert "<- peak" in output.out
+
+
+def test_perplexity_of_a_model_beyond_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The 70B model on 80 GB: block by block, and no longer refused; forced to be whole, it is."""
+    large = ["--model.pretrained", str(CONFIGS / "llama-3.1-70b"), "--probe", "false", "--model.phases", "[blocks]"]
+    large += ["--model.scheme.bits", "2", "--model.scheme.group_size", "128", "--data.sequence_length", "1024"]
+    large += ["--data.num_sequences", "128", "--trainer.default_root_dir", str(tmp_path)]
+    large += ["--activations.memory_limit_gb", "1000", "--evaluation.num_windows", "24"]
+    large += ["--host_memory_gb", "1000", "--device_memory_gb", "80"]
+    monkeypatch.setattr(limits, "free_disk", lambda _: 10**12)
+    assert _plan(*large) == 0
+    output = capsys.readouterr()
+    assert "perplexity, block by block" in output.out and "largest block" in output.out
+    assert _plan(*large, "--evaluation.by_block", "false") == 2
+    output = capsys.readouterr()
+    assert "(perplexity, whole model)" in output.err and "device memory: 14" in output.err
+
+
+@pytest.mark.parametrize("choice", ["auto", False, True])
+def test_terms_of_perplexity(choice: bool | str) -> None:
+    network = FAMILIES["llama"]()
+    skeleton = _skeleton(network)
+    evaluation = PerplexityData(sequence_length=64, num_windows=7, by_block=choice)  # type: ignore[arg-type]
+    for room, accelerated in ((None, False), (10**12, True), (100_000, True)):
+        around = memory.Surroundings(False, 0, 0, room, accelerated, True)
+        way, host, device = memory._evaluation(evaluation, ActivationOptions(), skeleton, around)
+        by_block = choice is True or (choice == "auto" and room == 100_000)
+        assert memory.by_block(evaluation, skeleton, around) == by_block == (way == ", block by block")
+        assert host == ({"hidden states of the windows": 7 * 64 * 32 * 4} if by_block else {})
+        assert ("model" in device) == (accelerated and not by_block)
+        block = sum(p.nbytes for p in find_blocks(network)[1][0].parameters())
+        assert device.get("largest block", block) == block
+        mapped = memory._evaluation(evaluation, ActivationOptions(memory_limit_gb=0), skeleton, around)
+        assert mapped[1] == {}
 
 
 def test_fit_refuses_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

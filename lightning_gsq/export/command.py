@@ -100,9 +100,11 @@ def check_possible(chosen: Sequence[ExportFormat], weights: Sequence[ExportedWei
         ConfigurationError: one cannot; the message names one that can.
     """
     mixed = next((weight.name for weight in weights if weight.scheme.mixed), None)
-    if mixed is not None and any(own.name != "dequantized" for own in chosen):
+    unable = [own.name for own in chosen if not own.salient]
+    if mixed is not None and unable:
         raise ConfigurationError(
-            f"format: {mixed} has salient weights of other bits, which only dequantized holds; use --format dequantized"
+            f"format: {mixed} has salient weights of other bits, which {', '.join(unable)} cannot hold; use native or "
+            "dequantized"
         )
     refusals = [reason for reason in (own.refuse(weights) for own in chosen) if reason]
     if refusals:

@@ -21,6 +21,7 @@ class DequantizedFormat(ExportFormat):
     """Plain safetensors."""
 
     name: ClassVar[str] = "dequantized"
+    salient: ClassVar[bool] = True
 
     def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
         """Holds everything."""

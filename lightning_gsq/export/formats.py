@@ -92,6 +92,8 @@ class ExportFormat(ABC):
     """A kind of file."""
 
     name: ClassVar[str]
+    salient: ClassVar[bool] = False
+    """Whether it holds weights of which some have more bits."""
 
     @abstractmethod
     def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:

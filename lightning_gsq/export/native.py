@@ -7,6 +7,9 @@ layout of each weight stands in ``quantization_config`` of config.json, so that 
     {"quant_method": "lightning_gsq", "version": 1,
      "weights": {"model.layers.0.mlp.down_proj.weight": {"bits": 3, "group_size": 64, "shape": [576, 1536]}, ...}}
 
+A weight with a salient part is stored as the tensors of its layout (``lightning_gsq.sage.tensors``), and ``salient`` in
+its entry says the rest.
+
 It holds every scheme exactly, and a loaded model takes as much memory as the file.
 """
 
@@ -27,30 +30,36 @@ from lightning_gsq.export.writer import ShardWriter, file_names, write_companion
 from lightning_gsq.layers import PackedWeight
 from lightning_gsq.ledger import Ledger, LedgerEntry
 from lightning_gsq.runtime import GSQConfig
+from lightning_gsq.sage.runtime import SageLinear
 
 
 class NativeFormat(ExportFormat):
     """Packed safetensors for :func:`lightning_gsq.load`."""
 
     name: ClassVar[str] = "native"
+    salient: ClassVar[bool] = True
 
     def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
-        """Holds everything."""
-        return None
+        """Holds everything but salient parts of fused experts."""
+        fused = next((weight.name for weight in weights if weight.scheme.mixed and weight.site.experts), None)
+        if fused is None:
+            return None
+        return f"native has no salient weights in fused experts ({fused}); use dequantized"
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes ``model.safetensors`` (or shards), config and tokenizer."""
         writer = ShardWriter(folder, options.shard_size)
+        layouts = {}
         for names in run.units():
             plain = {name: run.parameter(name) for name in names if name not in run.weights}
             for name, value in file_names(run, plain).items():
                 writer.add_plain(name, value)
             for name in names:
                 if name in run.weights:
-                    weight, tensor = run.weights[name], run.tensor(name)
+                    weight, tensor = run.weights[name], run.quantized(name)
+                    layouts[name] = (tensor.scheme, weight.site)
                     parts = {f"{weight.stem}.{part}": value for part, value in tensor.pack().items()}
                     writer.add(parts, LedgerEntry.of(name, tensor))
-        layouts = {name: (weight.scheme, weight.site) for name, weight in run.weights.items()}
         write_companions(run, folder, GSQConfig.of(layouts).to_dict())
         return writer.finish()
 
@@ -72,6 +81,6 @@ class NativeFormat(ExportFormat):
 
 def _dense_of(model: PreTrainedModel, name: str) -> Tensor:
     module = model.get_submodule(name.removesuffix(".weight"))
-    if not isinstance(module, PackedWeight):
+    if not isinstance(module, (PackedWeight, SageLinear)):
         raise TypeError(f"{name} is not packed in the loaded model but a {type(module).__name__}")
     return module.dequantize(torch.float32)

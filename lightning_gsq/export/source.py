@@ -170,7 +170,7 @@ class FinishedRun:
         """
         found = self.quantized(name)
         if not isinstance(found, QuantizedTensor):
-            raise ConfigurationError(f"format: {name} has salient weights, which only dequantized holds")
+            raise ConfigurationError(f"format: {name} has salient weights; use native or dequantized")
         return found
 
     def quantized(self, name: str) -> QuantizedWeight:

@@ -10,6 +10,7 @@ another; ``loss`` and ``teacher_top`` are its forward passes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -205,8 +206,8 @@ class EndToEndQuantization(LightningModule):
             return last_hidden(self.network, ids_BT, outer)
 
     def _standing_in(self, as_teacher: bool) -> AbstractContextManager[None]:
-        blocks = {int(index): block for index, block in self.blocks.items()}
-        return standing_in(blocks, self.originals, as_teacher)  # type: ignore[arg-type]
+        blocks = {int(i): functools.partial(block, as_teacher=as_teacher) for i, block in self.blocks.items()}
+        return standing_in(blocks, self.originals)
 
     @torch.no_grad()
     def teacher_top(self, ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:

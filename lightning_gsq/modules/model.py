@@ -13,11 +13,10 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq import loading
-from lightning_gsq.backbone import find_blocks
+from lightning_gsq.data.activations import slices
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
 from lightning_gsq.scheme import QuantScheme, SchemeOverride
-from lightning_gsq.sharding import FSDP2Strategy, idle_batch, passes_of_others, private_copy, shard
 
 LOSS_POSITIONS = 128
 """Positions whose fp32 log-probabilities are held at once: a vocabulary of 128,000 takes half a megabyte each."""
@@ -98,9 +97,6 @@ class ModelQuantization(LightningModule):
         self.scale_dtype: torch.dtype = getattr(torch, scale_dtype)
         self.dtype_name, self.output_dtype = dtype, getattr(torch, output_dtype)
         self.negative_log_likelihood = MeanMetric()
-        self.idle_passes = 0
-        """Forward passes that other processes make and this one does not, while the model is spread over them."""
-        self._whole: list[PreTrainedModel] = []
         self.network: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
 
@@ -109,36 +105,19 @@ class ModelQuantization(LightningModule):
         self.tokenizer = loading.load_tokenizer(source)
         self.network = loading.load_model(source, self.dtype_name, quantized)
 
-    def configure_model(self) -> None:
-        """Where the strategy asks for it, puts a copy in place of the model that is spread over the processes."""
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self._whole.append(self.network)  # in a list, so that it is no part of the module and stays where it is
-            self.network = private_copy(self.network)
-            mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            shard(self.network, find_blocks(self.network)[1], mesh)
-
-    def teardown(self, stage: str) -> None:
-        """Puts the model itself back."""
-        if self._whole:
-            self.network = self._whole.pop()
-
-    def on_validation_start(self) -> None:
-        """Learns how many windows the others have."""
-        own = sum(int(count) for count in self.trainer.num_val_batches)
-        self.idle_passes = passes_of_others(self, own) if self._whole else 0
-
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Adds the predictions of a window ``1 T`` of token ids, its first token being context only."""
         logits_TV, target_T = self.network(batch, use_cache=False).logits[0, :-1], batch[0, 1:]
-        for part in range(0, len(target_T), LOSS_POSITIONS):
-            own = slice(part, part + LOSS_POSITIONS)
-            loss = nn.functional.cross_entropy(logits_TV[own].float(), target_T[own])
-            self.negative_log_likelihood.update(loss, weight=len(target_T[own]))
+        for own in slices(len(target_T), LOSS_POSITIONS):
+            self.add_predictions(logits_TV[own], target_T[own])
+
+    def add_predictions(self, logits_NV: Tensor, target_N: Tensor) -> None:
+        """Adds what the logits of some positions say of the tokens that follow them."""
+        loss = nn.functional.cross_entropy(logits_NV.float(), target_N)
+        self.negative_log_likelihood.update(loss, weight=len(target_N))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the perplexity of all windows."""
-        for _ in range(self.idle_passes):
-            self.network(idle_batch(self.device), use_cache=False)
         self.log("perplexity", self.negative_log_likelihood.compute().exp())
         self.negative_log_likelihood.reset()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -272,18 +272,18 @@ class StudentBlock(nn.Module):
 
 
 @contextmanager
-def standing_in(blocks: Mapping[int, StudentBlock], originals: nn.ModuleList, as_teacher: bool) -> Iterator[None]:
-    """While active, a model that runs its own blocks runs them through these, with either kind of weights."""
+def standing_in(others: Mapping[int, Callable[..., Any]], originals: nn.ModuleList) -> Iterator[None]:
+    """While active, a model that runs its own blocks runs others in their place: modules, or plain functions."""
 
-    def forward_of(student: StudentBlock) -> Any:
-        return lambda *args, **kwargs: student(*args, as_teacher=as_teacher, **kwargs)
+    def forward_of(other: Callable[..., Any]) -> Any:
+        return lambda *args, **kwargs: other(*args, **kwargs)
 
     try:
-        for index, student in blocks.items():
-            originals[index].__dict__["forward"] = forward_of(student)
+        for index, other in others.items():
+            originals[index].__dict__["forward"] = forward_of(other)
         yield
     finally:
-        for index in blocks:
+        for index in others:
             originals[index].__dict__.pop("forward", None)
 
 

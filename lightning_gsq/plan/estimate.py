@@ -13,17 +13,19 @@ from lightning_gsq import loading
 from lightning_gsq.backbone import compiled_run_block, run_block
 from lightning_gsq.compiling import compiler_available
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
-from lightning_gsq.modules import ModelQuantization
+from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.plan import limits
 from lightning_gsq.plan.memory import (
     Phase,
     Surroundings,
     Weights,
+    by_block,
     ledger_of,
     num_streams,
     optimizer_state,
     phases_of,
     stream_bytes,
+    window_bytes,
 )
 from lightning_gsq.plan.probe import Timing, probe
 from lightning_gsq.plan.skeleton import Skeleton, make_skeleton
@@ -47,6 +49,7 @@ class Estimate:
         on_host: The device is the host.
         streams: Bytes of the hidden states of the blocks phase.
         mapped: They live in memory-mapped files.
+        windows: Bytes of the hidden states of the evaluation windows, where they live in such files too.
         run_folder: Bytes the run folder takes, by what they are.
         steps: Optimizer steps a block.
         timing: Seconds of one block's parts; None without a probe.
@@ -62,6 +65,7 @@ class Estimate:
     on_host: bool
     streams: int
     mapped: bool
+    windows: int
     run_folder: dict[str, int]
     steps: int
     timing: Timing | None
@@ -81,11 +85,11 @@ def estimate(
     data: CalibrationDataModule,
     evaluation: PerplexityData,
     activations: ActivationOptions,
+    end_to_end: EndToEndOptions,
     trainer: Trainer,
     with_probe: bool = True,
     host_memory: float | None = None,
     device_memory: float | None = None,
-    spread: int = 1,
 ) -> Estimate:
     """Plans the run that ``fit`` would do with these settings; loads no weight and reads no text.
 
@@ -94,11 +98,11 @@ def estimate(
         data: Calibration text.
         evaluation: Text for perplexity.
         activations: How hidden states are kept.
+        end_to_end: The end-to-end phase.
         trainer: A Trainer with the user's settings.
         with_probe: Measure one block's steps.
         host_memory: Bytes of another machine's host; None for this one's.
         device_memory: Bytes of another machine's accelerator; None for what this one has.
-        spread: Devices that share the whole model where a phase takes all of it.
 
     Raises:
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
@@ -110,17 +114,20 @@ def estimate(
     device = trainer.strategy.root_device
     bf16 = trainer.precision == "bf16-mixed"
     compiled = model.gumbel.backend != "eager" and compiler_available(device.type)
+    device_room = limits.device_bytes(device) if device_memory is None else int(device_memory)
     around = Surroundings(
         bf16=bf16,
         optimizer_state=optimizer_state(model),
         file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
+        device_room=device_room,
         accelerated=device.type != "cpu" or device_memory is not None,
         mapped=source.gguf_file is None and model.dtype_name == "auto",
-        spread=spread,
+        spread=1 if end_to_end.strategy is None else trainer.world_size,
     )
-    phases = phases_of(model, data, evaluation, activations, skeleton, plan, around)
+    phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
     mapped = streams > activations.memory_limit_gb * 1e9
+    windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
     ledgers = {scheme: ledger_of(items, model.scale_dtype.itemsize) for scheme, items in _by_scheme(plan).items()}
     total = sum(ledgers.values(), BitsLedger())
     kinds = len({"init", "blocks", "end_to_end"} & set(model.phases))
@@ -156,6 +163,7 @@ def estimate(
         not around.accelerated,
         streams,
         mapped,
+        windows if windows > activations.memory_limit_gb * 1e9 else 0,
         run_folder,
         steps,
         timing,
@@ -165,7 +173,6 @@ def estimate(
     )
     # What this process takes already is part of the plan's baseline.
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
-    device_room = limits.device_bytes(device) if device_memory is None else int(device_memory)
     found.problems.extend(_problems(found, activations, Path(trainer.default_root_dir), host_room, device_room))
     return found
 
@@ -206,8 +213,8 @@ def _problems(
         problems.append(
             f"device memory: {_gigabytes(needed)} are needed ({worst.name}), {_gigabytes(device_room)} are free"
         )
-    if found.mapped:
-        problems += _disk_problems(found.streams, activations)
+    if found.mapped or found.windows:
+        problems += _disk_problems(max(found.streams if found.mapped else 0, found.windows), activations)
     needed, free = sum(found.run_folder.values()), limits.free_disk(folder)
     if needed > free:
         problems.append(

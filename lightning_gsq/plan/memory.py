@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
-from lightning_gsq.modules import ModelQuantization
-from lightning_gsq.modules.model import LOSS_POSITIONS
+from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.packing import packed_words
+from lightning_gsq.perplexity import runs_by_block, whole_model_terms
 from lightning_gsq.pipeline import FORWARD_TOKENS
 from lightning_gsq.plan.simulate import activation_bytes
 from lightning_gsq.plan.skeleton import BlockSkeleton, Skeleton
@@ -70,14 +70,16 @@ class Surroundings:
         bf16: Matrix products in bfloat16.
         optimizer_state: Bytes of optimizer state for each byte of parameters.
         file_bytes: Size of a GGUF file, which is mapped while the model loads; 0 for safetensors.
+        device_room: Bytes of the accelerator; None if the device is the host or does not say.
         accelerated: The device has a memory of its own.
         mapped: The model's weights are a mapping of their files, which the system can drop and read again.
-        spread: Devices that share the whole model where a phase takes all of it; 1 for a copy on each.
+        spread: Devices that share the model in the end-to-end phase; 1 for a copy on each.
     """
 
     bf16: bool
     optimizer_state: float
     file_bytes: int
+    device_room: int | None
     accelerated: bool
     mapped: bool
     spread: int = 1
@@ -128,6 +130,7 @@ def phases_of(
     data: CalibrationDataModule,
     evaluation: PerplexityData,
     options: ActivationOptions,
+    end_to_end: EndToEndOptions,
     skeleton: Skeleton,
     plan: dict[int, Weights],
     around: Surroundings,
@@ -151,20 +154,20 @@ def phases_of(
     if around.file_bytes == 0:
         loading = Phase("load", dict(held))
     found = [loading]
-    evaluate = _evaluation(evaluation, skeleton, around)
-    evaluate = _whole_model(skeleton, around) | evaluate
-    found.append(Phase("perplexity", dict(held), evaluate))
+    way, windows, evaluate = _evaluation(evaluation, options, skeleton, around)
+    found.append(Phase(f"perplexity{way}", held | windows, evaluate))
     if "init" in names:
         own = {"hidden states": stream * hessian // data.wanted}
         found.append(Phase("warm start", held | own | results, worst.start))
-        found.append(Phase("perplexity of the warm start", held | results | installed, evaluate))
+        found.append(Phase(f"perplexity of the warm start{way}", held | results | installed | windows, evaluate))
     if "blocks" in names:
         own = {} if mapped else {f"hidden states, {num_streams(model)} streams": streams}
         found.append(Phase("blocks: warm start of a block", held | own, worst.start))
         found.append(Phase("blocks: training of a block", held | own, worst.training))
     if "end_to_end" in names:
-        terms = _whole_model(skeleton, around) | _end_to_end(data, skeleton, ledger, around)
-        found.append(Phase("end to end (estimate, blocks recomputed)", dict(held), terms))
+        terms = _model_end_to_end(skeleton, around)
+        terms |= _end_to_end(model, data, end_to_end, skeleton, plan, ledger, around)
+        found.append(Phase("end to end", dict(held), terms))
     output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
     found.append(Phase("save", held | results | installed | output))
     return found
@@ -203,8 +206,8 @@ def _block_terms(
     around: Surroundings,
 ) -> _BlockTerms:
     tokens, sequences = data.sequence_length, max(1, FORWARD_TOKENS // data.sequence_length)
-    forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False)
-    backward = activation_bytes(block, width, data.batch_size, tokens, around.bf16, training=True)
+    forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False).peak
+    backward = activation_bytes(block, width, data.batch_size, tokens, around.bf16, training=True).peak
     count = sum(site.rows * site.in_features for site in weights)
     groups = sum(site.rows * scheme.num_groups(site.in_features) for site, scheme in weights.items())
     logits = sum(
@@ -246,21 +249,56 @@ def _block_terms(
     return _BlockTerms(copy | working, copy | starts | training)
 
 
-def _evaluation(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
-    """One window at a time, on the device that holds the whole model."""
-    tokens, vocabulary = evaluation.sequence_length, skeleton.vocabulary
+def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: int) -> int:
+    """Hidden states of the evaluation windows at one depth; of one window where their number depends on the text."""
+    count = evaluation.num_windows or 1
+    return count * evaluation.sequence_length * width * getattr(torch, options.dtype).itemsize
+
+
+def by_block(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> bool:
+    """Whether ``fit`` will measure perplexity block by block."""
+    return runs_by_block(evaluation.by_block, _whole_model(evaluation, skeleton, around), around.device_room)
+
+
+def _whole_model(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
+    weights = skeleton.parameters * skeleton.dtype.itemsize
     itemsize = 2 if around.bf16 else skeleton.dtype.itemsize
-    head = vocabulary * skeleton.width * 2 if around.bf16 and skeleton.dtype.itemsize > 2 else 0
-    block = activation_bytes(skeleton.blocks[0], skeleton.width, 1, tokens, around.bf16, training=False)
-    return {
-        "logits of a window": tokens * vocabulary * itemsize,
-        "log-probabilities of some positions": 2 * LOSS_POSITIONS * vocabulary * FP32,
-        "head in bfloat16, activations of a block": head + block,
-    }
+    return whole_model_terms(weights, skeleton.vocabulary, evaluation.sequence_length, itemsize)
 
 
-def _whole_model(skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
-    """All weights on the device, or its share of them and what is gathered at a time."""
+def _evaluation(
+    evaluation: PerplexityData, options: ActivationOptions, skeleton: Skeleton, around: Surroundings
+) -> tuple[str, dict[str, int], dict[str, int]]:
+    """How perplexity is measured, in words, and its terms on the host and on the device."""
+    tokens, vocabulary, itemsize = evaluation.sequence_length, skeleton.vocabulary, skeleton.dtype.itemsize
+    whole = _whole_model(evaluation, skeleton, around)
+    cast = vocabulary * skeleton.width * 2 if around.bf16 and itemsize > 2 else 0
+
+    def activations(windows: int) -> int:
+        block = skeleton.blocks[0]
+        return activation_bytes(block, skeleton.width, windows, tokens, around.bf16, training=False).peak
+
+    if not by_block(evaluation, skeleton, around):
+        device = whole | {"head in bfloat16, activations of a block": cast + activations(1)}
+        if not around.accelerated:
+            device.pop("model")
+        return ", whole model" if around.accelerated else "", {}, device
+    known = evaluation.num_windows is not None
+    windows = window_bytes(evaluation, options, skeleton.width)
+    name = "hidden states of the windows" if known else "hidden states of each window (all are taken)"
+    host = {} if windows > options.memory_limit_gb * 1e9 else {name: windows}
+    through = {"activations of some windows": activations(max(1, FORWARD_TOKENS // tokens))}
+    some = "log-probabilities of some positions"
+    last = {some: whole[some]}
+    if around.accelerated:  # else the block is used where it is, and the head too unless it is cast
+        through = {"largest block": max(block.parameters for block in skeleton.blocks) * itemsize} | through
+    if around.accelerated or cast:
+        last = {"head": cast or vocabulary * skeleton.width * itemsize} | last
+    return ", block by block", host, max(through, last, key=lambda terms: sum(terms.values()))
+
+
+def _model_end_to_end(skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
+    """The full-precision weights on the device: all, or its share of them and what is gathered at a time."""
     itemsize = skeleton.dtype.itemsize
     if around.spread == 1:
         return {"model": skeleton.parameters * itemsize} if around.accelerated else {}
@@ -272,20 +310,39 @@ def _whole_model(skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
 
 
 def _end_to_end(
-    data: CalibrationDataModule, skeleton: Skeleton, ledger: BitsLedger, around: Surroundings
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    options: EndToEndOptions,
+    skeleton: Skeleton,
+    plan: dict[int, Weights],
+    ledger: BitsLedger,
+    around: Surroundings,
 ) -> dict[str, int]:
-    """Scales of the whole model under an Adam-like optimizer, each block run again in the backward pass."""
-    tokens = data.batch_size * data.sequence_length
-    groups = ledger.scale_bits // 16
-    block = activation_bytes(
-        skeleton.blocks[0], skeleton.width, data.batch_size, data.sequence_length, around.bf16, training=True
-    )
-    scales = groups * FP32 * (2 + around.optimizer_state)
-    gathered = {"codes of a block, gathered": ledger.weights // len(skeleton.blocks)} if around.spread > 1 else {}
-    return gathered | {
+    """Teacher and student in one network; of the student, codes, and dense weights as long as a block's graph lives."""
+    batch, tokens = options.batch_size, data.sequence_length
+    itemsize = 2 if around.bf16 else FP32
+    trained = ledger.scale_bits // (8 * model.scale_dtype.itemsize) if "scales" in options.train else 0
+    if "head" in options.train:
+        trained += skeleton.vocabulary * skeleton.width
+    if "logits" in options.train:
+        weights = ((site, scheme) for own in plan.values() for site, scheme in own.items())
+        trained += sum(candidates(q, model.gumbel.shifts) * s.rows * s.in_features for s, q in weights)
+    one = activation_bytes(skeleton.blocks[0], skeleton.width, batch, tokens, around.bf16, training=True)
+    states = trained * FP32 * (2 + around.optimizer_state)
+    gathered = {"codes and what trains of a block, gathered": (ledger.weights + 2 * FP32 * trained) // len(plan)}
+    terms = (gathered if around.spread > 1 else {}) | {
         "codes": math.ceil(ledger.weights / around.spread),
-        "scales, gradients, optimizer state": math.ceil(scales / around.spread),
-        "inputs of all blocks": len(skeleton.blocks) * tokens * skeleton.width * FP32,
-        "activations of one block": block,
-        "logits of a chunk of positions": 3 * LOSS_POSITIONS * skeleton.vocabulary * FP32,
+        "what trains, gradients, optimizer state": math.ceil(states / around.spread),
+        "last hidden states, their gradients": 4 * batch * tokens * skeleton.width * FP32,
+        "head of teacher and student": 2 * skeleton.vocabulary * skeleton.width * (2 if around.bf16 else 0),
+        "logits of a chunk of positions": (2 * itemsize + 4 * FP32) * options.chunk * skeleton.vocabulary,
     }
+    if options.recompute:
+        terms["inputs of all blocks"] = len(skeleton.blocks) * batch * tokens * skeleton.width * FP32
+        terms["activations of one block"] = one.peak
+        return terms
+    if not around.bf16:  # under autocast the cast weights are among the activations
+        terms["dense weights"] = ledger.weights * FP32
+    terms["activations of all blocks"] = len(skeleton.blocks) * one.kept
+    terms["backward pass of one block"] = one.peak - one.kept
+    return terms

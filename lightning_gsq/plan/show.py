@@ -37,6 +37,8 @@ def print_estimate(console: Console, found: Estimate, data: CalibrationDataModul
         table.add_row(f"run folder: {name}", _size(count))
     where = "in memory-mapped files" if found.mapped else "in memory, none on disk"
     table.add_row("hidden states", f"{_size(found.streams)}, {where}")
+    if found.windows:
+        table.add_row("hidden states of the evaluation windows", f"{_size(found.windows)}, in memory-mapped files")
     console.print(table)
     table = _table("Work", "", "")
     tokens = found.steps * data.batch_size * data.sequence_length

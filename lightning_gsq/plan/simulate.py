@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,8 +58,23 @@ class _LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def activation_bytes(block: BlockSkeleton, width: int, batch: int, tokens: int, bf16: bool, training: bool) -> int:
-    """Peak bytes of activations and temporaries of one pass.
+@dataclass(frozen=True)
+class PassBytes:
+    """Bytes of activations and temporaries of one pass through a block.
+
+    Args:
+        peak: The most there are at once.
+        kept: What stays for the backward pass when the forward pass ends; 0 without one.
+    """
+
+    peak: int
+    kept: int
+
+
+def activation_bytes(
+    block: BlockSkeleton, width: int, batch: int, tokens: int, bf16: bool, training: bool
+) -> PassBytes:
+    """Memory of one pass beside the weights.
 
     Args:
         block: The block.
@@ -70,14 +86,17 @@ def activation_bytes(block: BlockSkeleton, width: int, batch: int, tokens: int, 
     """
     try:
         with FakeTensorMode():
-            return _peak(block, torch.empty, width, batch, tokens, bf16, training)
+            return _run(block, torch.empty, width, batch, tokens, bf16, training)
     except (DataDependentOutputException, DynamicOutputShapeException):
-        few, more = (_peak(block, zeros_on_cpu, width, 1, count, bf16, training) for count in FEW_TOKENS)
-        slope = (more - few) / (FEW_TOKENS[1] - FEW_TOKENS[0])
-        return max(few, int(few + slope * (batch * tokens - FEW_TOKENS[0])))
+        few, more = (_run(block, zeros_on_cpu, width, 1, count, bf16, training) for count in FEW_TOKENS)
+        further = (batch * tokens - FEW_TOKENS[0]) / (FEW_TOKENS[1] - FEW_TOKENS[0])
+        return PassBytes(
+            max(few.peak, int(few.peak + further * (more.peak - few.peak))),
+            max(few.kept, int(few.kept + further * (more.kept - few.kept))),
+        )
 
 
-def _peak(
+def _run(
     block: BlockSkeleton,
     make: Callable[..., Tensor],
     width: int,
@@ -85,7 +104,7 @@ def _peak(
     tokens: int,
     bf16: bool,
     training: bool,
-) -> int:
+) -> PassBytes:
     def fp32(tensor: Tensor) -> Tensor:
         return make(tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
@@ -102,9 +121,10 @@ def _peak(
                 tensor.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         before = live.peak = live.live
         output = run_block(block.module, hidden, call, weights | buffers)
+        kept = live.live - before if training else 0
         if training:
             nn.functional.mse_loss(output.float(), target).backward()
-    return live.peak - before
+    return PassBytes(live.peak - before, kept)
 
 
 def longer(call: BlockCall, tokens: int) -> BlockCall:

@@ -10,8 +10,10 @@ all that loading takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from lightning_gsq.ops.packed_linear import packed_linear
@@ -19,6 +21,16 @@ from lightning_gsq.packing import unpack
 from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.sage.tensors import index_bits, other_columns, unpack_flat, unpack_weight
 from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.sites import LinearSite
+
+PARTS = {"columns", "codes", "scales", "table", "members", "salient_codes", "salient_scales", "signs", "bitmap"}
+SCALES = {"scales", "table", "salient_scales"}
+"""Names of the packed tensors, and of those that hold scales; ``gaps8`` and its like are names too."""
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor of that name belongs to a weight of either layout."""
+    return name in PARTS or (name.startswith("gaps") and name[4:].isdigit())
 
 
 def sage_linear_reference(
@@ -43,32 +55,98 @@ class SageLinear(nn.Module):
     Casting the module leaves the scales in their stored dtype: they are data, and rounding them changes the weight.
 
     Args:
-        tensor: The quantized weight.
-        bias: Of the layer, or None.
+        scheme: Settled.
+        site: Shape and orientation.
+        parts: The packed tensors by name; on the meta device where values are still to be loaded.
+        bias: Whether the layer has one.
+        dtype: Dtype of the bias and of ``weight``; casting the module changes it.
     """
 
     columns_K: Tensor
     others_R: Tensor
     members_OG: Tensor
+    cast: Tensor
 
-    def __init__(self, tensor: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        site: LinearSite,
+        parts: Mapping[str, Tensor],
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.scheme, self.shape = tensor.scheme, tensor.shape
-        packed = tensor.pack()
-        self.names = list(packed)
-        for name, part in packed.items():
+        self.scheme, self.site = scheme, site
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.names = list(parts)
+        for name, part in parts.items():
             self.register_buffer(name, part)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._look_up()
-        self.register_load_state_dict_post_hook(lambda *_: self._look_up())
+        device = next(iter(parts.values())).device
+        # Holds no number: it is there to be cast together with the model's parameters.
+        self.register_buffer("cast", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.bias: nn.Parameter | None
+        if bias:
+            zeros = torch.zeros(site.out_features, dtype=dtype, device=device)
+            self.bias = nn.Parameter(zeros, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        if device.type != "meta":
+            self.look_up()
+        self.register_load_state_dict_post_hook(lambda *_: self.look_up())
+
+    @classmethod
+    def of(cls, tensor: QuantizedWeight, bias: Tensor | None = None) -> SageLinear:
+        """The layer of a finished weight."""
+        rows, columns = tensor.shape
+        site = LinearSite("weight", 0, rows, columns, transposed=False)
+        layer = cls(tensor.scheme, site, tensor.pack(), bias is not None, None if bias is None else bias.dtype)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)``."""
+        return self.out_features, self.in_features
 
     @property
     def parts(self) -> dict[str, Tensor]:
         """The packed tensors."""
         return {name: self.get_buffer(name) for name in self.names}
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew each time: for code that looks at a layer's weight, its dtype or device."""
+        weight = self.dequantize(self.cast.dtype)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from filling it at random
+        return weight
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight in the shape of the parameter that it stands for."""
+        device = self.cast.device
+        if device.type == "meta":
+            return self.site.from_matrix(torch.empty(self.shape, dtype=dtype, device=device))
+        parts = {name: part.cpu() for name, part in self.parts.items()}
+        return self.site.from_matrix(unpack_weight(parts, self.scheme, self.shape).dequantize(dtype).to(device))
+
+    def check_values(self) -> None:
+        """Checks what came from a file.
+
+        Raises:
+            ValueError: a scale is not finite, or the parts do not fit each other.
+        """
+        parts = {name: part.cpu() for name, part in self.parts.items()}
+        if not all(bool(torch.isfinite(part).all()) for name, part in parts.items() if name in SCALES):
+            raise ValueError("the scales are not all finite")
+        try:
+            unpack_weight(parts, self.scheme, self.shape)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"its parts do not fit each other: {error}") from error
+
     def forward(self, x: Tensor) -> Tensor:
         """``... I`` to ``... O`` in x's dtype."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if not hasattr(self, "columns_K"):
             return sage_linear_reference(x, self.parts, self.scheme, self.shape, self.bias)
         parts, plain = self.parts, self.scheme.plain
@@ -82,7 +160,7 @@ class SageLinear(nn.Module):
         grid = self.scheme.salient.scheme
         return y + _product(salient, parts["salient_codes"], parts["salient_scales"], None, grid)
 
-    def _look_up(self) -> None:
+    def look_up(self) -> None:
         """What is derived from the packed tensors: indices of columns, numbers of scales."""
         if "columns" not in self.names:
             return
@@ -95,6 +173,10 @@ class SageLinear(nn.Module):
             bits = index_bits(len(self.get_buffer("table")))
             members = unpack_flat(self.get_buffer("members"), bits, rows * groups).view(rows, groups)
             self.register_buffer("members_OG", members.to(device), persistent=False)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         kept = {name: part for name, part in self.parts.items() if part.is_floating_point()}

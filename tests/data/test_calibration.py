@@ -12,6 +12,8 @@ from lightning_gsq.data import (
     ActivationOptions,
     ActivationStore,
     CalibrationDataModule,
+    Mixture,
+    ModelSamples,
     PerplexityData,
     TextFile,
 )
@@ -44,6 +46,31 @@ def test_seed_chooses_the_sequences(corpus: Path) -> None:
         ids.append(data.train_ids_NT)
     assert torch.equal(ids[0], ids[1])
     assert not torch.equal(ids[0], ids[2])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_samples_of_the_model_are_kept_per_run(
+    mixed: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = FAMILIES["llama"]()
+
+    def tokenized(run: str, seed: int = 0) -> torch.Tensor:
+        samples = ModelSamples(num_tokens=800, length=100, seed=seed)
+        source = Mixture([samples, TextFile(str(corpus))]) if mixed else samples
+        data = CalibrationDataModule(source, 16, 5, 2, cache_folder=str(tmp_path / "shared"))
+        data.run_folder = tmp_path / run
+        data.check(None)
+        data.tokenize(byte_tokenizer(), network)
+        return torch.cat([data.train_ids_NT, data.validation_ids_NT])
+
+    first = tokenized("one")
+    assert len(list((tmp_path / "one").iterdir())) == 1 and not (tmp_path / "shared").exists()
+    assert not torch.equal(tokenized("one", seed=1), first), "other samples have another name"
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelSamples, "attach", lambda *_: pytest.fail("the samples are there"))
+        assert torch.equal(tokenized("one"), first)
+        with pytest.raises(pytest.fail.Exception, match="the samples are there"):
+            tokenized("two")
 
 
 def test_too_little_text_says_how_much_there_is(corpus: Path) -> None:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import lightning_gsq
 from lightning_gsq.cli import main
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.run_folder import RunFolder, stored_scheme
+from lightning_gsq.sage.runtime import SageLinear
 
 CALLBACKS = ("SaliencyThreshold", "GumbelAnnealing", "HardRounding", "QuantizationMonitor")
 
@@ -127,3 +130,58 @@ def test_block_file_says_what_was_chosen(tiny_llama: Path, corpus: Path, tmp_pat
     for weight in layout.values():
         scheme = stored_scheme(weight)
         assert scheme.settled and scheme.salient is not None and scheme.salient.ratio is not None
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "{bits: 1, group_size: 8, salient: {ratio: 0.1, bits: 3, scale_groups: 4}}",
+        "{bits: ternary, group_size: 8, salient: {ratio: 0.1, group_size: 2}}",
+        "{bits: 1, salient: {layout: element, bits: 4, ratio: 0.05, scale_groups: 4}}",
+        "{bits: 1, budget: 3.5}",
+    ],
+)
+def test_native_holds_salient_weights(scheme: str, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    arguments = ["--model.phases=[init]", f"--model.scheme={scheme}", "--export=[native]"]
+    assert main(_arguments(tiny_llama, corpus, tmp_path, *arguments)) == 0
+    folder = tmp_path / "export" / "native"
+    ledger = json.loads((folder / "ledger.json").read_text())["ledger"]
+    assert ledger["bytes"]["total"] == (folder / "model.safetensors").stat().st_size
+    assert ledger["bytes"]["positions"] > 0
+    exact = lightning_gsq.load(folder, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(exact(ids).logits, dense(ids).logits, rtol=0.05, atol=0.05)
+    model = lightning_gsq.load(folder)
+    layers = [module for module in model.modules() if isinstance(module, SageLinear)]
+    assert len(layers) == 14 and layers[0].weight.dtype == torch.bfloat16 and "SageLinear" in repr(model)
+    assert model(ids).logits.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "again")
+    again = [module for module in lightning_gsq.load(tmp_path / "again").modules() if isinstance(module, SageLinear)]
+    for first, second in zip(layers, again, strict=True):
+        assert all(torch.equal(part, second.parts[name]) for name, part in first.parts.items())
+
+
+def test_damaged_salient_parts_are_refused(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    scheme = "{bits: 1, group_size: 8, salient: {ratio: 0.1, bits: 3, scale_groups: 4}}"
+    run = tmp_path / "run"
+    arguments = ["--model.phases=[init]", f"--model.scheme={scheme}", "--export=[native]"]
+    assert main(_arguments(tiny_llama, corpus, run, *arguments)) == 0
+    file = run / "export" / "native" / "model.safetensors"
+    stored = load_file(file)
+    stem = "model.layers.0.mlp.up_proj"
+    damages = {
+        "columns": torch.full_like(stored[f"{stem}.columns"], -1),
+        "table": torch.full_like(stored[f"{stem}.table"], torch.inf),
+        "members": stored[f"{stem}.members"][:, :-1],
+        "codes": stored[f"{stem}.codes"][:-1],
+        "salient_codes": stored[f"{stem}.salient_codes"].float(),
+    }
+    for part, damaged in damages.items():
+        save_file({**stored, f"{stem}.{part}": damaged.contiguous()}, file, metadata={"format": "pt"})
+        with pytest.raises(ConfigurationError, match="up_proj"):
+            lightning_gsq.load(file.parent)
+    save_file({name: part for name, part in stored.items() if not name.endswith("up_proj.table")}, file)
+    with pytest.raises(ConfigurationError):
+        lightning_gsq.load(file.parent)

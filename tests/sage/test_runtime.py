@@ -18,7 +18,7 @@ CASES = list(itertools.product([1, "ternary", 2], [0, 9], [None, 6]))
 def test_structured(bits: object, count: int, table: int | None) -> None:
     tensor = mixed_case(bits, 3, 70, count, table)
     x, bias = torch.randn(2, 3, 70), torch.randn(5)
-    layer = SageLinear(tensor, bias)
+    layer = SageLinear.of(tensor, bias)
     expected = torch.nn.functional.linear(x, tensor.dequantize(), bias)
     torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
     reference = sage_linear_reference(x, tensor.pack(), tensor.scheme, tensor.shape, bias)
@@ -32,14 +32,14 @@ def test_element() -> None:
     part = SalientPart("element", 4, int(mask_OI.sum()) / mask_OI.numel(), scale_groups=4)
     tensor = quantize_elements(w_OI, mask_OI, QuantScheme(1, 64, part), torch.float16)
     x = torch.randn(3, 45)
-    torch.testing.assert_close(SageLinear(tensor)(x), x @ tensor.dequantize().T)
+    torch.testing.assert_close(SageLinear.of(tensor)(x), x @ tensor.dequantize().T)
 
 
 def test_state_dict_of_another_weight() -> None:
     """Loading replaces the salient columns and the scales' numbers too."""
     first, second = (mixed_case(1, 3, 70, 9, 6) for _ in range(2))
-    layer = SageLinear(first)
-    layer.load_state_dict(SageLinear(second).state_dict())
+    layer = SageLinear.of(first)
+    layer.load_state_dict(SageLinear.of(second).state_dict())
     x = torch.randn(4, 70)
     torch.testing.assert_close(layer(x), x @ second.dequantize().T, atol=1e-4, rtol=1e-4)
     assert set(layer.state_dict()) == set(second.pack())
@@ -47,6 +47,6 @@ def test_state_dict_of_another_weight() -> None:
 
 def test_casting_keeps_the_scales() -> None:
     tensor = mixed_case(1, 3, 70, 9, None)
-    layer = SageLinear(tensor).to(torch.bfloat16)
+    layer = SageLinear.of(tensor).to(torch.bfloat16)
     assert layer.scales.dtype == torch.float16 and torch.equal(layer.scales, tensor.rest.scales_OG)
     assert layer(torch.randn(2, 70, dtype=torch.bfloat16)).dtype == torch.bfloat16
