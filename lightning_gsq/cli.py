@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 
-from lightning_gsq import loading
+from lightning_gsq import loading, sharding
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.command import export
@@ -204,10 +204,13 @@ class GSQCLI(LightningCLI):
         parser.add_class_arguments(EndToEndOptions, "end_to_end")
 
     def before_instantiate_classes(self) -> None:
-        """Settles the precision, so that the recipe says which it was."""
+        """Settles the precision, so that the recipe says which it was, and which phases a strategy is for."""
         if self.subcommand in COMMANDS:
             return
-        trainer = self.config[self.subcommand].trainer
+        settings = self.config[self.subcommand]
+        trainer = settings.trainer
+        if sharding.asked_for(trainer.strategy):
+            trainer.strategy, settings.end_to_end.strategy = "ddp", sharding.FSDP2
         if trainer.precision is None:
             trainer.precision = native_precision(str(trainer.accelerator))
 

@@ -33,9 +33,10 @@ from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.ranks import Ranks
 from lightning_gsq.recipe import WATCHERS, fingerprint
 from lightning_gsq.run_folder import RunFolder, compare
+from lightning_gsq.sharding import private_copy
 from lightning_gsq.teacher import StoredTeacher
 
-BESIDE_THE_RESULT = {"recompute", "chunk"}
+BESIDE_THE_RESULT = {"recompute", "chunk", "strategy"}
 """Settings that change what the phase costs, not what it finds."""
 
 
@@ -75,9 +76,20 @@ def check_end_to_end(
             "trainer.limit_val_batches: the end-to-end phase keeps the state that is best on the held-out sequences, "
             "so it needs them; leave the option out"
         )
+    logits = "logits" in options.train and model.gumbel.logits_dtype != "float32"
+    if logits and _is_spread(options, trainer.world_size):
+        raise ConfigurationError(
+            f"model.gumbel.logits_dtype: {options.strategy} takes one dtype for all that trains, and scales train in "
+            f"float32; got {model.gumbel.logits_dtype}. Use float32, or leave logits out of end_to_end.train"
+        )
     known = folder.read_dense("end_to_end")
     if known is not None:
         _refuse_another(folder, known[1], _kept(settings))
+
+
+def _is_spread(options: EndToEndOptions, world: int) -> bool:
+    """Whether the model is spread over the processes; one has nobody to share it with."""
+    return options.strategy is not None and world > 1
 
 
 def _kept(settings: dict[str, Any]) -> dict[str, Any]:
@@ -144,9 +156,12 @@ def run_end_to_end(
     folder.update_progress(perplexity={k: v for k, v in perplexity.items() if k != "end_to_end"}, model=None)
     callbacks: list[Callback] = make_trainer().callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
     quiet = [callback for callback in callbacks if not isinstance(callback, WATCHERS)]
-    own = (
-        {} if options.accumulate_grad_batches is None else {"accumulate_grad_batches": options.accumulate_grad_batches}
-    )
+    own: dict[str, Any] = {}
+    if options.accumulate_grad_batches is not None:
+        own["accumulate_grad_batches"] = options.accumulate_grad_batches
+    spread = _is_spread(options, ranks.world)
+    if spread:
+        own["strategy"] = options.strategy
     batches = max(1, data.num_sequences // ranks.world // options.batch_size)
     trainer = make_trainer(
         max_epochs=options.max_epochs,
@@ -157,7 +172,7 @@ def run_end_to_end(
         **own,
     )
     module = EndToEndQuantization(
-        model.network,
+        private_copy(model.network) if spread else model.network,
         {
             own.index: {site: tensors[site.name] for site in own.weights}
             for own, tensors in zip(plan, start, strict=True)
@@ -208,9 +223,8 @@ def run_end_to_end(
             f"{module.last_loss:.4g}): the result of the blocks stands"
         )
     else:
-        tensors = module.tensors()
-        for part in plan:
-            folder.write_block("end_to_end", part.index, {n: to_cpu(t) for n, t in tensors[part.index].items()})
+        for index, tensors in module.tensors():
+            folder.write_block("end_to_end", index, {n: to_cpu(t) for n, t in tensors.items()})
     folder.write_dense("end_to_end", dense, report)
     ranks.wait()
     return EndToEndResult(report, dense)

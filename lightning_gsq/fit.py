@@ -182,6 +182,7 @@ def _phases(
             console.print,
             ranks,
         )
+        release()
         if not result.rejected:
             kind = "end_to_end"
             tensors = [folder.read_block(kind, own.index, own.expected) for own in plan]

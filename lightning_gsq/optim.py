@@ -24,6 +24,7 @@ from lightning_gsq.compiling import compile_function, compiler_available
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.noise import seed_of
 from lightning_gsq.ops.gumbel_softmax.noise import counters, hash32, seed_words
+from lightning_gsq.sharding import local
 
 __all__ = ["Adam", "Lion"]
 
@@ -129,9 +130,9 @@ class _FusedOptimizer(torch.optim.Optimizer, ABC):
                 device = parameter.device
                 numbers = torch.tensor(self._numbers(group, state["step"]), dtype=torch.float32).to(device)
                 seed = seed_words(seed_of(self.seed, "optimizer", index, state["step"])).to(device)
-                self._function(device.type)(
-                    parameter, parameter.grad, *(state[name] for name in self.state_names), numbers, seed
-                )
+                # Everything is elementwise: each process updates its own part of a sharded parameter.
+                tensors = (parameter, parameter.grad, *(state[name] for name in self.state_names))
+                self._function(device.type)(*(local(tensor) for tensor in tensors), numbers, seed)
         return loss
 
     def _function(self, device_type: str) -> Callable[..., None]:

@@ -19,6 +19,8 @@ from lightning_gsq.ops.distillation import Head
 from lightning_gsq.run_folder import write_atomically
 
 SEQUENCES_A_FILE = 32
+POSITIONS = 128
+"""Positions whose logits are held at once."""
 
 
 class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -46,49 +48,36 @@ class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
             tokens_TK, log_probs_TK = (content.get_slice(name)[row] for name in ("tokens", "log_probs"))
         return self.ids_NT[index], tokens_TK, log_probs_TK
 
-    @torch.no_grad()
-    def compute(
-        self,
-        hidden: Callable[[Tensor], Tensor],
-        head: Head,
-        temperature: float,
-        size: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> int:
-        """Fills in the files that are missing, those of this process.
+    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
+        """Numbers of the files that are to be computed, those of this process among ``world``."""
+        return [n for n in range(rank, -(-len(self) // SEQUENCES_A_FILE), world) if not self._is_whole(n)]
+
+    def passes(self, numbers: list[int], size: int) -> int:
+        """Forward passes of ``size`` sequences that these files take."""
+        return sum(len(self._part(number).split(size)) for number in numbers)
+
+    def compute(self, numbers: list[int], top: Callable[[Tensor], tuple[Tensor, Tensor]], size: int) -> None:
+        """Computes files and writes them.
 
         Args:
-            hidden: Last hidden states ``B T D`` of token ids ``B T``.
-            head: The teacher's head.
-            temperature: Temperature of the loss.
+            numbers: Which.
+            top: Most probable tokens and their log-probabilities, ``B T K`` each, of token ids ``B T``.
             size: Sequences of one forward pass.
-            rank: Number of this process.
-            world: How many there are.
-
-        Returns:
-            How many files were written.
 
         Raises:
             ConfigurationError: the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        parts = self.ids_NT.split(SEQUENCES_A_FILE)
-        missing = [n for n in range(rank, len(parts), world) if not self._is_whole(n)]
-        for number in missing:
-            tokens, log_probs = [], []
-            for ids_BT in parts[number].split(size):
-                for hidden_TD in hidden(ids_BT):
-                    found = [self._top(hidden_CD, head, temperature) for hidden_CD in hidden_TD.split(128)]
-                    tokens.append(torch.cat([part[1] for part in found]).int().cpu())
-                    log_probs.append(torch.cat([part[0] for part in found]).half().cpu())
-            content = {"tokens": torch.stack(tokens), "log_probs": torch.stack(log_probs)}
+        for number in numbers:
+            found = [top(ids_BT) for ids_BT in self._part(number).split(size)]
+            content = {
+                "tokens": torch.cat([tokens_BTK.int().cpu() for tokens_BTK, _ in found]),
+                "log_probs": torch.cat([log_probs_BTK.half().cpu() for _, log_probs_BTK in found]),
+            }
             write_atomically(self._file(number), save(content, {"key": json.dumps(self.key)}))
-        return len(missing)
 
-    def _top(self, hidden_CD: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
-        logits_CV = head.to(hidden_CD.dtype).logits(hidden_CD).float() / temperature
-        return torch.log_softmax(logits_CV, dim=-1).topk(self.k)
+    def _part(self, number: int) -> Tensor:
+        return self.ids_NT[number * SEQUENCES_A_FILE : (number + 1) * SEQUENCES_A_FILE]
 
     def _is_whole(self, part: int) -> bool:
         try:
@@ -99,3 +88,15 @@ class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def _file(self, part: int) -> Path:
         return self.folder / f"top_k-{part:05d}.safetensors"
+
+
+def top_tokens(hidden_BTD: Tensor, head: Head, temperature: float, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` most probable tokens and their log-probabilities, ``B T k`` each, some positions at a time."""
+    tokens, log_probs = [], []
+    for hidden_CD in hidden_BTD.flatten(0, 1).split(POSITIONS):
+        logits_CV = head.to(hidden_CD.dtype).logits(hidden_CD).float() / temperature
+        log_probs_CK, tokens_CK = torch.log_softmax(logits_CV, dim=-1).topk(k)
+        tokens.append(tokens_CK)
+        log_probs.append(log_probs_CK)
+    shape = (*hidden_BTD.shape[:2], k)
+    return torch.cat(tokens).view(shape), torch.cat(log_probs).view(shape)

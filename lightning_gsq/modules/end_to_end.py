@@ -1,14 +1,19 @@
 """The whole quantized model as a LightningModule: codes frozen, group scales trained against the original's logits.
 
-Teacher and student are the same network. Its blocks' full-precision weights stay where they are; for the student, each
-block is run by a :class:`StudentBlock` that computes its weights from codes and scales. Everything between the blocks
+Teacher and student are the same network. Its blocks' full-precision weights stay where they are; each block is run by a
+:class:`StudentBlock`, which for the student computes its weights from codes and scales. Everything between the blocks
 (embedding, masks, rotary embeddings, the last norm) is the model's own code.
+
+Under the strategy ``fsdp2`` each of these blocks is one unit of :mod:`lightning_gsq.sharding`, the rest of the model
+another; ``loss`` and ``teacher_top`` are its forward passes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -27,8 +32,18 @@ from lightning_gsq.modules.student_block import StudentBlock, norm_names, standi
 from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
 from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.quantizers import GumbelOptions
+from lightning_gsq.sharding import (
+    FSDP2Strategy,
+    Sharding,
+    idle_batch,
+    is_sharded,
+    local,
+    passes_of_others,
+    shard,
+    whole,
+)
 from lightning_gsq.sites import LinearSite
-from lightning_gsq.teacher import StoredTeacher
+from lightning_gsq.teacher import StoredTeacher, top_tokens
 
 Trained = Literal["scales", "norms", "head", "logits"]
 
@@ -56,6 +71,8 @@ class EndToEndOptions:
         validations: Evaluations on the held-out sequences in each pass; the best state is kept.
         recompute: Keep only each block's input and run blocks again in the backward pass: less memory, more time.
         chunk: Positions whose logits are held at once.
+        strategy: "fsdp2" spreads the model over the devices in this phase, for models that one of them does not hold;
+            null for the trainer's own. --trainer.strategy fsdp2 sets it.
     """
 
     def __init__(
@@ -76,6 +93,7 @@ class EndToEndOptions:
         validations: int = 4,
         recompute: bool = False,
         chunk: int = 128,
+        strategy: Sharding | None = None,
     ) -> None:
         rates = {
             "norm_learning_rate": norm_learning_rate,
@@ -103,6 +121,7 @@ class EndToEndOptions:
         self.top_k, self.batch_size = top_k, batch_size
         self.max_epochs, self.max_steps, self.validations = max_epochs, max_steps, validations
         self.accumulate_grad_batches, self.recompute, self.chunk = accumulate_grad_batches, recompute, chunk
+        self.strategy = strategy
 
 
 Batch = list[Tensor]
@@ -135,19 +154,21 @@ class EndToEndQuantization(LightningModule):
         self.options = options
         self.network = network.requires_grad_(False)
         self.prefix, self.originals = find_blocks(network)
-        self.teacher_head: Head = find_head(network)
+        head = find_head(network)
+        # Not the matrix: it may be spread over processes later.
+        self.logit_scale, self.softcap = head.scale, head.softcap
         norms = "norms" in options.train
         self.blocks = nn.ModuleDict(
             {
                 str(index): StudentBlock(
-                    self.originals[index],
-                    own,
-                    norm_names(self.originals[index]) if norms else [],
+                    block,
+                    tensors.get(index, {}),
+                    norm_names(block) if norms and index in tensors else [],
                     gumbel if "logits" in options.train else None,
                     options.recompute,
                     (seed, index),
                 )
-                for index, own in tensors.items()
+                for index, block in enumerate(self.originals)
             }
         )
         base = network.base_model
@@ -156,9 +177,7 @@ class EndToEndQuantization(LightningModule):
         self.norms = nn.ParameterList(
             nn.Parameter(base.get_parameter(n).detach().float().clone()) for n in self.norm_names
         )
-        self.head = (
-            nn.Parameter(self.teacher_head.weight_VD.detach().float().clone()) if "head" in options.train else None
-        )
+        self.head = nn.Parameter(head.weight_VD.detach().float().clone()) if "head" in options.train else None
         if "scales" not in options.train:
             for name, parameter in self.named_parameters():
                 if name.endswith("log_scale"):
@@ -167,6 +186,8 @@ class EndToEndQuantization(LightningModule):
         self.held_out = nn.ModuleDict({name: MeanMetric() for name in ("loss", "divergence", "cross_entropy")})
         self.stored: StoredTeacher | None = None
         """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
+        self.idle_passes = 0
+        """Forward passes of a validation that other processes make and this one does not."""
         self.best_loss = self.last_loss = math.inf
         self.validated_step = -1
         self.best_state: dict[str, Tensor] = {}
@@ -175,14 +196,23 @@ class EndToEndQuantization(LightningModule):
 
     def teacher_hidden(self, ids_BT: Tensor) -> Tensor:
         """The last hidden states of the full-precision model, ``B T D``."""
-        with torch.no_grad():
+        with torch.no_grad(), self._standing_in(as_teacher=True):
             return last_hidden(self.network, ids_BT)
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
+    def student_hidden(self, ids_BT: Tensor) -> Tensor:
         """The last hidden states of the quantized model, ``B T D``."""
         outer = dict(zip(self.norm_names, self.norms, strict=True))
-        with standing_in({int(index): block for index, block in self.blocks.items()}, self.originals):
+        with self._standing_in(as_teacher=False):
             return last_hidden(self.network, ids_BT, outer)
+
+    def _standing_in(self, as_teacher: bool) -> AbstractContextManager[None]:
+        blocks = {int(i): functools.partial(block, as_teacher=as_teacher) for i, block in self.blocks.items()}
+        return standing_in(blocks, self.originals)
+
+    @torch.no_grad()
+    def teacher_top(self, ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The full-precision model's ``k`` most probable next tokens and their log-probabilities, ``B T k`` each."""
+        return top_tokens(self.teacher_hidden(ids_BT), self._head_here(), self.options.temperature, k)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the divergence and the cross-entropy of a batch."""
@@ -195,7 +225,7 @@ class EndToEndQuantization(LightningModule):
         labels_BT = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=IGNORED)
         head = teacher if self.head is None else Head(self.head, teacher.bias_V, teacher.scale, teacher.softcap)
         return distillation_loss(
-            self(ids_BT).flatten(0, 1),
+            self.student_hidden(ids_BT).flatten(0, 1),
             head,
             target,
             labels_BT.flatten(),
@@ -206,18 +236,22 @@ class EndToEndQuantization(LightningModule):
 
     # -- Lightning
 
+    def configure_model(self) -> None:
+        """Spreads the module over the processes if the strategy asks for it."""
+        if isinstance(self.trainer.strategy, FSDP2Strategy) and not is_sharded(self):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            shard(self, self.blocks.values(), mesh, ("loss", "teacher_top"))
+
     def on_fit_start(self) -> None:
         """Computes what is missing of the stored teacher."""
         if self.stored is not None:
+            missing = self.stored.missing(self.global_rank, self.trainer.world_size)
+            size, k = self.options.batch_size, self.stored.k
+            idle = passes_of_others(self, self.stored.passes(missing, size)) if is_sharded(self) else 0
             with self.trainer.precision_plugin.forward_context():
-                self.stored.compute(
-                    lambda ids_BT: self.teacher_hidden(ids_BT.to(self.device)),
-                    self._head_here(),
-                    self.options.temperature,
-                    self.options.batch_size,
-                    self.global_rank,
-                    self.trainer.world_size,
-                )
+                self.stored.compute(missing, lambda ids_BT: self.teacher_top(ids_BT.to(self.device), k), size)
+            for _ in range(idle):
+                self.teacher_top(idle_batch(self.device), k)
             self.trainer.strategy.barrier()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -239,6 +273,17 @@ class EndToEndQuantization(LightningModule):
         self.log_dict({f"end_to_end/{name}": value for name, value in figures.items()})
         return loss
 
+    def on_validation_start(self) -> None:
+        """Learns how many batches the others have: held-out sequences are not always divided evenly."""
+        own = sum(int(count) for count in self.trainer.num_val_batches)
+        self.idle_passes = passes_of_others(self, own) if is_sharded(self) else 0
+
+    def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Takes part in the last batches of the others, before the means over all processes are computed."""
+        if batch_idx + 1 == sum(int(count) for count in self.trainer.num_val_batches):
+            for _ in range(self.idle_passes):
+                self.loss([idle_batch(self.device)])
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the losses of some held-out sequences, scales rounded as they are stored."""
         for (name, mean), value in zip(self.held_out.items(), self.loss(batch), strict=True):
@@ -252,7 +297,7 @@ class EndToEndQuantization(LightningModule):
         self.validated_step = self.trainer.global_step
         if loss < self.best_loss:
             self.best_loss = loss
-            self.best_state = {name: p.detach().cpu().clone() for name, p in self.trained()}
+            self.best_state = {name: local(p.detach()).cpu().clone() for name, p in self.trained()}
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that train, with their names."""
@@ -262,7 +307,7 @@ class EndToEndQuantization(LightningModule):
     def restore_best(self) -> None:
         """Goes back to the state with the lowest validation loss."""
         for name, parameter in self.trained():
-            parameter.copy_(self.best_state[name])
+            local(parameter).copy_(self.best_state[name])
 
     def configure_optimizers(self) -> Any:
         """One parameter group for each kind of parameter, with a cosine schedule that ends at the floor."""
@@ -286,28 +331,40 @@ class EndToEndQuantization(LightningModule):
 
     # -- results
 
-    def tensors(self) -> dict[int, dict[str, QuantizedWeight]]:
-        """The quantized weights as they stand, by block and by name inside the block."""
-        return {int(index): block.tensors() for index, block in self.blocks.items()}  # type: ignore[operator]
+    def tensors(self) -> Iterator[tuple[int, dict[str, QuantizedWeight]]]:
+        """The quantized weights as they stand: a block's number, and its weights by name inside the block.
+
+        Those of a block hold until the next is asked for; sharded, all processes have to ask.
+        """
+        for index, block in self.blocks.items():
+            assert isinstance(block, StudentBlock)
+            if block.sites:
+                with whole(block):
+                    yield int(index), block.tensors()
 
     def dense(self) -> dict[str, Tensor]:
-        """Norms and head as they stand, fp32 on the CPU, by parameter name in the model."""
-        network = {id(parameter): name for name, parameter in self.network.named_parameters(remove_duplicate=False)}
+        """Norms and head as they stand, fp32 on the CPU, by parameter name in the model; as in ``tensors``, of all."""
+
+        def copied(names: list[str], parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+            return {name: p.detach().cpu().clone() for name, p in zip(names, parameters, strict=True)}
+
         base = self.network.base_model
-        found = {network[id(base.get_parameter(n))]: p for n, p in zip(self.norm_names, self.norms, strict=True)}
+        with whole(self):
+            network = {id(parameter): name for name, parameter in self.network.named_parameters(remove_duplicate=False)}
+            found = copied([network[id(base.get_parameter(name))] for name in self.norm_names], self.norms)
+            if self.head is not None:
+                found |= copied([head_name(self.network)], [self.head])
         for index, block in self.blocks.items():
-            names = zip(block.norm_names, block.norms, strict=True)  # type: ignore[arg-type]
-            found |= {f"{self.prefix}.{index}.{name}": parameter for name, parameter in names}
-        if self.head is not None:
-            found[head_name(self.network)] = self.head
-        return {name: parameter.detach().cpu().clone() for name, parameter in found.items()}
+            assert isinstance(block, StudentBlock)
+            if block.norm_names:
+                with whole(block):
+                    found |= copied([f"{self.prefix}.{index}.{name}" for name in block.norm_names], block.norms)
+        return found
 
     def _head_here(self) -> Head:
         """The teacher's head on the device where the module is now."""
         embedding = self.network.get_output_embeddings()
-        return Head(
-            embedding.weight, getattr(embedding, "bias", None), self.teacher_head.scale, self.teacher_head.softcap
-        )
+        return Head(embedding.weight, getattr(embedding, "bias", None), self.logit_scale, self.softcap)
 
 
 def head_name(network: PreTrainedModel) -> str:

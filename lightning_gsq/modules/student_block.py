@@ -102,6 +102,8 @@ class SampledWeight(nn.Module):
         start = Start(tensor.codes_OI, tensor.scales_OG.float(), tensor.codes_OI.float())
         self.scale_dtype = tensor.scales_OG.dtype
         self.quantizer = GumbelQuantizer(start, tensor.scheme, options, generator)
+        for name, buffer in list(self.quantizer.named_buffers()):  # for the same reason as in ScaledWeight
+            setattr(self.quantizer, name, nn.Parameter(buffer, requires_grad=False))
 
     def forward(self, key: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
         """A hard sample ``O I`` whose noise ``key`` selects; the most probable codes when nothing trains."""
@@ -209,9 +211,12 @@ class _OwnForward(nn.Module):
 class StudentBlock(nn.Module):
     """Runs a full-precision block with quantized weights, and with norms of its own if these train.
 
+    The full-precision block runs through it as well: where the model is spread over processes, this is the unit whose
+    parameters, the original ones and these, are gathered while it runs.
+
     Args:
         block: The full-precision block; frozen, left as it is.
-        tensors: The quantized weights.
+        tensors: The quantized weights; none for a block that is not quantized.
         norms: Names of the block's parameters to train beside them.
         logits: Options of the logits if the codes train too.
         recompute: Run forward again in the backward pass instead of keeping activations.
@@ -241,8 +246,10 @@ class StudentBlock(nn.Module):
         self.step: tuple[int, ...] = (0,)
         """What selects the noise of the coming forward pass."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the block returns, computed with the quantized weights."""
+    def forward(self, *args: Any, as_teacher: bool = False, **kwargs: Any) -> Any:
+        """What the block returns, computed with the quantized weights, or with its own for the teacher."""
+        if as_teacher:
+            return self.own(*args, **kwargs)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return self._run(*args, **kwargs)

@@ -122,6 +122,7 @@ def estimate(
         device_room=device_room,
         accelerated=device.type != "cpu" or device_memory is not None,
         mapped=source.gguf_file is None and model.dtype_name == "auto",
+        spread=1 if end_to_end.strategy is None else trainer.world_size,
     )
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0

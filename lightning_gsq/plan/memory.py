@@ -73,6 +73,7 @@ class Surroundings:
         device_room: Bytes of the accelerator; None if the device is the host or does not say.
         accelerated: The device has a memory of its own.
         mapped: The model's weights are a mapping of their files, which the system can drop and read again.
+        spread: Devices that share the model in the end-to-end phase; 1 for a copy on each.
     """
 
     bf16: bool
@@ -81,6 +82,7 @@ class Surroundings:
     device_room: int | None
     accelerated: bool
     mapped: bool
+    spread: int = 1
 
 
 def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:
@@ -163,7 +165,7 @@ def phases_of(
         found.append(Phase("blocks: warm start of a block", held | own, worst.start))
         found.append(Phase("blocks: training of a block", held | own, worst.training))
     if "end_to_end" in names:
-        terms = {"model": weights} if around.accelerated else {}
+        terms = _model_end_to_end(skeleton, around)
         terms |= _end_to_end(model, data, end_to_end, skeleton, plan, ledger, around)
         found.append(Phase("end to end", dict(held), terms))
     output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
@@ -295,6 +297,18 @@ def _evaluation(
     return ", block by block", host, max(through, last, key=lambda terms: sum(terms.values()))
 
 
+def _model_end_to_end(skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
+    """The full-precision weights on the device: all, or its share of them and what is gathered at a time."""
+    itemsize = skeleton.dtype.itemsize
+    if around.spread == 1:
+        return {"model": skeleton.parameters * itemsize} if around.accelerated else {}
+    blocks = [block.parameters for block in skeleton.blocks]
+    return {
+        f"model, one of {around.spread} shares": math.ceil(skeleton.parameters * itemsize / around.spread),
+        "a block, and what lies outside, gathered": (skeleton.parameters - sum(blocks) + max(blocks)) * itemsize,
+    }
+
+
 def _end_to_end(
     model: ModelQuantization,
     data: CalibrationDataModule,
@@ -314,9 +328,11 @@ def _end_to_end(
         weights = ((site, scheme) for own in plan.values() for site, scheme in own.items())
         trained += sum(candidates(q, model.gumbel.shifts) * s.rows * s.in_features for s, q in weights)
     one = activation_bytes(skeleton.blocks[0], skeleton.width, batch, tokens, around.bf16, training=True)
-    terms = {
-        "codes": ledger.weights,
-        "what trains, gradients, optimizer state": math.ceil(trained * FP32 * (2 + around.optimizer_state)),
+    states = trained * FP32 * (2 + around.optimizer_state)
+    gathered = {"codes and what trains of a block, gathered": (ledger.weights + 2 * FP32 * trained) // len(plan)}
+    terms = (gathered if around.spread > 1 else {}) | {
+        "codes": math.ceil(ledger.weights / around.spread),
+        "what trains, gradients, optimizer state": math.ceil(states / around.spread),
         "last hidden states, their gradients": 4 * batch * tokens * skeleton.width * FP32,
         "head of teacher and student": 2 * skeleton.vocabulary * skeleton.width * (2 if around.bf16 else 0),
         "logits of a chunk of positions": (2 * itemsize + 4 * FP32) * options.chunk * skeleton.vocabulary,

@@ -23,7 +23,7 @@ from tests.tiny import FAMILIES
 Weights = dict[int, dict[LinearSite, QuantizedTensor]]
 
 
-def _rounded(network: PreTrainedModel, bits: int = 2) -> Weights:
+def rounded(network: PreTrainedModel, bits: int = 2) -> Weights:
     """Every block's weights, rounded to nearest."""
     scheme = QuantScheme(bits, 16)
     traced = trace(network, torch.arange(8)[None])
@@ -37,7 +37,7 @@ def _rounded(network: PreTrainedModel, bits: int = 2) -> Weights:
 
 def _module(network: PreTrainedModel, **options: Any) -> EndToEndQuantization:
     return EndToEndQuantization(
-        network, _rounded(network), EndToEndOptions(batch_size=4, **options), GumbelOptions(backend="eager")
+        network, rounded(network), EndToEndOptions(batch_size=4, **options), GumbelOptions(backend="eager")
     )
 
 
@@ -66,11 +66,11 @@ def test_student_is_the_model_with_dequantized_weights(family: PreTrainedModel) 
     module = _module(family)
     own = {name: parameter.clone() for name, parameter in family.named_parameters()}
     before = last_hidden(family, ids)
-    student = module(ids)
+    student = module.student_hidden(ids)
     assert torch.equal(module.teacher_hidden(ids), before), "the teacher stays what it was"
     torch.testing.assert_close(find_head(family).logits(before), family(ids).logits)
     prefix, _ = find_blocks(family)
-    for index, tensors in module.tensors().items():
+    for index, tensors in module.tensors():
         for site in module.blocks[str(index)].sites:
             dense = site.from_matrix(tensors[site.name].dequantize())
             family.get_parameter(f"{prefix}.{index}.{site.name}").copy_(dense)
@@ -120,7 +120,8 @@ def test_held_out_loss_is_that_of_the_stored_scales() -> None:
     _fit(module, epochs=1)
     module.eval()
     ids = torch.randint(0, 250, (4, 12))
-    stored = {i: {s: module.tensors()[i][s.name] for s in own} for i, own in _rounded(network).items()}
+    tensors = dict(module.tensors())
+    stored = {i: {s: tensors[i][s.name] for s in own} for i, own in rounded(network).items()}
     assert next(iter(stored[0].values())).scales_OG.dtype == torch.float16
     other = EndToEndQuantization(network, stored, EndToEndOptions(train=["scales"])).eval()
     other.norm_names, other.norms = module.norm_names, module.norms
