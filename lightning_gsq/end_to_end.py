@@ -22,13 +22,14 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from lightning_gsq.block_plan import BlockPlan
 from lightning_gsq.callbacks import EndToEndProgress
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.head import find_head
 from lightning_gsq.modules import EndToEndOptions, EndToEndQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of
-from lightning_gsq.pipeline import BlockPlan, to_cpu
+from lightning_gsq.pipeline import to_cpu
 from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.ranks import Ranks
 from lightning_gsq.recipe import WATCHERS, fingerprint

@@ -9,28 +9,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_gsq import board, loading, report
+from lightning_gsq.block_plan import BlockPlan, make_plan
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.end_to_end import EndToEndResult, check_end_to_end, run_end_to_end
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.command import check_possible, export_run
 from lightning_gsq.export.formats import ExportFormat, ExportOptions, format_of
 from lightning_gsq.export.source import FinishedRun, quantized_weights
-from lightning_gsq.ledger import Ledger, LedgerEntry
+from lightning_gsq.installing import as_stored, installed
 from lightning_gsq.memory import release
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.perplexity import make_measure
-from lightning_gsq.pipeline import BlockPlan, BlockwiseRun, as_stored, installed, make_plan
+from lightning_gsq.pipeline import BlockwiseRun
 from lightning_gsq.plan import refuse_early
 from lightning_gsq.plan.limits import device_bytes
-from lightning_gsq.qtensor import QuantizedWeight
 from lightning_gsq.ranks import Ranks, check_shares
 from lightning_gsq.recipe import make_recipe
 from lightning_gsq.run_folder import RunFolder
+from lightning_gsq.summary import make_summary
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -195,7 +195,7 @@ def _phases(
                 loading.save_dense(model.network, model.tokenizer, folder.model, model.output_dtype)
             folder.update_progress(model=kind)
             _add_seconds(folder, "saving", began)
-        summary = _summary(model, source, folder, recipe, kind, plan, tensors, result)
+        summary = make_summary(model, source, folder, recipe, kind, plan, tensors, result)
     folder.write_summary({**summary, "exports": folder.summary.get("exports", {})})
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
     board.log_result(run.trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
@@ -266,76 +266,3 @@ def _bytes_to_write(model: ModelQuantization) -> int:
 def _add_seconds(folder: RunFolder, part: str, began: float) -> None:
     seconds = folder.progress.get("seconds", {})
     folder.update_progress(seconds={**seconds, part: seconds.get(part, 0.0) + time.perf_counter() - began})
-
-
-def _ledger(
-    model: ModelQuantization,
-    plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedWeight]],
-    folder: RunFolder,
-    kind: str,
-) -> Ledger:
-    """The bits of the block files, and of everything that is not quantized in the dtype of the saved model."""
-    entries, headers = [], {}
-    for own, weights in zip(plan, tensors, strict=True):
-        file = folder.block_file(kind, own.index)
-        stored = [LedgerEntry.of(f"{own.name}.{name}", tensor) for name, tensor in weights.items()]
-        entries += stored
-        headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
-    quantized = {entry.name for entry in entries}
-    entries += [
-        LedgerEntry(name, p.numel(), unquantized=8 * model.output_dtype.itemsize * p.numel())
-        for name, p in model.network.named_parameters()
-        if name not in quantized
-    ]
-    return Ledger(tuple(entries), headers)
-
-
-def _summary(
-    model: ModelQuantization,
-    source: loading.ModelSource,
-    folder: RunFolder,
-    recipe: dict[str, Any],
-    kind: str,
-    plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedWeight]],
-    result: EndToEndResult | None,
-) -> dict[str, Any]:
-    ledger = _ledger(model, plan, tensors, folder, kind)
-    saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
-    progress = folder.progress
-    blocks = progress.get("blocks", {})
-    seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
-    parameters = sum(p.numel() for p in model.network.parameters())
-    files = sum(folder.block_file(kind, own.index).stat().st_size for own in plan)
-    peak = max(progress.get("peak_memory_bytes", 0), report.peak_memory_bytes())
-    folder.update_progress(peak_memory_bytes=peak)
-    summary = {
-        "perplexity": progress["perplexity"],
-        "bits_per_weight": report.ledger_of(tensors).per_weight(),
-        "ledger": ledger.summary(),
-        "bytes": {
-            "original": loading.num_bytes(source, model.network),
-            "dense": 2 * parameters,
-            "quantized": ledger.num_bytes,
-            "blocks": files,
-        },
-        "seconds_per_block": seconds_of["blocks"] / max(1, len(blocks)),
-        "seconds_of": seconds_of,
-        "peak_memory_bytes": peak,
-        "scheme": {
-            "name": str(model.scheme),
-            "bits": model.scheme.bits,
-            "group_size": model.scheme.group_size,
-        },
-        "blocks": blocks,
-        **({"saliency": saliency} if saliency else {}),
-        "pretrained": model.pretrained,
-        "seed": recipe["seed"],
-        "versions": recipe["versions"],
-        "torch_threads": torch.get_num_threads(),
-    }
-    if result is not None:
-        summary["end_to_end"] = result.report
-        seconds_of["end_to_end"] = result.report["seconds"]
-    return {**summary, "seconds": sum(seconds_of.values())}

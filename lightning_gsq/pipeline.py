@@ -11,25 +11,24 @@ calibration sequences at the current depth):
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
-from lightning_gsq.backbone import BlockCall, check_chain, compiled_run_block, embed, find_blocks, run_block, trace
+from lightning_gsq.backbone import BlockCall, compiled_run_block, embed, find_blocks, run_block, trace
+from lightning_gsq.block_plan import BlockPlan
 from lightning_gsq.callbacks import SaliencyThreshold
 from lightning_gsq.compiling import compiler_available
 from lightning_gsq.data import ActivationDataset, ActivationOptions, ActivationStore, CalibrationDataModule
 from lightning_gsq.data.activations import first, slices
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.installing import install
 from lightning_gsq.modules import BlockQuantization, ModelQuantization
 from lightning_gsq.noise import generator_of, seed_of
 from lightning_gsq.qtensor import QuantizedWeight
@@ -39,56 +38,10 @@ from lightning_gsq.ranks import Ranks
 from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.sage import Choice, MixedQuantizer, UnsettledQuantizer
 from lightning_gsq.sage.settle import settled_start, settled_tensor
-from lightning_gsq.scheme import QuantScheme, assign_schemes
-from lightning_gsq.sites import LinearSite, find_linear_sites
+from lightning_gsq.sites import LinearSite
 
 FORWARD_TOKENS = 4096
 """Tokens that pass through a block at once where nothing is trained."""
-PROBE_TOKENS = 8
-"""Length of the sequence that shows which weights a block multiplies with."""
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What is to be done with one block.
-
-    Args:
-        index: Its number in the model.
-        name: Its name, such as ``model.layers.3``.
-        weights: The weights to quantize, in order, with their schemes.
-    """
-
-    index: int
-    name: str
-    weights: dict[LinearSite, QuantScheme]
-
-    @property
-    def expected(self) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
-        """Scheme and ``(O, I)`` by parameter name: what the block's file has to hold."""
-        return {site.name: (scheme, (site.rows, site.in_features)) for site, scheme in self.weights.items()}
-
-
-def make_plan(model: ModelQuantization) -> list[BlockPlan]:
-    """Finds the linear weights of every block and assigns their schemes.
-
-    Raises:
-        ConfigurationError: the architecture does not fit, a pattern matches nothing, or a range is empty.
-    """
-    prefix, blocks = find_blocks(model.network)
-    ids = torch.arange(PROBE_TOKENS)[None] % int(model.network.get_input_embeddings().num_embeddings)  # type: ignore
-    traced = trace(model.network, ids)
-    check_chain(model.network, traced)
-    sites: dict[str, tuple[int, LinearSite]] = {}
-    for index in model.selected_blocks(len(blocks)):
-        run = functools.partial(run_block, blocks[index], traced.inputs_BTD[index], traced.calls[index])
-        found = find_linear_sites(blocks[index], run)
-        sites |= {f"{prefix}.{index}.{site.name}": (index, site) for site in found}
-    schemes = assign_schemes(sites, model.scheme, model.include, model.exclude, model.overrides)
-    plans: dict[int, BlockPlan] = {}
-    for name, scheme in schemes.items():
-        index, site = sites[name]
-        plans.setdefault(index, BlockPlan(index, f"{prefix}.{index}", {})).weights[site] = scheme
-    return [plans[index] for index in sorted(plans)]
 
 
 class BlockwiseRun:
@@ -385,71 +338,6 @@ class BlockwiseRun:
                 break
             done[plan.index] = self.folder.read_block("block", plan.index, plan.expected)
         return done
-
-
-def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedWeight]) -> None:
-    """Puts the dequantized weights into a block, in the block's dtype."""
-    for site in plan.weights:
-        parameter = block.get_parameter(site.name)
-        dense = site.from_matrix(tensors[site.name].dequantize())
-        parameter.data = dense.to(parameter.device, parameter.dtype).contiguous()
-
-
-@contextmanager
-def installed(
-    model: ModelQuantization,
-    plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedWeight]],
-    dense: Mapping[str, Tensor] | None = None,
-) -> Iterator[None]:
-    """The model with these weights inside the context, its own afterwards.
-
-    Args:
-        model: The model, loaded.
-        plan: The quantized weights of each block.
-        tensors: Their codes and scales.
-        dense: Other parameters by name in the model; a head that was tied to the embedding is untied.
-    """
-    _, blocks = find_blocks(model.network)
-    originals = [{site.name: blocks[own.index].get_parameter(site.name).data for site in own.weights} for own in plan]
-    with ExitStack() as undo:
-        for own, weights, parameters in zip(plan, tensors, originals, strict=True):
-            install(blocks[own.index], own, weights)
-            for name, data in parameters.items():
-                undo.callback(setattr, blocks[own.index].get_parameter(name), "data", data)
-        for name, value in (dense or {}).items():
-            undo.enter_context(replaced(model.network, name, value))
-        yield
-
-
-@contextmanager
-def replaced(network: PreTrainedModel, name: str, value: Tensor) -> Iterator[None]:
-    """Another parameter under this name, and under no other name that shared the original."""
-    owner, _, last = name.rpartition(".")
-    module, config = network.get_submodule(owner), network.config
-    original, tied = getattr(module, last), config.tie_word_embeddings
-    setattr(module, last, nn.Parameter(value.to(original.device, original.dtype), requires_grad=False))
-    if network.get_output_embeddings() is module:
-        config.tie_word_embeddings = False
-    try:
-        yield
-    finally:
-        setattr(module, last, original)
-        config.tie_word_embeddings = tied
-
-
-@contextmanager
-def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]:
-    """Inside the context, every parameter that is not quantized has the precision that the saved files give it."""
-    quantized = {f"{own.name}.{site.name}" for own in plan for site in own.weights}
-    originals = {p: p.data for name, p in model.network.named_parameters() if name not in quantized}
-    try:
-        for parameter, data in originals.items():
-            parameter.data = data.to(model.output_dtype).to(data.dtype)
-        yield
-    finally:
-        for parameter, data in originals.items():
-            parameter.data = data
 
 
 def to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:

@@ -14,11 +14,12 @@ from transformers import GraniteConfig, PreTrainedModel
 
 from lightning_gsq import perplexity
 from lightning_gsq.backbone import find_blocks
+from lightning_gsq.block_plan import make_plan
 from lightning_gsq.cli import main
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.installing import as_stored, installed
 from lightning_gsq.modules import ModelQuantization
 from lightning_gsq.perplexity import make_measure, runs_by_block, whole_model_terms
-from lightning_gsq.pipeline import as_stored, installed, make_plan
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.quantizers import RTN
 from lightning_gsq.quantizers.warm_start import quantized

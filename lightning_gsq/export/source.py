@@ -24,9 +24,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from lightning_gsq import loading
 from lightning_gsq.backbone import find_blocks
+from lightning_gsq.block_plan import BlockPlan, make_plan
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.installing import replaced
 from lightning_gsq.modules import ModelQuantization
-from lightning_gsq.pipeline import BlockPlan, make_plan, replaced
 from lightning_gsq.qtensor import QuantizedTensor, QuantizedWeight
 from lightning_gsq.recipe import model_fingerprint
 from lightning_gsq.run_folder import RunFolder

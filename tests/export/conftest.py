@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from lightning_gsq import loading
+from lightning_gsq.block_plan import make_plan
 from lightning_gsq.modules import ModelQuantization
-from lightning_gsq.pipeline import make_plan
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.quantizers.warm_start import RTN, quantized
 from lightning_gsq.report import versions
