@@ -105,6 +105,20 @@ class PackedWeight(nn.Module):
         return self
 
 
+def new_bias(
+    site: LinearSite, wanted: bool, dtype: torch.dtype | None, device: torch.device | str | None
+) -> nn.Parameter | None:
+    """The bias of a layer with a packed weight, zero; None without one."""
+    zeros = torch.zeros(site.out_features, dtype=dtype, device=device) if wanted else None
+    return None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+
+def made_on_demand(weight: Tensor) -> Tensor:
+    """A dense weight that code asked a packed layer for, to look at its dtype or device."""
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from filling it at random
+    return weight
+
+
 class QuantLinear(PackedWeight):
     """A linear layer with a packed weight: ``y = x w^T + bias``.
 
@@ -135,18 +149,12 @@ class QuantLinear(PackedWeight):
         super().__init__(scheme, site, scale_dtype, dtype, device)
         self.in_features, self.out_features = site.in_features, site.out_features
         self.bias: nn.Parameter | None
-        if bias:
-            zeros = torch.zeros(site.out_features, dtype=dtype, device=device)
-            self.bias = nn.Parameter(zeros, requires_grad=False)
-        else:
-            self.register_parameter("bias", None)
+        self.register_parameter("bias", new_bias(site, bias, dtype, device))
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew each time: for code that looks at a layer's weight, its dtype or device."""
-        weight = self.dequantize(self.cast.dtype)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from filling it at random
-        return weight
+        return made_on_demand(self.dequantize(self.cast.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """``... I`` to ``... O``."""

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lightning_gsq.backbone import BlockCall, check_chain, embed, find_blocks, run_block, split_hidden, trace
+from lightning_gsq.block_plan import PROBE_TOKENS
 from lightning_gsq.data import ActivationOptions, ActivationStore, PerplexityData
 from lightning_gsq.data.activations import slices
 from lightning_gsq.data.evaluation import ByBlock
@@ -39,7 +40,6 @@ from lightning_gsq.pipeline import FORWARD_TOKENS
 from lightning_gsq.ranks import Ranks
 
 FP32 = 4
-PROBE_TOKENS = 8
 SPARE = 0.1
 """Share of a device's free memory that a whole model has to leave to activations, workspaces and fragmentation."""
 

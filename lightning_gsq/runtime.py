@@ -33,8 +33,14 @@ from lightning_gsq.sites import LinearSite
 
 METHOD = "lightning_gsq"
 VERSION = 1
-SALIENT_FIELDS = ("layout", "bits", "ratio", "group_size", "scale_groups")
-"""What a reader has to know of the salient part; the rest is about finding and training it."""
+SALIENT_FIELDS: dict[str, Any] = {
+    "layout": str,
+    "bits": int,
+    "ratio": (int, float),
+    "group_size": int,
+    "scale_groups": (int, type(None)),
+}
+"""What a reader has to know of the salient part, with the types; the rest is about finding and training it."""
 SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 Layouts = Mapping[str, tuple[QuantScheme, LinearSite]]
 """Scheme and shape of each packed weight, by parameter name."""
@@ -117,16 +123,9 @@ def _from_plain(name: str, content: Any) -> tuple[QuantScheme, LinearSite]:
 def _salient_from_plain(name: str, content: Any) -> SalientPart | None:
     if content is None:
         return None
-    types: dict[str, Any] = {
-        "layout": str,
-        "bits": int,
-        "ratio": (int, float),
-        "group_size": int,
-        "scale_groups": (int, type(None)),
-    }
     if not isinstance(content, dict) or set(content) != set(SALIENT_FIELDS):
         raise ConfigurationError(f"quantization_config: the salient part of {name} is {content!r}")
-    wrong = [key for key, value in content.items() if type(value) is bool or not isinstance(value, types[key])]
+    wrong = [key for key, value in content.items() if type(value) is bool or not isinstance(value, SALIENT_FIELDS[key])]
     if wrong or content["layout"] not in ("structured", "element"):
         raise ConfigurationError(f"quantization_config: the salient part of {name} is {content!r}")
     return SalientPart(**content)

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_gsq.layers import made_on_demand, new_bias
 from lightning_gsq.ops.packed_linear import packed_linear
 from lightning_gsq.packing import unpack
 from lightning_gsq.qtensor import QuantizedWeight
@@ -77,19 +78,15 @@ class SageLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme, self.site = scheme, site
-        self.in_features, self.out_features = site.in_features, site.out_features
         self.names = list(parts)
         for name, part in parts.items():
             self.register_buffer(name, part)
         device = next(iter(parts.values())).device
         # Holds no number: it is there to be cast together with the model's parameters.
         self.register_buffer("cast", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.in_features, self.out_features = site.in_features, site.out_features
         self.bias: nn.Parameter | None
-        if bias:
-            zeros = torch.zeros(site.out_features, dtype=dtype, device=device)
-            self.bias = nn.Parameter(zeros, requires_grad=False)
-        else:
-            self.register_parameter("bias", None)
+        self.register_parameter("bias", new_bias(site, bias, dtype, device))
         if device.type != "meta":
             self.look_up()
         self.register_load_state_dict_post_hook(lambda *_: self.look_up())
@@ -117,9 +114,7 @@ class SageLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew each time: for code that looks at a layer's weight, its dtype or device."""
-        weight = self.dequantize(self.cast.dtype)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from filling it at random
-        return weight
+        return made_on_demand(self.dequantize(self.cast.dtype))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight in the shape of the parameter that it stands for."""
