@@ -75,23 +75,23 @@ class ActivationStore:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class ActivationDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of a block's input and target, each ``T D``, fetched a batch at a time."""
+class ActivationDataset(Dataset[tuple[Tensor, ...]]):
+    """A block's input and target, each ``T D``, where given with the weights of their tokens ``T``, a batch at a time."""
 
-    def __init__(self, inputs_NTD: Tensor, targets_NTD: Tensor) -> None:
-        self.inputs_NTD, self.targets_NTD = inputs_NTD, targets_NTD
+    def __init__(self, inputs_NTD: Tensor, targets_NTD: Tensor, weights_NT: Tensor | None = None) -> None:
+        self.tensors = (inputs_NTD, targets_NTD) if weights_NT is None else (inputs_NTD, targets_NTD, weights_NT)
 
     def __len__(self) -> int:
-        return len(self.inputs_NTD)
+        return len(self.tensors[0])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs_NTD[index], self.targets_NTD[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        return [(self.inputs_NTD[indices], self.targets_NTD[indices])]
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+        return [tuple(tensor[indices] for tensor in self.tensors)]
 
 
-def first(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def first(batches: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Collate function of :class:`ActivationDataset`: its batches arrive whole."""
     return batches[0]
 

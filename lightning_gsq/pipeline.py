@@ -39,6 +39,7 @@ from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.sage import Choice, MixedQuantizer, UnsettledQuantizer
 from lightning_gsq.sage.settle import settled_start, settled_tensor
 from lightning_gsq.sites import LinearSite
+from lightning_gsq.token_weights import inherited_weights, typical_energy
 
 FORWARD_TOKENS = 4096
 """Tokens that pass through a block at once where nothing is trained."""
@@ -159,7 +160,8 @@ class BlockwiseRun:
                 if plan is not None:
                     tensors = done.get(index)
                     if tensors is None:
-                        tensors, measures = self._fit(plan, block, quantized, target)
+                        weights_NT = self._token_weights(quantized, full) if stream else None
+                        tensors, measures = self._fit(plan, block, quantized, target, weights_NT)
                         # A Trainer and its module refer to each other: without this, the logits and optimizer
                         # states of many blocks pile up before Python looks for such cycles by itself.
                         gc.collect()
@@ -172,7 +174,7 @@ class BlockwiseRun:
                     finished(plan, time.perf_counter() - began, measures)
 
     def _fit(
-        self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor
+        self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor, weights_NT: Tensor | None
     ) -> tuple[dict[str, QuantizedWeight], dict[str, float]]:
         train = len(self.train_ids_NT)
         matrices = self._matrices(plan, block, inputs_NTD[: self._hessian_sequences])
@@ -184,7 +186,7 @@ class BlockwiseRun:
             self.model.optimizer,
             scale_learning_rate=self.model.scale_learning_rate,
             learning_rate_floor=self.model.learning_rate_floor,
-            target_power=self._mean_square(targets_NTD[:train]),
+            target_power=self._mean_square(targets_NTD[:train], weights_NT),
             index=plan.index,
             name=plan.name,
             seed=self.seed,
@@ -195,8 +197,9 @@ class BlockwiseRun:
         own = (self.ranks.rank,) if self.ranks.rank else ()
         order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order", *own))
         size = self.data.batch_size
+        tensors = (inputs_NTD, targets_NTD, *([] if weights_NT is None else [weights_NT]))
         loader = DataLoader(
-            ActivationDataset(inputs_NTD[:train], targets_NTD[:train]),
+            ActivationDataset(*(tensor[:train] for tensor in tensors)),
             batch_size=size,
             shuffle=True,
             generator=order,
@@ -205,7 +208,7 @@ class BlockwiseRun:
             pin_memory=self.device.type == "cuda",  # copied while the step before still computes
         )
         held_out = DataLoader(
-            ActivationDataset(inputs_NTD[train:], targets_NTD[train:]), batch_size=size, collate_fn=first
+            ActivationDataset(*(tensor[train:] for tensor in tensors)), batch_size=size, collate_fn=first
         )
         trainer = self.make_trainer()
         trainer.fit(module, loader, held_out)
@@ -228,11 +231,11 @@ class BlockwiseRun:
         flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for _, q in module.named_quantizers())
         measures["flip_rate"] = flipped / sum(q.start_codes.numel() for _, q in module.named_quantizers())
         dtype = self.model.scale_dtype
-        tensors = {
+        result = {
             name: to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
             for name, quantizer in module.named_weights()
         }
-        return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
+        return result, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
 
     def _matrices(self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> dict[str, Matrix]:
         """The block's weights with the second moments of their inputs."""
@@ -283,15 +286,15 @@ class BlockwiseRun:
 
     @torch.no_grad()
     def _error(
-        self, module: BlockQuantization, loader: Iterable[tuple[Tensor, Tensor]], weights: dict[str, Tensor]
+        self, module: BlockQuantization, loader: Iterable[tuple[Tensor, ...]], weights: dict[str, Tensor]
     ) -> float:
         """Relative squared error of the block on held-out sequences."""
         total, count = 0.0, 0
         with self._precision():
-            for inputs, targets in loader:
-                batch = (inputs.to(self.device), targets.to(self.device))
-                total += float(module.loss(batch, weights)) * len(inputs)
-                count += len(inputs)
+            for batch in loader:
+                own = tuple(tensor.to(self.device) for tensor in batch)
+                total += float(module.loss(own, weights)) * len(own[0])
+                count += len(own[0])
         total, count = self.ranks.sum(torch.tensor([total, count], dtype=torch.float64, device=self.device)).tolist()
         return total / count
 
@@ -302,9 +305,22 @@ class BlockwiseRun:
         """This process's share of the sequences whose inputs the warm start sees."""
         return self.ranks.share_of(min(self.model.hessian_sequences, len(self.train_ids_NT) * self.ranks.world))
 
-    def _mean_square(self, x_NTD: Tensor) -> float:
-        mean = sum(float(x.float().square().mean()) for x in x_NTD) / len(x_NTD)
-        return float(self.ranks.sum(torch.tensor(mean, dtype=torch.float64, device=self.device))) / self.ranks.world
+    def _mean_square(self, x_NTD: Tensor, weights_NT: Tensor | None) -> float:
+        if weights_NT is None:
+            return self._mean(sum(float(x.float().square().mean()) for x in x_NTD) / len(x_NTD))
+        pairs = zip(x_NTD, weights_NT)  # noqa: B905 - the weights go on, over held-out sequences
+        return self._mean(sum(float((x.float().square().mean(-1) * w).mean()) for x, w in pairs) / len(x_NTD))
+
+    def _token_weights(self, quantized_NTD: Tensor, full_NTD: Tensor) -> Tensor | None:
+        """How much each token counts in the loss; None where all count alike."""
+        if self.model.inherited_error is None:
+            return None
+        tolerated = self.model.inherited_error * self._mean(typical_energy(full_NTD[: len(self.train_ids_NT)]))
+        return inherited_weights(quantized_NTD, full_NTD, tolerated)
+
+    def _mean(self, value: float) -> float:
+        """Mean over the processes."""
+        return float(self.ranks.sum(torch.tensor(value, dtype=torch.float64, device=self.device))) / self.ranks.world
 
     def _precision(self):  # type: ignore[no-untyped-def]  # a context manager of Lightning's, whose type varies
         return self.trainer.precision_plugin.forward_context()

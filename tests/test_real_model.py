@@ -24,6 +24,7 @@ def test_two_blocks_of_smollm2_beat_gptq(tmp_path: Path) -> None:
         "--model.compile_blocks": "false",
         "--data.sequence_length": "256",
         "--data.num_sequences": "96",
+        "--data.batch_size": "2",
         "--data.num_validation_sequences": "8",
         "--evaluation.sequence_length": "512",
         "--evaluation.num_windows": "3",

@@ -23,8 +23,9 @@ from lightning_gsq.sites import LinearSite
 
 WeightQuantizer = GumbelQuantizer | MixedQuantizer
 """One trainable weight; its parts are Gumbel quantizers."""
-Batch = tuple[Tensor, Tensor]
-"""Hidden states that enter the block, and what should leave it; each ``B T D``."""
+Batch = tuple[Tensor, ...]
+"""Hidden states that enter the block, and what should leave it, each ``B T D``; then, optionally, how much each token
+counts, ``B T``."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -36,7 +37,7 @@ class BlockQuantization(LightningModule):
 
     The block itself stays as it is: it runs through ``torch.func.functional_call`` with sampled weights in place of
     its own. The loss is the mean squared error over the mean square of the targets, so that 0.01 means one percent
-    of the block's output energy, in every block.
+    of the block's output energy, in every block. Batches may weigh tokens.
 
     Args:
         block: The full-precision block; frozen here.
@@ -46,7 +47,7 @@ class BlockQuantization(LightningModule):
         optimizer: Makes the optimizer from parameter groups; its learning rate is that of the logits.
         scale_learning_rate: Learning rate of the scales' logarithms; no weight decay applies to them.
         learning_rate_floor: Where the cosine schedule ends, as a share of the start.
-        target_power: Mean square of the targets.
+        target_power: Mean square of the targets, weighed like the batches.
         index: The block's number in the model, for logging and for the noise.
         name: The block's name in the model, for messages.
         seed: Seed of the noise.
@@ -118,8 +119,11 @@ class BlockQuantization(LightningModule):
 
     def loss(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Relative squared error of the block's output with these weights, fp32."""
-        hidden, target = batch
-        return nn.functional.mse_loss(self(hidden.float(), weights).float(), target.float()) / self.target_power
+        hidden, target, *weight_BT = batch
+        output = self(hidden.float(), weights).float()
+        if not weight_BT:
+            return nn.functional.mse_loss(output, target.float()) / self.target_power
+        return ((output - target.float()).square().mean(-1) * weight_BT[0]).mean() / self.target_power
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss with sampled weights.

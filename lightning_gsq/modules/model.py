@@ -38,6 +38,9 @@ class ModelQuantization(LightningModule):
             the same run folder.
         target: What a block learns to output: "stream", the full-precision model's own activations at that depth, or
             "local", the full-precision block applied to the quantized model's activations.
+        inherited_error: Error that a token may bring into a block before it counts less there, in energies of a typical
+            token (target stream); at this error it counts half. Matters where few tokens carry massive activations
+            that low bits get wrong; null: all tokens count alike.
         warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
         hessian_sequences: Calibration sequences whose inputs the warm start sees.
         gumbel: How the logits start and how noisy their samples are.
@@ -63,6 +66,7 @@ class ModelQuantization(LightningModule):
         blocks: str | None = None,
         phases: list[Literal["init", "blocks", "end_to_end"]] = ["init", "blocks", "end_to_end"],  # noqa: B006
         target: Literal["stream", "local"] = "stream",
+        inherited_error: float | None = None,
         warm_start: WarmStart | None = None,
         hessian_sequences: int = 64,
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
@@ -83,6 +87,13 @@ class ModelQuantization(LightningModule):
         ):
             if number <= 0:
                 raise ConfigurationError(f"model.{name} must be positive, got {number}")
+        if inherited_error is not None and inherited_error <= 0:
+            raise ConfigurationError(f"model.inherited_error must be positive or null, got {inherited_error}")
+        if inherited_error is not None and target != "stream":
+            raise ConfigurationError(
+                f"model.inherited_error={inherited_error} needs --model.target stream, got {target}, which knows no error "
+                "of the blocks before; use null"
+            )
         if not phases:
             raise ConfigurationError("model.phases is empty: name one or more of init, blocks and end_to_end")
         if not 0 <= learning_rate_floor <= 1:
@@ -90,6 +101,7 @@ class ModelQuantization(LightningModule):
         self.pretrained, self.revision, self.trust_remote_code = pretrained, revision, trust_remote_code
         self.scheme, self.include, self.exclude, self.overrides = scheme, include, exclude, overrides
         self.blocks, self.phases, self.target = blocks, phases, target
+        self.inherited_error = inherited_error
         self.warm_start, self.hessian_sequences = warm_start or RTN(weighted=True), hessian_sequences
         self.gumbel, self.optimizer = gumbel, optimizer
         self.scale_learning_rate, self.learning_rate_floor = scale_learning_rate, learning_rate_floor

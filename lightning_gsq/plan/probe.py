@@ -70,7 +70,7 @@ def probe(
 
     def step(number: int) -> None:
         with autocast:
-            loss = module.loss(batch, module.sampled_weights(number))  # type: ignore[arg-type]
+            loss = module.loss(batch, module.sampled_weights(number))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
