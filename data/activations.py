@@ -76,7 +76,7 @@ class ActivationStore:
 
 
 class ActivationDataset(Dataset[tuple[Tensor, ...]]):
-    """A block's input and target, each ``T D``, where given with the weights of their tokens ``T``, a batch at a time."""
+    """A block's input and target, each ``T D``, and weights of their tokens ``T`` if given, a batch at a time."""
 
     def __init__(self, inputs_NTD: Tensor, targets_NTD: Tensor, weights_NT: Tensor | None = None) -> None:
         self.tensors = (inputs_NTD, targets_NTD) if weights_NT is None else (inputs_NTD, targets_NTD, weights_NT)

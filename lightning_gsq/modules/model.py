@@ -91,8 +91,8 @@ class ModelQuantization(LightningModule):
             raise ConfigurationError(f"model.inherited_error must be positive or null, got {inherited_error}")
         if inherited_error is not None and target != "stream":
             raise ConfigurationError(
-                f"model.inherited_error={inherited_error} needs --model.target stream, got {target}, which knows no error "
-                "of the blocks before; use null"
+                f"model.inherited_error={inherited_error} needs --model.target stream, got {target}, which knows no "
+                "error of the blocks before; use null"
             )
         if not phases:
             raise ConfigurationError("model.phases is empty: name one or more of init, blocks and end_to_end")
