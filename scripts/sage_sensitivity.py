@@ -154,8 +154,8 @@ def studies(matrices: dict[str, Matrix]) -> Iterator[Row]:
         options = SettleOptions(graph=GraphOptions(neighbours=neighbours))
         yield measure(matrices, "element: neighbours", str(neighbours), published(), options)
     options = default
-    count = functools.partial(kmeans_count, options=default.graph)
-    yield measure(matrices, "element: k-means and silhouette instead", "", published(), options, count)
+    by_kmeans = functools.partial(kmeans_count, options=default.graph)
+    yield measure(matrices, "element: k-means and silhouette instead", "", published(), options, by_kmeans)
     for groups in (1, 2, 3, 4, 8, 16):
         yield measure(matrices, "element: groups", str(groups), published(scale_groups=groups), default)
     for ratio in (0.0, 0.005, 0.01, 0.02, 0.05, 0.1):
@@ -174,6 +174,11 @@ def studies(matrices: dict[str, Matrix]) -> Iterator[Row]:
         scheme = dataclasses.replace(columns(score="error", scale_groups=table), group_size=32)
         name = "one a group" if table is None else str(table)
         yield measure(matrices, "structured: scales of a matrix, groups of 32", name, scheme, default)
+
+
+def count(groups: float) -> str:
+    """Mean number of distinct scales; nothing where none were looked for."""
+    return "" if np.isnan(groups) else f"{groups:.1f}"
 
 
 def graph_seconds(matrices: dict[str, Matrix], options: GraphOptions) -> float:
@@ -200,7 +205,7 @@ def main() -> None:
     console.print("\n".join(lines))
     for row in studies(matrices):
         lines.append(
-            f"| {row.study} | {row.setting} | {row.groups:.1f} | {row.ratio:.3f} | {row.error:.4f} | "
+            f"| {row.study} | {row.setting} | {count(row.groups)} | {row.ratio:.3f} | {row.error:.4f} | "
             f"{row.output_error:.4f} | {row.bits:.3f} | {row.seconds:.1f} |"
         )
         console.print(lines[-1], soft_wrap=True)
