@@ -76,10 +76,10 @@ class ActivationStore:
 
 
 class ActivationDataset(Dataset[tuple[Tensor, ...]]):
-    """A block's input and target, each ``T D``, and weights of their tokens ``T`` if given, a batch at a time."""
+    """A block's inputs and targets ``N T D``, with weights of their tokens ``N T`` if given, a batch at a time."""
 
-    def __init__(self, inputs_NTD: Tensor, targets_NTD: Tensor, weights_NT: Tensor | None = None) -> None:
-        self.tensors = (inputs_NTD, targets_NTD) if weights_NT is None else (inputs_NTD, targets_NTD, weights_NT)
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
 
     def __len__(self) -> int:
         return len(self.tensors[0])

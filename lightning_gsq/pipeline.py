@@ -177,6 +177,8 @@ class BlockwiseRun:
         self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor, weights_NT: Tensor | None
     ) -> tuple[dict[str, QuantizedWeight], dict[str, float]]:
         train = len(self.train_ids_NT)
+        streams = (inputs_NTD, targets_NTD, *([] if weights_NT is None else [weights_NT]))
+        training = ActivationDataset(*(stream[:train] for stream in streams))
         matrices = self._matrices(plan, block, inputs_NTD[: self._hessian_sequences])
         quantizers = {site: self._quantizer(plan, site, matrices[site.name]) for site in plan.weights}
         module = BlockQuantization(
@@ -186,7 +188,7 @@ class BlockwiseRun:
             self.model.optimizer,
             scale_learning_rate=self.model.scale_learning_rate,
             learning_rate_floor=self.model.learning_rate_floor,
-            target_power=self._mean_square(targets_NTD[:train], weights_NT),
+            target_power=self._mean_square(*training.tensors[1:]),
             index=plan.index,
             name=plan.name,
             seed=self.seed,
@@ -197,9 +199,8 @@ class BlockwiseRun:
         own = (self.ranks.rank,) if self.ranks.rank else ()
         order = torch.Generator().manual_seed(seed_of(self.seed, plan.index, "order", *own))
         size = self.data.batch_size
-        tensors = (inputs_NTD, targets_NTD, *([] if weights_NT is None else [weights_NT]))
         loader = DataLoader(
-            ActivationDataset(*(tensor[:train] for tensor in tensors)),
+            training,
             batch_size=size,
             shuffle=True,
             generator=order,
@@ -208,7 +209,7 @@ class BlockwiseRun:
             pin_memory=self.device.type == "cuda",  # copied while the step before still computes
         )
         held_out = DataLoader(
-            ActivationDataset(*(tensor[train:] for tensor in tensors)), batch_size=size, collate_fn=first
+            ActivationDataset(*(stream[train:] for stream in streams)), batch_size=size, collate_fn=first
         )
         trainer = self.make_trainer()
         trainer.fit(module, loader, held_out)
@@ -231,11 +232,11 @@ class BlockwiseRun:
         flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for _, q in module.named_quantizers())
         measures["flip_rate"] = flipped / sum(q.start_codes.numel() for _, q in module.named_quantizers())
         dtype = self.model.scale_dtype
-        result = {
+        tensors = {
             name: to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
             for name, quantizer in module.named_weights()
         }
-        return result, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
+        return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
 
     def _matrices(self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> dict[str, Matrix]:
         """The block's weights with the second moments of their inputs."""
@@ -305,10 +306,10 @@ class BlockwiseRun:
         """This process's share of the sequences whose inputs the warm start sees."""
         return self.ranks.share_of(min(self.model.hessian_sequences, len(self.train_ids_NT) * self.ranks.world))
 
-    def _mean_square(self, x_NTD: Tensor, weights_NT: Tensor | None) -> float:
+    def _mean_square(self, x_NTD: Tensor, weights_NT: Tensor | None = None) -> float:
         if weights_NT is None:
             return self._mean(sum(float(x.float().square().mean()) for x in x_NTD) / len(x_NTD))
-        pairs = zip(x_NTD, weights_NT)  # noqa: B905 - the weights go on, over held-out sequences
+        pairs = zip(x_NTD, weights_NT, strict=True)
         return self._mean(sum(float((x.float().square().mean(-1) * w).mean()) for x, w in pairs) / len(x_NTD))
 
     def _token_weights(self, quantized_NTD: Tensor, full_NTD: Tensor) -> Tensor | None:
