@@ -10,6 +10,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import Matrix
 from lightning_gsq.sage import Choice, GraphOptions, Menu, SettleOptions, UnsettledQuantizer, settle
 from lightning_gsq.sage.budget import MAX_RATIO
+from lightning_gsq.stopwatch import Stopwatch
 
 
 class SaliencyThreshold(Callback):
@@ -42,10 +43,12 @@ class SaliencyThreshold(Callback):
         if not 0 < max_ratio < 1:
             raise ConfigurationError(f"SaliencyThreshold.max_ratio must lie between 0 and 1, got {max_ratio}")
         self.options = SettleOptions(price, max_ratio, graph, menu)
+        self.watch = Stopwatch()
 
     def choose(self, matrices: Mapping[str, Matrix]) -> dict[str, Choice]:
         """The salient part of each matrix of a block."""
-        return settle(matrices, self.options)
+        with self.watch("saliency"):
+            return settle(matrices, self.options)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Chooses, replaces, logs."""

@@ -243,6 +243,7 @@ def _init_phase(run: BlockwiseRun, folder: RunFolder, perplexity: Callable[[], N
     began = time.perf_counter()
     starts = run.warm_start()
     _add_seconds(folder, "warm_start", began)
+    folder.update_progress(init_seconds=run.watch.take())
     with installed(run.model, run.plan, starts):
         perplexity()
 

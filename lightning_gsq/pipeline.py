@@ -39,6 +39,7 @@ from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.sage import Choice, MixedQuantizer, UnsettledQuantizer
 from lightning_gsq.sage.settle import settled_start, settled_tensor
 from lightning_gsq.sites import LinearSite
+from lightning_gsq.stopwatch import Stopwatch
 from lightning_gsq.token_weights import inherited_weights, typical_energy
 
 FORWARD_TOKENS = 4096
@@ -80,7 +81,7 @@ class BlockwiseRun:
         self.plan, self.blocks = plan, find_blocks(model.network)[1]
         self.trainer = make_trainer()
         self.saliency = _saliency(self.trainer, model, plan)
-        self.device = self.trainer.strategy.root_device
+        self.device, self.watch = self.trainer.strategy.root_device, Stopwatch()
         compiled = model.compile_blocks and compiler_available(self.device.type)
         self.run_block = compiled_run_block() if compiled else run_block
         self.forward_size = max(1, FORWARD_TOKENS // data.sequence_length)
@@ -110,10 +111,11 @@ class BlockwiseRun:
                     matrices = self._matrices(plans[index], block, hidden)
                     choices = self._choose(matrices)
                     own, dtype = self.model.warm_start, self.model.scale_dtype
-                    tensors = {
-                        name: to_cpu(settled_tensor(matrix, choices.get(name), own, dtype))
-                        for name, matrix in matrices.items()
-                    }
+                    with self.watch("warm_start"):
+                        tensors = {
+                            name: to_cpu(settled_tensor(matrix, choices.get(name), own, dtype))
+                            for name, matrix in matrices.items()
+                        }
                     self.folder.write_block("warm_start", index, tensors)
                     results.append(tensors)
                     install(block, plans[index], tensors)
@@ -150,6 +152,7 @@ class BlockwiseRun:
                 full.copy_(quantized)
             for index in range(self.plan[-1].index + 1):
                 began = time.perf_counter()
+                self.watch.take()
                 measures: dict[str, float] = {}
                 block = self._working_copy(index)
                 plan = plans.get(index)
@@ -171,7 +174,8 @@ class BlockwiseRun:
                 if stream:
                     full, target = target, full
                 if plan is not None and index not in done:
-                    finished(plan, time.perf_counter() - began, measures)
+                    parts = {f"seconds/{part}": seconds for part, seconds in self.watch.take().items()}
+                    finished(plan, time.perf_counter() - began, measures | parts)
 
     def _fit(
         self, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, targets_NTD: Tensor, weights_NT: Tensor | None
@@ -212,7 +216,11 @@ class BlockwiseRun:
             ActivationDataset(*(stream[train:] for stream in streams)), batch_size=size, collate_fn=first
         )
         trainer = self.make_trainer()
-        trainer.fit(module, loader, held_out)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
+            if isinstance(callback, SaliencyThreshold):
+                callback.watch = self.watch
+        with self.watch("training"):
+            trainer.fit(module, loader, held_out)
         if trainer.interrupted:
             raise KeyboardInterrupt
         # Lightning binds it to the module: callbacks outlive a block, and would keep its training state alive.
@@ -221,7 +229,8 @@ class BlockwiseRun:
             vars(callback).pop("log_dict", None)
         module.to(self.device)
         weights = {"start": module.start_weights(), "trained": module.hard_weights()}
-        measures = {key: self._error(module, held_out, own) for key, own in weights.items()}
+        with self.watch("check"):
+            measures = {key: self._error(module, held_out, own) for key, own in weights.items()}
         worse = not measures["trained"] <= measures["start"]
         if worse:
             self.say(
@@ -243,7 +252,7 @@ class BlockwiseRun:
         needed = self.model.warm_start.needs_hessian
         statistics = InputStatistics(list(plan.weights), self.device)
         if needed:
-            with torch.no_grad(), statistics.watching(block), self._precision():
+            with self.watch("statistics"), torch.no_grad(), statistics.watching(block), self._precision():
                 for part in slices(len(inputs_NTD), self.forward_size):
                     run_block(block, self._fetch(inputs_NTD[part]), self.calls[plan.index].to(self.device))
             if self.ranks.world > 1:
@@ -261,7 +270,10 @@ class BlockwiseRun:
     def _choose(self, matrices: dict[str, Matrix]) -> dict[str, Choice]:
         """The salient part of each matrix whose scheme has one."""
         mixed = {name: matrix for name, matrix in matrices.items() if matrix.scheme.mixed}
-        return self.saliency.choose(mixed) if self.saliency is not None else {}
+        if self.saliency is None:
+            return {}
+        self.saliency.watch = self.watch
+        return self.saliency.choose(mixed)
 
     @torch.no_grad()
     def _quantizer(self, plan: BlockPlan, site: LinearSite, matrix: Matrix) -> GumbelQuantizer | UnsettledQuantizer:
@@ -269,10 +281,11 @@ class BlockwiseRun:
         options, warm_start = self.model.gumbel, self.model.warm_start
         generator = generator_of(self.seed, plan.index, site.name, "logits")
         if not matrix.scheme.mixed:
-            return GumbelQuantizer(start_of(matrix, warm_start), matrix.scheme, options, generator)
+            with self.watch("warm_start"):
+                return GumbelQuantizer(start_of(matrix, warm_start), matrix.scheme, options, generator)
 
         def build(choice: Choice) -> MixedQuantizer:
-            with torch.no_grad():
+            with self.watch("warm_start"), torch.no_grad():
                 return MixedQuantizer(settled_start(matrix, choice, warm_start), choice.scheme, options, generator)
 
         return UnsettledQuantizer(site.name, matrix, build)
@@ -281,7 +294,7 @@ class BlockwiseRun:
     def _propagate(self, block: nn.Module, index: int, source_NTD: Tensor, out_NTD: Tensor) -> None:
         """Runs a block over a stream; ``out`` may be ``source``."""
         call = self.calls[index].to(self.device)
-        with self._precision():
+        with self.watch("streams"), self._precision():
             for part in slices(len(source_NTD), self.forward_size):
                 out_NTD[part] = self.run_block(block, self._fetch(source_NTD[part]), call).to(out_NTD)
 

@@ -38,6 +38,19 @@ def _ledger(
     return Ledger(tuple(entries), headers)
 
 
+def _seconds_of_block(progress: dict[str, Any], planned: int) -> dict[str, dict[str, float]]:
+    """Mean seconds a block of each part of the work, by phase, under the names that the pipeline gives the parts."""
+    prefix = "seconds/"
+    blocks = progress.get("blocks", {}).values()
+    parts = sorted({key for block in blocks for key in block if key.startswith(prefix)})
+    return {
+        "init": {part: seconds / planned for part, seconds in progress.get("init_seconds", {}).items()},
+        "blocks": {
+            key.removeprefix(prefix): sum(block.get(key, 0.0) for block in blocks) / len(blocks) for key in parts
+        },
+    }
+
+
 def make_summary(
     model: ModelQuantization,
     source: loading.ModelSource,
@@ -80,6 +93,7 @@ def make_summary(
             "blocks": files,
         },
         "seconds_per_block": seconds_of["blocks"] / max(1, len(blocks)),
+        "seconds_of_block": _seconds_of_block(progress, len(plan)),
         "seconds_of": seconds_of,
         "peak_memory_bytes": peak,
         "scheme": {

@@ -22,17 +22,16 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from runs import summary_of, texts
 
-ROOT = Path(__file__).parents[1]
 START = "lightning_gsq.sage.DualMode"
 PHASES = {"warm_start": "[init]", "blocks": "[blocks]", "end_to_end": "[blocks, end_to_end]"}
+PARTS = ("statistics", "saliency", "warm_start", "training")
 MARKS = {
     "RTN": "x",
     "PB-LLM-like": "1",
@@ -117,45 +116,19 @@ def budget_scheme(budget: float) -> str:
     return f"{{bits: 1, budget: {budget}}}"
 
 
-def summary_of(folder: Path, point: Point, common: list[str]) -> dict[str, Any]:
-    """The summary of a point's run, made first if it is not there."""
-    file = folder / point.name / "summary.json"
-    if not file.exists() or point.result not in json.loads(file.read_text())["perplexity"]:
-        command = [sys.executable, "-m", "lightning_gsq", "fit", "--config", str(ROOT / "cli.yaml")]
-        own = [
-            f"--trainer.default_root_dir={folder / point.name}",
-            f"--model.scheme={point.scheme}",
-            f"--model.warm_start={point.warm_start}",
-            f"--model.phases={PHASES[point.result]}",
-        ]
-        subprocess.run([*command, *common, *own], check=True)
-    return json.loads(file.read_text())
-
-
-def text(option: str, path: str | None) -> list[str]:
-    """Arguments that read rows of a local file."""
-    if path is None:
-        return []
-    return [
-        f"--{option}.source=lightning_gsq.data.TextFile",
-        f"--{option}.source.path={path}",
-        f"--{option}.source.rows=true",
-    ]
-
-
 def row_of(point: Point, summary: dict[str, Any]) -> dict[str, Any]:
     """A line of the table."""
     bits = summary["bits_per_weight"]
     seconds = summary["seconds_of"]
-    blocks = max(1, len(summary["blocks"]))
+    # Blocks choose and round anew before they train; a run that stops after its warm start has only that.
+    parts = summary["seconds_of_block"]["init" if point.result == "warm_start" else "blocks"]
     return {
         "family": point.family,
         "run": point.name,
         "nominal": nominal_bits(summary),
         **{part: bits[part] for part in ("codes", "scales", "positions", "total")},
         "perplexity": summary["perplexity"][point.result],
-        "warm start, s": seconds.get("warm_start", 0.0),
-        "training, s a block": seconds["blocks"] / blocks if summary["blocks"] else 0.0,
+        **{f"{part.replace('_', ' ')}, s a block": parts.get(part, 0.0) for part in PARTS},
         "end to end, s": seconds.get("end_to_end", 0.0) if point.result == "end_to_end" else 0.0,
     }
 
@@ -208,12 +181,17 @@ def main() -> None:
         for point in chosen:
             console.print(f"{point.name:20} {point.result:12} {point.scheme}", soft_wrap=True)
         return
-    common = [*text("data", options.calibration), *text("evaluation", options.evaluation)]
+    common = texts(options.calibration, options.evaluation)
     common += [f"--evaluation.num_windows={options.windows}", *further]
     options.folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for point in chosen:
-        summary = summary_of(options.folder, point, common)
+        arguments = [
+            f"--model.scheme={point.scheme}",
+            f"--model.warm_start={point.warm_start}",
+            f"--model.phases={PHASES[point.result]}",
+        ]
+        summary = summary_of(options.folder / point.name, [*common, *arguments], point.result)
         rows.append(row_of(point, summary))
         table = write(options.folder, rows, summary["perplexity"]["full_precision"])
     console.print(table, soft_wrap=True)

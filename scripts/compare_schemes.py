@@ -9,34 +9,11 @@ stops after its warm start; RTN is the warm start of the GSQ run.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(folder: Path, arguments: list[str]) -> dict:
-    """The summary of a run folder, made first if it is not there."""
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "lightning_gsq", "fit", "--config", str(ROOT / "cli.yaml")]
-        subprocess.run([*command, "--trainer.default_root_dir", str(folder), *arguments], check=True)
-    return json.loads((folder / "summary.json").read_text())
-
-
-def text(option: str, path: str | None) -> list[str]:
-    """Arguments that read rows of a local file."""
-    if path is None:
-        return []
-    return [
-        f"--{option}.source=lightning_gsq.data.TextFile",
-        f"--{option}.source.path={path}",
-        f"--{option}.source.rows=true",
-    ]
+from runs import summary_of, texts
 
 
 def main() -> None:
@@ -47,7 +24,7 @@ def main() -> None:
     parser.add_argument("--folder", default="runs/compare", help="where the run folders go")
     parser.add_argument("--windows", default="24", help="evaluation windows of 1,024 tokens")
     options, further = parser.parse_known_args()
-    common = [*text("data", options.calibration), *text("evaluation", options.evaluation), *further]
+    common = [*texts(options.calibration, options.evaluation), *further]
     common.append(f"--evaluation.num_windows={options.windows}")
     table = Table(title="Perplexity")
     columns = ("bits", "true bits a weight", "full precision", "RTN", "GPTQ", "GSQ", "end to end", "seconds a block")
@@ -55,16 +32,10 @@ def main() -> None:
         table.add_column(column, justify="right")
     for bits in options.bits:
         folder = Path(options.folder)
-        gsq = run(folder / f"gsq-{bits}", [*common, f"--model.scheme.bits={bits}"])
-        gptq = run(
-            folder / f"gptq-{bits}",
-            [
-                *common,
-                f"--model.scheme.bits={bits}",
-                "--model.warm_start=lightning_gsq.quantizers.GPTQ",
-                "--model.phases=[init]",
-            ],
-        )
+        own = [*common, f"--model.scheme.bits={bits}"]
+        rounded = [*own, "--model.warm_start=lightning_gsq.quantizers.GPTQ", "--model.phases=[init]"]
+        gsq = summary_of(folder / f"gsq-{bits}", own, "blocks")
+        gptq = summary_of(folder / f"gptq-{bits}", rounded, "warm_start")
         perplexity = gsq["perplexity"]
         table.add_row(
             bits,

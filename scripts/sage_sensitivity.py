@@ -176,7 +176,7 @@ def studies(matrices: dict[str, Matrix]) -> Iterator[Row]:
         yield measure(matrices, "structured: scales of a matrix, groups of 32", name, scheme, default)
 
 
-def count(groups: float) -> str:
+def shown_count(groups: float) -> str:
     """Mean number of distinct scales; nothing where none were looked for."""
     return "" if np.isnan(groups) else f"{groups:.1f}"
 
@@ -205,7 +205,7 @@ def main() -> None:
     console.print("\n".join(lines))
     for row in studies(matrices):
         lines.append(
-            f"| {row.study} | {row.setting} | {count(row.groups)} | {row.ratio:.3f} | {row.error:.4f} | "
+            f"| {row.study} | {row.setting} | {shown_count(row.groups)} | {row.ratio:.3f} | {row.error:.4f} | "
             f"{row.output_error:.4f} | {row.bits:.3f} | {row.seconds:.1f} |"
         )
         console.print(lines[-1], soft_wrap=True)

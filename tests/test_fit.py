@@ -67,6 +67,10 @@ def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp
         assert summary["bytes"][key] > 0
     for key in ("seconds", "seconds_per_block", "peak_memory_bytes", "scheme", "seed", "versions"):
         assert key in summary
+    spent = summary["seconds_of_block"]
+    assert set(spent["init"]) == {"statistics", "warm_start", "streams"}
+    assert set(spent["blocks"]) == {*spent["init"], "training", "check"}
+    assert 0 < sum(spent["blocks"].values()) <= summary["seconds_per_block"]
     assert yaml.safe_load((run / "recipe.yaml").read_text())["settings"]["model"]["scheme"]["bits"] == 2
     board = EventAccumulator(str(run / "tensorboard")).Reload().Tags()
     assert "recipe/text_summary" in board["tensors"]

@@ -1,0 +1,40 @@
+"""Runs of the command line, each in a folder of its own, for the scripts that compare them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CONFIG = Path(__file__).parents[1] / "cli.yaml"
+
+
+def summary_of(folder: Path, arguments: list[str], result: str) -> dict[str, Any]:
+    """The summary of a run, which is made, or goes on, if it has no such perplexity yet.
+
+    Args:
+        folder: The run folder.
+        arguments: Of ``fit``, beside ``cli.yaml`` and the folder.
+        result: Of the perplexities: warm_start, blocks or end_to_end.
+    """
+    file = folder / "summary.json"
+    if not file.exists() or result not in json.loads(file.read_text())["perplexity"]:
+        command = [sys.executable, "-m", "lightning_gsq", "fit", "--config", str(CONFIG)]
+        subprocess.run([*command, f"--trainer.default_root_dir={folder}", *arguments], check=True)
+    return dict(json.loads(file.read_text()))
+
+
+def texts(calibration: str | None, evaluation: str | None) -> list[str]:
+    """Arguments that read a document from each row of local files; Python's documentation where there is none."""
+    return [
+        argument
+        for option, path in (("data", calibration), ("evaluation", evaluation))
+        if path is not None
+        for argument in (
+            f"--{option}.source=lightning_gsq.data.TextFile",
+            f"--{option}.source.path={path}",
+            f"--{option}.source.rows=true",
+        )
+    ]
