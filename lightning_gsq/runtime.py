@@ -231,6 +231,10 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
             file holds it.
     """
     parameters = dict(model.named_parameters())
+    of_owner: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in stored.items():
+        stem, _, part = name.rpartition(".")
+        of_owner.setdefault(stem, {})[part] = info
     for name, (scheme, site) in layouts.items():
         parameter = parameters.get(name)
         if parameter is None:
@@ -245,7 +249,7 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
         known = type(owner) in (nn.Linear, Conv1D) and attribute == "weight"
         bias = getattr(owner, "bias", None) is not None
         if scheme.salient is not None and known:
-            parts = _stored_parts(owner_name, stored, parameter.device)
+            parts = _stored_parts(owner_name, of_owner.get(owner_name, {}), parameter.device)
             model.set_submodule(owner_name, SageLinear(scheme, site, parts, bias, parameter.dtype))
             continue
         settings: dict[str, Any] = {
@@ -285,20 +289,19 @@ def check_stored(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
                     )
 
 
-def _stored_parts(stem: str, stored: Mapping[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
+def _stored_parts(stem: str, own: Mapping[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
     """The parts of a weight with salient columns or elements as tensors without values; they are checked when loaded.
 
     Raises:
         ConfigurationError: there are none, or one has a dtype that its kind never has.
     """
     parts = {}
-    for name, info in stored.items():
-        part = name.removeprefix(f"{stem}.")
-        if name == part or not is_part(part):
+    for part, info in own.items():
+        if not is_part(part):
             continue
         allowed = SCALE_DTYPES if part in SCALES else {"I32": torch.int32}
         if info.dtype not in allowed:
-            raise ConfigurationError(f"model: {name} is {info.dtype}, expected one of {', '.join(allowed)}")
+            raise ConfigurationError(f"model: {stem}.{part} is {info.dtype}, expected one of {', '.join(allowed)}")
         parts[part] = torch.empty(info.shape, dtype=allowed[info.dtype], device=device)
     if not parts:
         raise ConfigurationError(f"model: no file holds {stem}.codes")

@@ -8,6 +8,7 @@ and block by block. ``--only PATTERN`` makes some of them, ``--list`` names them
 | family | what |
 |---|---|
 | RTN | signs and plain rounding, no training |
+| GPTQ | signs with error feedback, no training |
 | PB-LLM-like | salient weights anywhere at 8 bits (arXiv 2310.00034), one scale for all signs |
 | BiLLM-like | salient columns by the Hessian at 2 bits, error feedback, no training (arXiv 2402.04291) |
 | SAGE, element | the published layout (arXiv 2606.05429): any weight salient, any weight in any group |
@@ -34,6 +35,7 @@ PHASES = {"warm_start": "[init]", "blocks": "[blocks]", "end_to_end": "[blocks, 
 PARTS = ("statistics", "saliency", "warm_start", "training")
 MARKS = {
     "RTN": "x",
+    "GPTQ": "+",
     "PB-LLM-like": "1",
     "BiLLM-like": "2",
     "SAGE, element": "v",
@@ -77,12 +79,15 @@ def element(groups: int | str, ratio: float | str = 0.01, bits: int = 4) -> str:
 
 def points(budgets: list[float]) -> list[Point]:
     """All points, the cheap ones first."""
-    rounding = "{class_path: lightning_gsq.quantizers.RTN}"
+    rounding = "{class_path: lightning_gsq.quantizers.RTN, init_args: {weighted: false}}"
     nearest = f"{{class_path: {START}, init_args: {{feedback: false, weighted: false}}}}"
     # Training ends lower from codes that do not answer to each other's errors (docs/sage.md).
     plain = f"{{class_path: {START}, init_args: {{feedback: false}}}}"
     found = [Point(f"rtn-g{g}", "RTN", f"{{bits: 1, group_size: {g}}}", "warm_start", rounding) for g in (128, 64)]
     found += [
+        Point(
+            "gptq-g64", "GPTQ", "{bits: 1, group_size: 64}", "warm_start", "{class_path: lightning_gsq.quantizers.GPTQ}"
+        ),
         Point("pbllm-10", "PB-LLM-like", element(1, 0.1, 8), "warm_start", nearest),
         Point(
             "billm-6",
@@ -170,7 +175,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="text file, a document a row; Python's documentation if left out")
     parser.add_argument("--evaluation", help="text file, a document a row; Python's documentation if left out")
     parser.add_argument("--folder", type=Path, default=Path("runs/near-binary"), help="where the run folders go")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[1.15, 1.25, 1.4, 1.55], help="true bits")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.15, 1.25, 1.5], help="true bits")
     parser.add_argument("--windows", default="24", help="evaluation windows of 1,024 tokens")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of run names")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")

@@ -18,7 +18,7 @@ import torch
 from lightning_gsq.data import ActivationOptions, CalibrationDataModule, PerplexityData
 from lightning_gsq.modules import EndToEndOptions, ModelQuantization
 from lightning_gsq.packing import packed_words
-from lightning_gsq.perplexity import runs_by_block, whole_model_terms
+from lightning_gsq.perplexity import FP32, runs_by_block, whole_model_terms
 from lightning_gsq.pipeline import FORWARD_TOKENS
 from lightning_gsq.plan.simulate import activation_bytes
 from lightning_gsq.plan.skeleton import BlockSkeleton, Skeleton
@@ -28,7 +28,6 @@ from lightning_gsq.sage.budget import planned_ledger
 from lightning_gsq.scheme import QuantScheme
 from lightning_gsq.sites import LinearSite
 
-FP32 = 4
 MAPPED_MODEL = "model (mapped files)"
 CHOLESKY_COPIES = 6
 """Matrices ``I I`` alive at once while a Hessian is damped, factored and inverted."""
