@@ -130,17 +130,11 @@ def row_of(point: Point, summary: dict[str, Any]) -> dict[str, Any]:
     return {
         "family": point.family,
         "run": point.name,
-        "nominal": nominal_bits(summary),
         **{part: bits[part] for part in ("codes", "scales", "positions", "total")},
         "perplexity": summary["perplexity"][point.result],
         **{f"{part.replace('_', ' ')}, s a block": parts.get(part, 0.0) for part in PARTS},
         "end to end, s": seconds.get("end_to_end", 0.0) if point.result == "end_to_end" else 0.0,
     }
-
-
-def nominal_bits(summary: dict[str, Any]) -> float:
-    """Bits as the papers of this field count them: codes alone."""
-    return float(summary["bits_per_weight"]["codes"])
 
 
 def write(folder: Path, rows: list[dict[str, Any]], full_precision: float) -> str:
@@ -160,7 +154,8 @@ def write(folder: Path, rows: list[dict[str, Any]], full_precision: float) -> st
         own = sorted((row["total"], row["perplexity"]) for row in rows if row["family"] == family)
         if own:
             axes.plot(*zip(*own, strict=True), mark, linestyle=":" if len(own) > 1 else "", label=family)
-    nominal = sorted((row["nominal"], row["perplexity"]) for row in rows if row["family"] == "SAGE, element")
+    # Bits as the papers of this field count them: codes alone.
+    nominal = sorted((row["codes"], row["perplexity"]) for row in rows if row["family"] == "SAGE, element")
     if nominal:
         axes.plot(*zip(*nominal, strict=True), "v", fillstyle="none", color="gray", label="SAGE, element: nominal bits")
     axes.axhline(full_precision, color="black", linewidth=0.8, label="full precision")
