@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="text file, a document a row; Python's documentation if left out")
     parser.add_argument("--evaluation", help="text file, a document a row; Python's documentation if left out")
     parser.add_argument("--folder", type=Path, default=Path("runs/near-binary"), help="where the run folders go")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[1.15, 1.25, 1.5], help="true bits")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.1, 1.15, 1.25, 1.5], help="true bits")
     parser.add_argument("--windows", default="24", help="evaluation windows of 1,024 tokens")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of run names")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
