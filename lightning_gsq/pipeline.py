@@ -79,9 +79,10 @@ class BlockwiseRun:
         self.validation_ids_NT = ranks.share(data.validation_ids_NT, even=False)
         self.make_trainer, self.activations = make_trainer, activations
         self.plan, self.blocks = plan, find_blocks(model.network)[1]
-        self.trainer = make_trainer()
+        self.watch = Stopwatch()
+        self.trainer = self._watched_trainer()
         self.saliency = _saliency(self.trainer, model, plan)
-        self.device, self.watch = self.trainer.strategy.root_device, Stopwatch()
+        self.device = self.trainer.strategy.root_device
         compiled = model.compile_blocks and compiler_available(self.device.type)
         self.run_block = compiled_run_block() if compiled else run_block
         self.forward_size = max(1, FORWARD_TOKENS // data.sequence_length)
@@ -215,10 +216,7 @@ class BlockwiseRun:
         held_out = DataLoader(
             ActivationDataset(*(stream[train:] for stream in streams)), batch_size=size, collate_fn=first
         )
-        trainer = self.make_trainer()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
-            if isinstance(callback, SaliencyThreshold):
-                callback.watch = self.watch
+        trainer = self._watched_trainer()
         with self.watch("training"):
             trainer.fit(module, loader, held_out)
         if trainer.interrupted:
@@ -270,10 +268,7 @@ class BlockwiseRun:
     def _choose(self, matrices: dict[str, Matrix]) -> dict[str, Choice]:
         """The salient part of each matrix whose scheme has one."""
         mixed = {name: matrix for name, matrix in matrices.items() if matrix.scheme.mixed}
-        if self.saliency is None:
-            return {}
-        self.saliency.watch = self.watch
-        return self.saliency.choose(mixed)
+        return self.saliency.choose(mixed) if self.saliency is not None else {}
 
     @torch.no_grad()
     def _quantizer(self, plan: BlockPlan, site: LinearSite, matrix: Matrix) -> GumbelQuantizer | UnsettledQuantizer:
@@ -313,6 +308,14 @@ class BlockwiseRun:
         return total / count
 
     # -- helpers
+
+    def _watched_trainer(self) -> Trainer:
+        """A Trainer whose choice of salient weights counts as a part of its own."""
+        trainer = self.make_trainer()
+        for callback in getattr(trainer, "callbacks", []):
+            if isinstance(callback, SaliencyThreshold):
+                callback.watch = self.watch
+        return trainer
 
     @property
     def _hessian_sequences(self) -> int:
