@@ -17,7 +17,8 @@ if not torch.cuda.is_available():
 
 from transformers import PreTrainedModel
 
-from tests.tiny import FAMILIES, save_tiny_model
+from tests.support.finished import MakeRun, make_run
+from tests.support.tiny import FAMILIES, save_tiny_model
 
 assert "callbacks" not in sys.modules and "data" not in sys.modules, "import the packages by their full names"
 
@@ -54,3 +55,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"Line {i}: the square of {i} is {i * i}, and its cube is {i**3}.\n" for i in range(700)]
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> MakeRun:
+    """Makes runs, each in a folder of its own."""
+
+    def make(**arguments: object) -> Path:
+        return make_run(tmp_path / f"made{len(list(tmp_path.glob('made*')))}", **arguments)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a tiny Llama at 3 bits; not to be changed."""
+    return make_run(tmp_path_factory.mktemp("runs"))

@@ -11,7 +11,7 @@ from lightning_gsq.backbone import check_chain, compiled_run_block, embed, find_
 from lightning_gsq.compiling import compiler_available
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.sites import LinearSite, find_linear_sites
-from tests.tiny import FAMILIES, LINEAR_WEIGHTS
+from tests.support.tiny import FAMILIES, LINEAR_WEIGHTS
 
 
 def _sites(model: PreTrainedModel) -> tuple[nn.Module, list[LinearSite]]:

@@ -1,10 +1,6 @@
 """Runs on two processes (gloo, CPU): the result of one, torchrun, a process that dies, another number of them."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,32 +9,18 @@ import psutil
 import pytest
 
 from lightning_gsq.cli import main
-from tests.test_fit import _blocks, _config
+from tests.support.processes import start_process
+from tests.support.runs import block_files, summary_of, write_config
 
 DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
 PHASES = ["--model.phases", "[init, blocks, end_to_end]"]
-
-
-def _environment() -> dict[str, str]:
-    left_by_others = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {key: value for key, value in os.environ.items() if key not in left_by_others}
-
-
-def _start(*arguments: str, module: str = "lightning_gsq") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", *module.split(), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment())
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
-    return content
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run on one process, two sequences more a step than each of two processes has."""
     folder = tmp_path_factory.mktemp("alone")
-    config = _config(tiny_llama, corpus, folder, data__batch_size=4)
+    config = write_config(tiny_llama, corpus, folder, data__batch_size=4)
     assert main(["fit", "--config", str(config), *PHASES, "--end_to_end.batch_size", "4"]) == 0
     return folder
 
@@ -54,37 +36,37 @@ def _same_result(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 def test_two_processes_end_as_one_does(alone: Path, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
-    run = _start("fit", "--config", str(config), *PHASES, *DDP, "--end_to_end.batch_size", "2")
+    config = write_config(tiny_llama, corpus, tmp_path)
+    run = start_process("fit", "--config", str(config), *PHASES, *DDP, "--end_to_end.batch_size", "2")
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("perplexity after the blocks:") == 1, "each line appears once"
     assert output.count("block 2/2") == 1
     assert len(list((tmp_path / "run" / "tensorboard").glob("events*"))) >= 1
-    one, two = _summary(alone), _summary(tmp_path)
+    one, two = summary_of(alone), summary_of(tmp_path)
     _same_result(one, two)
     starts = [sorted((folder / "run" / "blocks").glob("warm_start-000*"))[0] for folder in (alone, tmp_path)]
     assert starts[0].read_bytes() == starts[1].read_bytes()
 
 
 def test_torchrun(alone: Path, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
+    config = write_config(tiny_llama, corpus, tmp_path)
     launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m lightning_gsq"
     extra = ["--end_to_end.batch_size", "2", "--end_to_end.top_k", "258", "--evaluation.by_block", "true"]
-    run = _start("fit", "--config", str(config), *PHASES, *DDP, *extra, module=launcher)
+    run = start_process("fit", "--config", str(config), *PHASES, *DDP, *extra, module=launcher)
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("perplexity after the blocks:") == 1
-    _same_result(_summary(alone), _summary(tmp_path))
+    _same_result(summary_of(alone), summary_of(tmp_path))
 
 
 @pytest.mark.parametrize("victim", ["first", "other"])
 def test_a_process_that_dies_ends_the_run_which_one_process_resumes(
     victim: str, tiny_llama: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
+    config = write_config(tiny_llama, corpus, tmp_path)
     many = ["--trainer.max_epochs", "1"]
-    run = _start("fit", "--config", str(config), *DDP, *many)
+    run = start_process("fit", "--config", str(config), *DDP, *many)
     first = tmp_path / "run" / "blocks" / "block-000.safetensors"
     deadline = time.monotonic() + 200
     while not first.exists() and run.poll() is None and time.monotonic() < deadline:
@@ -95,17 +77,17 @@ def test_a_process_that_dies_ends_the_run_which_one_process_resumes(
     _, alive = psutil.wait_procs(processes, timeout=45)
     assert not alive, "the other process goes on alone"
     run.communicate()
-    kept = _blocks(tmp_path)
+    kept = block_files(tmp_path)
     assert list(kept) == ["block-000.safetensors"]
     assert main(["fit", "--config", str(config), *many]) == 0
-    assert _blocks(tmp_path)["block-000.safetensors"] == kept["block-000.safetensors"]
-    assert len(_blocks(tmp_path)) == 2
+    assert block_files(tmp_path)["block-000.safetensors"] == kept["block-000.safetensors"]
+    assert len(block_files(tmp_path)) == 2
 
 
 def test_more_processes_than_sequences(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path, data__num_validation_sequences=1)
+    config = write_config(tiny_llama, corpus, tmp_path, data__num_validation_sequences=1)
     assert main(["fit", "--config", str(config), *DDP]) == 2
     assert "data.num_validation_sequences: 1 sequences cannot be shared by 2 processes" in capsys.readouterr().err
 
@@ -113,6 +95,6 @@ def test_more_processes_than_sequences(
 def test_spawned_processes_are_refused(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
+    config = write_config(tiny_llama, corpus, tmp_path)
     assert main(["fit", "--config", str(config), "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"]) == 2
     assert "use ddp, or torchrun" in capsys.readouterr().err

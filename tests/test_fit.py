@@ -18,51 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_gsq.cli import main
 from lightning_gsq.modules import BlockQuantization
-from tests.tiny import FAMILIES, save_tiny_model
-
-
-def _config(model: Path, corpus: Path, folder: Path, **changes: object) -> Path:
-    """A configuration file for a run of a few seconds."""
-    text = {"class_path": "lightning_gsq.data.TextFile", "init_args": {"path": str(corpus)}}
-    settings: dict[str, dict[str, object]] = {
-        "trainer": {
-            "default_root_dir": str(folder / "run"),
-            "accelerator": "cpu",
-            "precision": "32-true",
-            "callbacks": [
-                {"class_path": f"lightning_gsq.callbacks.{name}"}
-                for name in ("GumbelAnnealing", "HardRounding", "QuantizationMonitor", "BlockProgress")
-            ],
-        },
-        "model": {
-            "pretrained": str(model),
-            "phases": ["init", "blocks"],
-            "scheme": {"bits": 2, "group_size": 16},
-            "gumbel": {"backend": "eager"},
-            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
-        },
-        "data": {"source": text, "sequence_length": 32, "num_sequences": 48, "num_validation_sequences": 8},
-        "evaluation": {"source": text, "sequence_length": 64, "num_windows": 4},
-    }
-    for key, value in changes.items():
-        group, _, name = key.partition("__")
-        settings[group][name] = value
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    return folder / "config.yaml"
-
-
-def _blocks(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted((folder / "run" / "blocks").glob("block-*"))}
+from tests.support.runs import block_files, write_config
+from tests.support.tiny import FAMILIES, save_tiny_model
 
 
 def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
-    assert main(["fit", "--config", str(_config(tiny_llama, corpus, tmp_path))]) == 0
+    assert main(["fit", "--config", str(write_config(tiny_llama, corpus, tmp_path))]) == 0
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["perplexity"]) == {"full_precision", "warm_start", "blocks"}
     assert summary["bits_per_weight"] == pytest.approx({"codes": 2.0, "scales": 1.0, "positions": 0.0, "total": 3.0})
-    assert summary["bytes"]["blocks"] == sum(len(content) for content in _blocks(tmp_path).values())
+    assert summary["bytes"]["blocks"] == sum(len(content) for content in block_files(tmp_path).values())
     for key in ("original", "quantized"):
         assert summary["bytes"][key] > 0
     for key in ("seconds", "seconds_per_block", "peak_memory_bytes", "scheme", "seed", "versions"):
@@ -85,17 +51,19 @@ def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp
 
 def test_same_seed_same_bits_and_another_seed_others(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert main(["fit", "--config", str(_config(tiny_llama, corpus, tmp_path / name))]) == 0
-    assert main(["fit", "--config", str(_config(tiny_llama, corpus, tmp_path / "c")), "--seed_everything", "5"]) == 0
-    assert _blocks(tmp_path / "a") == _blocks(tmp_path / "b")
-    assert _blocks(tmp_path / "a") != _blocks(tmp_path / "c")
+        assert main(["fit", "--config", str(write_config(tiny_llama, corpus, tmp_path / name))]) == 0
+    assert (
+        main(["fit", "--config", str(write_config(tiny_llama, corpus, tmp_path / "c")), "--seed_everything", "5"]) == 0
+    )
+    assert block_files(tmp_path / "a") == block_files(tmp_path / "b")
+    assert block_files(tmp_path / "a") != block_files(tmp_path / "c")
 
 
 @pytest.mark.parametrize("target", ["stream", "local"])
 def test_killed_and_resumed_to_the_same_bits(target: str, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
-    whole = _config(tiny_llama, corpus, tmp_path / "whole", model__target=target)
+    whole = write_config(tiny_llama, corpus, tmp_path / "whole", model__target=target)
     assert main(["fit", "--config", str(whole)]) == 0
-    killed = _config(tiny_llama, corpus, tmp_path / "killed", model__target=target)
+    killed = write_config(tiny_llama, corpus, tmp_path / "killed", model__target=target)
     command = [sys.executable, "-m", "lightning_gsq", "fit", "--config", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
     first = tmp_path / "killed" / "run" / "blocks" / "block-000.safetensors"
@@ -106,13 +74,13 @@ def test_killed_and_resumed_to_the_same_bits(target: str, tiny_llama: Path, corp
     process.wait()
     assert first.exists() and not (tmp_path / "killed" / "run" / "summary.json").exists()
     assert main(["fit", "--config", str(killed)]) == 0
-    assert _blocks(tmp_path / "killed") == _blocks(tmp_path / "whole")
+    assert block_files(tmp_path / "killed") == block_files(tmp_path / "whole")
 
 
 def test_finished_run_is_reused(
     tiny_llama: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
+    config = write_config(tiny_llama, corpus, tmp_path)
     assert main(["fit", "--config", str(config)]) == 0
     before = json.loads((tmp_path / "run" / "summary.json").read_text())
 
@@ -139,7 +107,7 @@ def test_memory_of_finished_blocks_is_freed(corpus: Path, tmp_path: Path, monkey
     gc.disable()
     try:
         model = save_tiny_model("deep_llama", tmp_path / "model")
-        assert main(["fit", "--config", str(_config(model, corpus, tmp_path / "fit"))]) == 0
+        assert main(["fit", "--config", str(write_config(model, corpus, tmp_path / "fit"))]) == 0
     finally:
         gc.enable()
     assert len(alive) == 5
@@ -148,29 +116,29 @@ def test_memory_of_finished_blocks_is_freed(corpus: Path, tmp_path: Path, monkey
 def test_another_recipe_is_refused(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
+    config = write_config(tiny_llama, corpus, tmp_path)
     assert main(["fit", "--config", str(config)]) == 0
-    kept = _blocks(tmp_path)
+    kept = block_files(tmp_path)
     assert main(["fit", "--config", str(config), "--model.scheme.bits", "3"]) == 2
     error = capsys.readouterr().err
     assert "another recipe" in error
     assert "settings.model.scheme.bits: the run has 2, asked for 3" in error
-    assert _blocks(tmp_path) == kept
+    assert block_files(tmp_path) == kept
 
 
 def test_corrupt_block_file_on_resume(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
+    config = write_config(tiny_llama, corpus, tmp_path)
     assert main(["fit", "--config", str(config)]) == 0
-    whole = _blocks(tmp_path)
+    whole = block_files(tmp_path)
     file = tmp_path / "run" / "blocks" / "block-001.safetensors"
     file.write_bytes(whole[file.name][:200])
     assert main(["fit", "--config", str(config)]) == 2
     assert "block-001.safetensors cannot be used" in capsys.readouterr().err
     file.unlink()
     assert main(["fit", "--config", str(config)]) == 0
-    assert _blocks(tmp_path) == whole
+    assert block_files(tmp_path) == whole
 
 
 def test_loss_that_is_not_finite_stops_with_the_blocks_name(
@@ -180,7 +148,7 @@ def test_loss_that_is_not_finite_stops_with_the_blocks_name(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
+    config = write_config(tiny_llama, corpus, tmp_path)
     real = BlockQuantization.loss
 
     def broken(self: BlockQuantization, *arguments: object) -> torch.Tensor:
@@ -190,14 +158,14 @@ def test_loss_that_is_not_finite_stops_with_the_blocks_name(
     monkeypatch.setattr(BlockQuantization, "loss", broken)
     assert main(["fit", "--config", str(config)]) == 1
     assert "the loss of model.layers.1 is nan at step 0" in capsys.readouterr().err
-    assert set(_blocks(tmp_path)) == {"block-000.safetensors"}
+    assert set(block_files(tmp_path)) == {"block-000.safetensors"}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family(family: str, corpus: Path, tmp_path: Path) -> None:
     model = save_tiny_model(family, tmp_path / family)
     phases = ["init", "blocks", "end_to_end"]
-    config = _config(model, corpus, tmp_path, data__num_sequences=16, trainer__logger=False, model__phases=phases)
+    config = write_config(model, corpus, tmp_path, data__num_sequences=16, trainer__logger=False, model__phases=phases)
     assert main(["fit", "--config", str(config)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert all(value > 0 for value in summary["perplexity"].values())
@@ -207,7 +175,7 @@ def test_every_family(family: str, corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [1, "ternary", 3, 4, 8])
 def test_every_width(bits: object, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     scheme = {"bits": bits, "group_size": -1}
-    config = _config(tiny_llama, corpus, tmp_path, model__scheme=scheme, trainer__logger=False)
+    config = write_config(tiny_llama, corpus, tmp_path, model__scheme=scheme, trainer__logger=False)
     assert main(["fit", "--config", str(config)]) == 0
     blocks = json.loads((tmp_path / "run" / "summary.json").read_text())["blocks"]
     assert all(block["final"] <= block["start"] for block in blocks.values())
@@ -217,7 +185,7 @@ def test_a_block_that_training_made_worse_keeps_its_warm_start(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e9}}
-    config = _config(tiny_llama, corpus, tmp_path, model__optimizer=optimizer, model__scale_learning_rate=1e-9)
+    config = write_config(tiny_llama, corpus, tmp_path, model__optimizer=optimizer, model__scale_learning_rate=1e-9)
     assert main(["fit", "--config", str(config)]) == 0
     assert "model.layers.0: training raised the held-out error" in capsys.readouterr().out
     blocks = json.loads((tmp_path / "run" / "summary.json").read_text())["blocks"]
@@ -225,7 +193,7 @@ def test_a_block_that_training_made_worse_keeps_its_warm_start(
 
 
 def test_trainer_flags_work(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
-    config = _config(
+    config = write_config(
         tiny_llama,
         corpus,
         tmp_path,
@@ -239,22 +207,28 @@ def test_trainer_flags_work(tiny_llama: Path, corpus: Path, tmp_path: Path) -> N
         model__warm_start={"class_path": "lightning_gsq.quantizers.RTN"},
     )
     assert main(["fit", "--config", str(config)]) == 0
-    assert list(_blocks(tmp_path)) == ["block-001.safetensors"]
+    assert list(block_files(tmp_path)) == ["block-001.safetensors"]
     bits = json.loads((tmp_path / "run" / "summary.json").read_text())["bits_per_weight"]
     assert bits["codes"] == pytest.approx((2 * 6144 + 4 * 1536) / 7680, rel=0.2)
 
 
 def test_activations_in_files(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     for name, limit in (("memory", 8.0), ("files", 0.0)):
-        config = _config(tiny_llama, corpus, tmp_path / name)
+        config = write_config(tiny_llama, corpus, tmp_path / name)
         extra = ["--activations.memory_limit_gb", str(limit), "--activations.folder", str(tmp_path)]
         assert main(["fit", "--config", str(config), *extra]) == 0
-    assert _blocks(tmp_path / "memory") == _blocks(tmp_path / "files")
+    assert block_files(tmp_path / "memory") == block_files(tmp_path / "files")
     assert not list(tmp_path.glob("lightning-gsq-*"))
 
 
 def test_exports_are_the_last_step(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
-    arguments = ["fit", "--config", str(_config(tiny_llama, corpus, tmp_path)), "--export", "[native, dequantized]"]
+    arguments = [
+        "fit",
+        "--config",
+        str(write_config(tiny_llama, corpus, tmp_path)),
+        "--export",
+        "[native, dequantized]",
+    ]
     assert main([*arguments[:-1], "[nativ]"]) == 2
     assert not (tmp_path / "run" / "blocks").exists()
     assert main(arguments) == 0
@@ -274,7 +248,7 @@ def test_exports_are_the_last_step(tiny_llama: Path, corpus: Path, tmp_path: Pat
 def test_the_reported_perplexity_is_that_of_the_file(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path, model__output_dtype="bfloat16", model__dtype="float32")
+    config = write_config(tiny_llama, corpus, tmp_path, model__output_dtype="bfloat16", model__dtype="float32")
     assert main(["fit", "--config", str(config), "--export", "[native]"]) == 0
     reported = json.loads((tmp_path / "run" / "summary.json").read_text())["perplexity"]["blocks"]
     capsys.readouterr()
@@ -290,7 +264,7 @@ def test_perplexity_block_by_block(tiny_llama: Path, corpus: Path, tmp_path: Pat
     found = []
     for choice in ("false", "true"):
         phases = ["init", "blocks", "end_to_end"]
-        config = _config(tiny_llama, corpus, tmp_path / choice, model__phases=phases, trainer__max_steps=4)
+        config = write_config(tiny_llama, corpus, tmp_path / choice, model__phases=phases, trainer__max_steps=4)
         assert main(["fit", "--config", str(config), "--evaluation.by_block", choice]) == 0
         found.append(json.loads((tmp_path / choice / "run" / "summary.json").read_text())["perplexity"])
     assert set(found[0]) == {"full_precision", "warm_start", "blocks", "end_to_end"}

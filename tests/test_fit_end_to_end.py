@@ -1,13 +1,11 @@
 """The end-to-end phase inside whole runs on a tiny model: files, resuming, alone, never worse."""
 
-import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,17 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from lightning_gsq.cli import main
 from lightning_gsq.modules import EndToEndQuantization
-from tests.test_fit import _config
+from tests.support.runs import summary_of, write_config
 
 
 def _fit(model: Path, corpus: Path, folder: Path, phases: str, *arguments: str) -> int:
-    config = _config(model, corpus, folder, data__num_sequences=24, trainer__max_steps=4)
+    config = write_config(model, corpus, folder, data__num_sequences=24, trainer__max_steps=4)
     return main(["fit", "--config", str(config), "--model.phases", phases, *arguments])
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
-    return content
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def folder(blocks: Path, tmp_path: Path) -> Path:
 def test_alone_on_the_folder_of_finished_blocks(tiny_llama: Path, corpus: Path, folder: Path) -> None:
     before = {file.name: file.read_bytes() for file in (folder / "run" / "blocks").iterdir()}
     assert _fit(tiny_llama, corpus, folder, "[end_to_end]") == 0
-    summary = _summary(folder)
+    summary = summary_of(folder)
     assert set(summary["perplexity"]) == {"full_precision", "blocks", "end_to_end"}
     phase = summary["end_to_end"]
     assert phase["final"] < phase["start"] and not phase["rejected"]
@@ -67,17 +60,17 @@ def test_a_finished_phase_is_not_run_again(
     tiny_llama: Path, corpus: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _fit(tiny_llama, corpus, folder, "[end_to_end]", "--end_to_end.max_steps", "2") == 0
-    first = _summary(folder)
+    first = summary_of(folder)
     with monkeypatch.context() as patch:
         patch.setattr(EndToEndQuantization, "training_step", lambda *_: pytest.fail("nothing is left to train"))
         assert _fit(tiny_llama, corpus, folder, "[end_to_end]", "--end_to_end.max_steps", "2") == 0
-    assert _summary(folder)["perplexity"] == first["perplexity"]
+    assert summary_of(folder)["perplexity"] == first["perplexity"]
     assert _fit(tiny_llama, corpus, folder, "[end_to_end]", "--end_to_end.max_steps", "3") == 2
     error = capsys.readouterr().err
     assert "end_to_end.max_steps: the run has 2, asked for 3" in error and "delete" in error
     (folder / "run" / "end_to_end.safetensors").unlink()
     assert _fit(tiny_llama, corpus, folder, "[end_to_end]", "--end_to_end.max_steps", "3") == 0
-    assert _summary(folder)["perplexity"]["end_to_end"] != first["perplexity"]["end_to_end"]
+    assert summary_of(folder)["perplexity"]["end_to_end"] != first["perplexity"]["end_to_end"]
 
 
 def test_what_got_worse_is_rejected(
@@ -93,7 +86,7 @@ def test_what_got_worse_is_rejected(
     ]
     assert _fit(tiny_llama, corpus, folder, "[end_to_end]", *worse) == 0
     assert "the result of the blocks stands" in capsys.readouterr().out
-    summary = _summary(folder)
+    summary = summary_of(folder)
     assert summary["end_to_end"]["rejected"] and summary["end_to_end"]["trained"] > summary["end_to_end"]["start"]
     assert "end_to_end" not in summary["perplexity"]
     assert not list((folder / "run" / "blocks").glob("end_to_end*"))
@@ -105,7 +98,7 @@ def test_without_blocks_there_is_nothing_to_go_on_from(
     assert _fit(tiny_llama, corpus, tmp_path, "[end_to_end]") == 2
     assert "add blocks" in capsys.readouterr().err
     assert _fit(tiny_llama, corpus, tmp_path, "[init, end_to_end]") == 0
-    assert set(_summary(tmp_path)["perplexity"]) == {"full_precision", "warm_start", "end_to_end"}
+    assert set(summary_of(tmp_path)["perplexity"]) == {"full_precision", "warm_start", "end_to_end"}
 
 
 def test_stored_teacher(tiny_llama: Path, corpus: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +107,7 @@ def test_stored_teacher(tiny_llama: Path, corpus: Path, folder: Path, capsys: py
     content = load_file(next(iter(files)))
     assert content["tokens"].shape == content["log_probs"].shape == (24, 32, 16)
     assert content["log_probs"].exp().sum(-1).max() <= 1.01
-    assert _summary(folder)["end_to_end"]["final"] < _summary(folder)["end_to_end"]["start"]
+    assert summary_of(folder)["end_to_end"]["final"] < summary_of(folder)["end_to_end"]["start"]
     (folder / "run" / "end_to_end.safetensors").unlink()
     assert _fit(tiny_llama, corpus, folder, "[end_to_end]", "--end_to_end.top_k", "16") == 0
     assert {file: file.stat().st_mtime_ns for file in files} == files, "the stored tokens are used again"
@@ -131,7 +124,7 @@ def test_codes_and_a_head_of_its_own(tiny_llama: Path, corpus: Path, folder: Pat
 
 
 def test_killed_in_the_middle_it_starts_the_phase_again(tiny_llama: Path, corpus: Path, folder: Path) -> None:
-    config = _config(tiny_llama, corpus, folder, data__num_sequences=24, trainer__max_steps=4)
+    config = write_config(tiny_llama, corpus, folder, data__num_sequences=24, trainer__max_steps=4)
     arguments = ["fit", "--config", str(config), "--model.phases", "[end_to_end]", "--end_to_end.max_epochs"]
     command = [sys.executable, "-m", "lightning_gsq", *arguments, "500"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -144,4 +137,4 @@ def test_killed_in_the_middle_it_starts_the_phase_again(tiny_llama: Path, corpus
     process.wait()
     assert not (folder / "run" / "end_to_end.safetensors").exists()
     assert main([*arguments, "1"]) == 0
-    assert "end_to_end" in _summary(folder)["perplexity"]
+    assert "end_to_end" in summary_of(folder)["perplexity"]

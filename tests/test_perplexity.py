@@ -25,7 +25,7 @@ from lightning_gsq.quantizers import RTN
 from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.ranks import Ranks
 from lightning_gsq.scheme import QuantScheme
-from tests.tiny import COMMON, FAMILIES, _model, deep_llama
+from tests.support.tiny import COMMON, FAMILIES, _model, deep_llama
 
 
 def _trainer(precision: str = "32-true") -> Callable[[], Trainer]:

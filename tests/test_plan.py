@@ -21,7 +21,7 @@ from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer
 from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.scheme import QuantScheme
 from lightning_gsq.sites import find_linear_sites
-from tests.tiny import FAMILIES
+from tests.support.tiny import FAMILIES
 
 CONFIGS = Path(__file__).parent / "configs"
 IDS = torch.zeros(1, 16, dtype=torch.long)

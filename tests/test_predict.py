@@ -13,8 +13,7 @@ from lightning_gsq.export import ExportOptions, open_run
 from lightning_gsq.export.native import NativeFormat
 from lightning_gsq.loading import load_tokenizer, resolve
 from lightning_gsq.predict import encode, predict
-from tests.export.conftest import llama_run  # noqa: F401 - a fixture
-from tests.tiny import byte_tokenizer
+from tests.support.tiny import byte_tokenizer
 
 
 def _greedy(model: Path, prompt: str) -> str:
@@ -32,7 +31,7 @@ def test_several_prompts_are_streamed(tiny_llama: Path, capsys: pytest.CaptureFi
 
 
 def test_command_line_with_a_native_folder(
-    llama_run: Path,  # noqa: F811
+    llama_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -16,10 +16,10 @@ from lightning_gsq.backbone import find_blocks
 from lightning_gsq.cli import main
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.sharding import _dimension, asked_for, private_copy
-from tests.sharded import CASES
-from tests.test_distributed import _environment, _start, _summary
-from tests.test_fit import _config
-from tests.tiny import FAMILIES
+from tests.support.processes import clean_environment, start_process
+from tests.support.runs import summary_of, write_config
+from tests.support.sharded import CASES
+from tests.support.tiny import FAMILIES
 
 FSDP2 = ["--trainer.strategy", "fsdp2", "--trainer.devices", "2"]
 
@@ -34,8 +34,8 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both strategies left their results."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "tests.sharded", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment(), check=False)
+    command = [sys.executable, "-m", "tests.support.sharded", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean_environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -57,31 +57,31 @@ def test_spread_over_processes_it_ends_as_copies_do(case: str, folder: Path) -> 
 
 
 def test_a_whole_run_on_the_command_line(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
-    config = _config(tiny_llama, corpus, tmp_path, trainer__max_steps=2)
+    config = write_config(tiny_llama, corpus, tmp_path, trainer__max_steps=2)
     command = ["fit", "--config", str(config), "--model.phases", "[init, blocks, end_to_end]", *FSDP2]
-    run = _start(*command)
+    run = start_process(*command)
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
-    summary = _summary(tmp_path)
+    summary = summary_of(tmp_path)
     assert summary["end_to_end"]["final"] < summary["end_to_end"]["start"]
     assert set(summary["perplexity"]) == {"full_precision", "warm_start", "blocks", "end_to_end"}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").dtype == torch.bfloat16
     # The finished run goes on alone, and with another strategy: nothing is left to do.
     assert main(["fit", "--config", str(config), "--model.phases", "[init, blocks, end_to_end]"]) == 0
-    assert _summary(tmp_path)["perplexity"] == summary["perplexity"]
+    assert summary_of(tmp_path)["perplexity"] == summary["perplexity"]
 
 
 def test_on_one_device_it_is_a_run_like_any_other(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
-    config = _config(tiny_llama, corpus, tmp_path, data__num_sequences=8)
+    config = write_config(tiny_llama, corpus, tmp_path, data__num_sequences=8)
     one = ["--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--end_to_end.max_steps", "2"]
     assert main(["fit", "--config", str(config), "--model.phases", "[init, end_to_end]", *one]) == 0
-    assert "end_to_end" in _summary(tmp_path)
+    assert "end_to_end" in summary_of(tmp_path)
 
 
 def test_logits_in_another_dtype_are_refused(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(tiny_llama, corpus, tmp_path)
+    config = write_config(tiny_llama, corpus, tmp_path)
     options = ["--end_to_end.train", "[scales, logits]", "--model.gumbel.logits_dtype", "bfloat16"]
     assert main(["fit", "--config", str(config), "--model.phases", "[init, end_to_end]", *FSDP2, *options]) == 2
     assert "model.gumbel.logits_dtype: fsdp2 takes one dtype" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from lightning_gsq.cli import main
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.modules import ModelQuantization
 from lightning_gsq.token_weights import inherited_weights, typical_energy
-from tests.test_fit import _blocks, _config
+from tests.support.runs import block_files, write_config
 
 
 def test_energy_of_a_typical_token_ignores_massive_ones() -> None:
@@ -43,9 +43,11 @@ def test_bad_settings_are_refused(value: float, target: str) -> None:
 
 def test_only_blocks_after_the_first_weigh_tokens(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     for name, value in (("alike", None), ("weighted", 0.01)):
-        config = _config(tiny_llama, corpus, tmp_path / name, model__inherited_error=value, model__phases=["blocks"])
+        config = write_config(
+            tiny_llama, corpus, tmp_path / name, model__inherited_error=value, model__phases=["blocks"]
+        )
         assert main(["fit", "--config", str(config)]) == 0
-    alike, weighted = _blocks(tmp_path / "alike"), _blocks(tmp_path / "weighted")
+    alike, weighted = block_files(tmp_path / "alike"), block_files(tmp_path / "weighted")
     assert alike["block-000.safetensors"] == weighted["block-000.safetensors"]
     assert alike["block-001.safetensors"] != weighted["block-001.safetensors"]
     measures = json.loads((tmp_path / "weighted" / "run" / "summary.json").read_text())["blocks"]["1"]

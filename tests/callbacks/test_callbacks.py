@@ -16,7 +16,7 @@ from lightning_gsq.modules import BlockQuantization
 from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer
 from lightning_gsq.scheme import QuantScheme
 from lightning_gsq.sites import find_linear_sites
-from tests.tiny import FAMILIES
+from tests.support.tiny import FAMILIES
 
 QUIET = {
     "logger": False,

@@ -19,7 +19,7 @@ from lightning_gsq.data import (
 )
 
 from lightning_gsq.errors import ConfigurationError
-from tests.tiny import FAMILIES, byte_tokenizer
+from tests.support.tiny import FAMILIES, byte_tokenizer
 
 
 def _data(corpus: Path, **options: object) -> CalibrationDataModule:

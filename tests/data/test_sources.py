@@ -8,7 +8,7 @@ from datasets import Dataset
 from lightning_gsq.data import HuggingFaceDataset, Mixture, ModelSamples, PythonDocumentation, TextFile
 
 from lightning_gsq.errors import ConfigurationError
-from tests.tiny import FAMILIES, byte_tokenizer
+from tests.support.tiny import FAMILIES, byte_tokenizer
 
 
 def test_text_file_is_one_document(tmp_path: Path) -> None:

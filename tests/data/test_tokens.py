@@ -11,7 +11,7 @@ from lightning_gsq.data import tokens as tokens_module
 from safetensors.torch import load_file, save_file
 
 from lightning_gsq.errors import ConfigurationError
-from tests.tiny import FAMILIES, byte_tokenizer
+from tests.support.tiny import FAMILIES, byte_tokenizer
 
 MODEL = FAMILIES["llama"]()
 TOKENIZER = byte_tokenizer()

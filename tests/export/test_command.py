@@ -12,7 +12,7 @@ import lightning_gsq
 from lightning_gsq.cli import main
 from lightning_gsq.export.native import NativeFormat
 from lightning_gsq.run_folder import RunFolder
-from tests.export.conftest import MakeRun
+from tests.support.finished import MakeRun
 
 
 def _command(*arguments: str) -> int:

@@ -14,8 +14,8 @@ from lightning_gsq.export.compressed_tensors import CompressedTensorsFormat, _de
 from lightning_gsq.export.formats import CheckFailedError, ExportOptions
 from lightning_gsq.export.linear import linear_bits
 from lightning_gsq.scheme import QuantScheme
-from tests.export.exported import edit_config, quantize, save_model
-from tests.gguf.test_blocks import random_tensor
+from tests.support.exported import edit_config, quantize, save_model
+from tests.support.weights import random_tensor
 
 FORMAT = CompressedTensorsFormat()
 

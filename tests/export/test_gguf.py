@@ -14,8 +14,8 @@ from lightning_gsq.gguf.blocks import BLOCK_TYPES
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.metadata import fields_of_model
 from lightning_gsq.gguf.names import Layout
-from tests.export.exported import SHAPE, bpe_tokenizer, quantize, save_model
-from tests.tiny import byte_tokenizer
+from tests.support.exported import SHAPE, bpe_tokenizer, quantize, save_model
+from tests.support.tiny import byte_tokenizer
 
 FORMAT = GGUFFormat()
 NAMES = {kind.number: kind.name for kind in BLOCK_TYPES.values()} | {0: "F32", 1: "F16"}

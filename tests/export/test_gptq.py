@@ -10,8 +10,8 @@ from lightning_gsq.export.formats import ExportOptions
 from lightning_gsq.export.gptq import GPTQFormat, encode, quantization_config
 from lightning_gsq.export.linear import linear_bits
 from lightning_gsq.scheme import QuantScheme
-from tests.export.exported import quantize, save_model
-from tests.gguf.test_blocks import random_tensor
+from tests.support.exported import quantize, save_model
+from tests.support.weights import random_tensor
 
 FORMAT = GPTQFormat()
 # It builds from source and declares more dependencies than a test environment should have; see CONTRIBUTING.md.

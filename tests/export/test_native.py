@@ -16,8 +16,8 @@ from lightning_gsq.export.native import NativeFormat
 from lightning_gsq.layers import PackedExperts, PackedWeight, QuantLinear
 from lightning_gsq.ledger import Ledger
 from lightning_gsq.scheme import QuantScheme, SchemeOverride
-from tests.export.conftest import MakeRun
-from tests.tiny import FAMILIES, LINEAR_WEIGHTS
+from tests.support.finished import MakeRun
+from tests.support.tiny import FAMILIES, LINEAR_WEIGHTS
 
 SCHEMES = [
     QuantScheme(1, 16),

@@ -10,12 +10,7 @@ from lightning_gsq.gguf import blocks
 from lightning_gsq.gguf.blocks import BLOCK_TYPES, Q1_0, Q2_0, Q4_0, Q5_0, Q8_0, decode, encode, exact_type
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
-
-
-def random_tensor(bits: object, group_size: int, columns: int, rows: int = 6) -> QuantizedTensor:
-    scheme = QuantScheme(bits, group_size)  # type: ignore[arg-type]
-    codes = torch.tensor(scheme.levels, dtype=torch.int8)[torch.randint(len(scheme.levels), (rows, columns))]
-    return QuantizedTensor(codes, torch.randn(rows, scheme.num_groups(columns)).half(), scheme)
+from tests.support.weights import random_tensor
 
 
 @pytest.mark.parametrize(

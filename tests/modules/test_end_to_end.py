@@ -9,30 +9,13 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
-from lightning_gsq.backbone import find_blocks, run_block, trace
+from lightning_gsq.backbone import find_blocks
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.head import find_head, last_hidden
 from lightning_gsq.modules import EndToEndOptions, EndToEndQuantization, NonFiniteLossError
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.quantizers import RTN, GumbelOptions
-from lightning_gsq.quantizers.warm_start import quantized
-from lightning_gsq.scheme import QuantScheme
-from lightning_gsq.sites import LinearSite, find_linear_sites
-from tests.tiny import FAMILIES
-
-Weights = dict[int, dict[LinearSite, QuantizedTensor]]
-
-
-def rounded(network: PreTrainedModel, bits: int = 2) -> Weights:
-    """Every block's weights, rounded to nearest."""
-    scheme = QuantScheme(bits, 16)
-    traced = trace(network, torch.arange(8)[None])
-    found: Weights = {}
-    for index, block in enumerate(find_blocks(network)[1]):
-        sites = find_linear_sites(block, lambda b=block, i=index: run_block(b, traced.inputs_BTD[i], traced.calls[i]))
-        starts = {site: RTN()(site.to_matrix(block.get_parameter(site.name)), None, scheme) for site in sites}
-        found[index] = {site: quantized(start, scheme, torch.float16) for site, start in starts.items()}
-    return found
+from lightning_gsq.quantizers import GumbelOptions
+from tests.support.tiny import FAMILIES
+from tests.support.weights import rounded
 
 
 def _module(network: PreTrainedModel, **options: Any) -> EndToEndQuantization:

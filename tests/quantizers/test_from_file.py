@@ -11,7 +11,7 @@ from lightning_gsq.export.gguf import FILE, GGUFFormat
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.quantizers import FromFile
 from lightning_gsq.scheme import QuantScheme
-from tests.export.exported import quantize, save_model
+from tests.support.exported import quantize, save_model
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 32), (2, 64)])

@@ -5,7 +5,7 @@ import torch
 from lightning_gsq.backbone import find_blocks, run_block, trace
 from lightning_gsq.quantizers import InputStatistics
 from lightning_gsq.sites import find_linear_sites
-from tests.tiny import FAMILIES
+from tests.support.tiny import FAMILIES
 
 
 def _statistics(family: str) -> tuple[torch.nn.Module, InputStatistics, torch.Tensor]:

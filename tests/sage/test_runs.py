@@ -113,7 +113,7 @@ def test_options_on_the_command_line(tiny_llama: Path, corpus: Path, tmp_path: P
 
 
 def test_experts_share_their_salient_columns(corpus: Path, tmp_path: Path) -> None:
-    from tests.tiny import save_tiny_model
+    from tests.support.tiny import save_tiny_model
 
     model = save_tiny_model("qwen3_moe", tmp_path / "moe")
     scheme = "--model.scheme={bits: 1, group_size: 8, salient: {ratio: 0.2, bits: 3}}"

@@ -9,7 +9,7 @@ from lightning_gsq.sage.dual_mode import quantize_elements
 from lightning_gsq.sage.runtime import SageLinear, sage_linear_reference
 from lightning_gsq.sage.saliency import magnitude_score, salient_mask
 from lightning_gsq.scheme import QuantScheme, SalientPart
-from tests.sage.test_tensors import mixed_case
+from tests.support.weights import mixed_case
 
 CASES = list(itertools.product([1, "ternary", 2], [0, 9], [None, 6]))
 

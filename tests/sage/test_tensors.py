@@ -10,22 +10,9 @@ from lightning_gsq.qtensor import BitsLedger, QuantizedTensor, QuantizedWeight
 from lightning_gsq.sage.budget import mixed_bits, planned_ledger
 from lightning_gsq.sage.dual_mode import quantize_elements
 from lightning_gsq.sage.saliency import magnitude_score, salient_mask
-from lightning_gsq.sage.start import mixed_tensor
-from lightning_gsq.sage.tensors import MixedTensor, merge_columns, other_columns, unpack_weight
+from lightning_gsq.sage.tensors import merge_columns, other_columns, unpack_weight
 from lightning_gsq.scheme import QuantScheme, SalientPart
-
-
-def mixed_case(bits: object, salient_bits: int, columns: int, count: int, table: int | None) -> MixedTensor:
-    part = SalientPart("structured", salient_bits, count / columns, scale_groups=table)
-    scheme = QuantScheme(bits, 8, part)  # type: ignore[arg-type]
-    columns_K = torch.randperm(columns)[:count].sort().values
-
-    def coded(grid: QuantScheme, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.tensor(grid.levels, dtype=torch.int8)[torch.randint(len(grid.levels), (5, width))]
-        return codes, torch.rand(5, grid.num_groups(width)) + 0.1
-
-    salient = coded(part.scheme, count) if count else None
-    return mixed_tensor(columns_K, coded(scheme.plain, columns - count), salient, scheme, torch.float16)
+from tests.support.weights import mixed_case
 
 
 def _element(groups: int, bits: int, ratio: float) -> QuantizedWeight:

@@ -1,4 +1,4 @@
-"""The end-to-end phase on two processes, as copies and spread over them: ``python -m tests.sharded FOLDER``.
+"""The end-to-end phase on two processes, as copies and spread over them: ``python -m tests.support.sharded FOLDER``.
 
 Each process writes what it found to ``FOLDER/<case>-<strategy>-<rank>.safetensors``. The two are forked once everything
 is imported, which takes longer than what they do.
@@ -23,8 +23,8 @@ from lightning_gsq.optim import Adam
 from lightning_gsq.quantizers import GumbelOptions
 from lightning_gsq.sharding import is_sharded, local, private_copy
 from lightning_gsq.teacher import StoredTeacher
-from tests.modules.test_end_to_end import rounded
-from tests.tiny import FAMILIES
+from tests.support.tiny import FAMILIES
+from tests.support.weights import rounded
 
 CASES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     # the family, the blocks that are quantized, options

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from lightning_gsq.cli import main
 from lightning_gsq.export.source import FinishedRun, open_run
-from tests.tiny import COMMON, _model
+from tests.support.tiny import COMMON, random_model
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "i")]
 SHAPE = {**COMMON, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 272}
@@ -33,7 +33,7 @@ def bpe_tokenizer(**ends: str) -> PreTrainedTokenizerFast:
 
 def save_model(folder: Path, config: PretrainedConfig | None = None) -> Path:
     """A random model of two blocks whose rows are multiples of 128, with that tokenizer."""
-    model = _model(config or LlamaConfig(**SHAPE))
+    model = random_model(config or LlamaConfig(**SHAPE))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

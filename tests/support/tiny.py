@@ -40,7 +40,8 @@ COMMON = {
 }
 
 
-def _model(config: PretrainedConfig) -> PreTrainedModel:
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this configuration whose blocks do more than the identity; always the same weights."""
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
     torch.manual_seed(0)
@@ -53,19 +54,19 @@ def _model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: _model(LlamaConfig(**COMMON)),
-    "qwen2": lambda: _model(Qwen2Config(**COMMON)),
-    "qwen3": lambda: _model(Qwen3Config(**COMMON, head_dim=8)),
-    "gemma2": lambda: _model(Gemma2Config(**COMMON, head_dim=8, sliding_window=4)),
-    "gemma3": lambda: _model(Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=4, sliding_window_pattern=2)),
-    "mistral": lambda: _model(MistralConfig(**COMMON, sliding_window=4)),
-    "opt": lambda: _model(OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32)),
-    "gpt2": lambda: _model(
+    "llama": lambda: random_model(LlamaConfig(**COMMON)),
+    "qwen2": lambda: random_model(Qwen2Config(**COMMON)),
+    "qwen3": lambda: random_model(Qwen3Config(**COMMON, head_dim=8)),
+    "gemma2": lambda: random_model(Gemma2Config(**COMMON, head_dim=8, sliding_window=4)),
+    "gemma3": lambda: random_model(Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=4, sliding_window_pattern=2)),
+    "mistral": lambda: random_model(MistralConfig(**COMMON, sliding_window=4)),
+    "opt": lambda: random_model(OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32)),
+    "gpt2": lambda: random_model(
         GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=256)
     ),
-    "gpt_neox": lambda: _model(GPTNeoXConfig(**COMMON)),
-    "phi3": lambda: _model(Phi3Config(**COMMON)),
-    "qwen3_moe": lambda: _model(
+    "gpt_neox": lambda: random_model(GPTNeoXConfig(**COMMON)),
+    "phi3": lambda: random_model(Phi3Config(**COMMON)),
+    "qwen3_moe": lambda: random_model(
         Qwen3MoeConfig(**COMMON, head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
     ),
 }
@@ -95,7 +96,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def deep_llama() -> PreTrainedModel:
     """A Llama of five blocks."""
-    return _model(LlamaConfig(**{**COMMON, "num_hidden_layers": 5}))
+    return random_model(LlamaConfig(**{**COMMON, "num_hidden_layers": 5}))
 
 
 def save_tiny_model(family: str, folder: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 
@@ -17,7 +16,7 @@ from lightning_gsq.quantizers.warm_start import RTN, quantized
 from lightning_gsq.report import versions
 from lightning_gsq.run_folder import RunFolder
 from lightning_gsq.scheme import QuantScheme, SchemeOverride
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 MakeRun = Callable[..., Path]
 
@@ -65,19 +64,3 @@ def make_run(
     folder.update_progress(model="block")
     folder.write_summary({"perplexity": {"full_precision": 200.5, "blocks": 210.25}})
     return folder.root
-
-
-@pytest.fixture
-def new_run(tmp_path: Path) -> MakeRun:
-    """Makes runs, each in a folder of its own."""
-
-    def make(**arguments: object) -> Path:
-        return make_run(tmp_path / f"made{len(list(tmp_path.glob('made*')))}", **arguments)  # type: ignore[arg-type]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def llama_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a tiny Llama at 3 bits; not to be changed."""
-    return make_run(tmp_path_factory.mktemp("runs"))

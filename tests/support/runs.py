@@ -1,0 +1,51 @@
+"""Configurations of runs of a few seconds, and what such runs left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def write_config(model: Path, corpus: Path, folder: Path, **changes: object) -> Path:
+    """A configuration file for a run of a few seconds."""
+    text = {"class_path": "lightning_gsq.data.TextFile", "init_args": {"path": str(corpus)}}
+    settings: dict[str, dict[str, object]] = {
+        "trainer": {
+            "default_root_dir": str(folder / "run"),
+            "accelerator": "cpu",
+            "precision": "32-true",
+            "callbacks": [
+                {"class_path": f"lightning_gsq.callbacks.{name}"}
+                for name in ("GumbelAnnealing", "HardRounding", "QuantizationMonitor", "BlockProgress")
+            ],
+        },
+        "model": {
+            "pretrained": str(model),
+            "phases": ["init", "blocks"],
+            "scheme": {"bits": 2, "group_size": 16},
+            "gumbel": {"backend": "eager"},
+            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
+        },
+        "data": {"source": text, "sequence_length": 32, "num_sequences": 48, "num_validation_sequences": 8},
+        "evaluation": {"source": text, "sequence_length": 64, "num_windows": 4},
+    }
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        settings[group][name] = value
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "config.yaml"
+
+
+def block_files(folder: Path) -> dict[str, bytes]:
+    """Content of the trained blocks' files of a run, by name."""
+    return {file.name: file.read_bytes() for file in sorted((folder / "run" / "blocks").glob("block-*"))}
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The summary of the run in ``folder``."""
+    content: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
+    return content
