@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gsq.modules import BlockQuantization
+from lightning_gsq.training import BlockQuantization
 
 HISTOGRAM_SAMPLE = 1 << 16
 """Weights of a matrix that a histogram is made of: enough to see its shape."""

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_gsq.modules import EndToEndQuantization
+from lightning_gsq.training import EndToEndQuantization
 
 
 class EndToEndProgress(Callback):

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_gsq.modules import BlockQuantization
+from lightning_gsq.training import BlockQuantization
 
 
 class BlockProgress(Callback):

@@ -8,9 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import Matrix
-from lightning_gsq.sage import Choice, GraphOptions, Menu, SettleOptions, UnsettledQuantizer, settle
-from lightning_gsq.sage.budget import MAX_RATIO
-from lightning_gsq.stopwatch import Stopwatch
+from lightning_gsq.saliency import Choice, GraphOptions, Menu, SettleOptions, settle
+from lightning_gsq.saliency.budget import MAX_RATIO
+from lightning_gsq.saliency.unsettled import UnsettledQuantizer
+from lightning_gsq.system.stopwatch import Stopwatch
 
 
 class SaliencyThreshold(Callback):

@@ -1,6 +1,5 @@
-"""Calibration text, evaluation text and hidden states."""
+"""Calibration text and evaluation text."""
 
-from lightning_gsq.data.activations import ActivationDataset, ActivationOptions, ActivationStore
 from lightning_gsq.data.calibration import CalibrationDataModule
 from lightning_gsq.data.evaluation import PerplexityData
 from lightning_gsq.data.local_shards import LocalShards
@@ -9,9 +8,6 @@ from lightning_gsq.data.shards import HuggingFaceDataset
 from lightning_gsq.data.sources import ModelSamples, PythonDocumentation, TextFile, TextSource
 
 __all__ = [
-    "ActivationDataset",
-    "ActivationOptions",
-    "ActivationStore",
     "CalibrationDataModule",
     "HuggingFaceDataset",
     "LocalShards",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.noise import generator_of
+from lightning_gsq.system.seeding import generator_of
 
 READ_AHEAD = 4
 """Windows read for each window used, so that a random choice is spread over more than the beginning of a source."""

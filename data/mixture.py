@@ -11,7 +11,7 @@ from lightning_gsq.data.sources import Document, DocumentReader, ModelSamples, P
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.noise import seed_of
+from lightning_gsq.system.seeding import seed_of
 
 _log = logging.getLogger(__name__)
 

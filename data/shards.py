@@ -18,7 +18,7 @@ import torch
 from lightning_gsq.data.sources import Document, DocumentReader, Position, TextSource, file_identity
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.noise import generator_of
+from lightning_gsq.system.seeding import generator_of
 
 
 class ShardedSource(TextSource):

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.noise import seed_of
+from lightning_gsq.system.seeding import seed_of
 
 Document = str | list[dict[str, str]]
 """Plain text, or chat messages."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.run_folder import write_atomically
+from lightning_gsq.system.files import write_atomically
 
 SAVE_EVERY_SECONDS = 60.0
 """How much reading a kill can cost."""

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from lightning_gsq.runtime import load
+from lightning_gsq.packed.load import load
 
 try:
     __version__ = version("lightning-gsq")

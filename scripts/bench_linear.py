@@ -25,10 +25,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lightning_gsq.compiling import compile_function
 from lightning_gsq.ops.packed_linear import packed_linear, tuning
 from lightning_gsq.ops.packed_linear.reference import packed_linear_reference
-from lightning_gsq.packing import packed_words
+from lightning_gsq.system.compiling import compile_function
+from lightning_gsq.weights.packing import packed_words
 
 SHAPES = {
     "8b": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},

@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from runs import summary_of, texts
 
-START = "lightning_gsq.sage.DualMode"
+START = "lightning_gsq.quantizers.DualMode"
 PHASES = {"warm_start": "[init]", "blocks": "[blocks]", "end_to_end": "[blocks, end_to_end]"}
 PARTS = ("statistics", "saliency", "warm_start", "training")
 MARKS = {

@@ -23,16 +23,16 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 from torch import Tensor
 
-from lightning_gsq import loading
-from lightning_gsq.backbone import embed, find_blocks, run_block, trace
-from lightning_gsq.qtensor import BitsLedger, QuantizedWeight
-from lightning_gsq.quantizers import InputStatistics, Matrix
-from lightning_gsq.sage import Choice, DualMode, GraphOptions, SettleOptions, settle
-from lightning_gsq.sage.graph import graph_group_count
-from lightning_gsq.sage.saliency import magnitude_score, salient_mask
-from lightning_gsq.sage.settle import settled_tensor
-from lightning_gsq.scheme import QuantScheme, SalientPart
-from lightning_gsq.sites import find_linear_sites
+from lightning_gsq.models import loading
+from lightning_gsq.models.chain import embed, find_blocks, run_block, trace
+from lightning_gsq.models.linear_weights import find_linear_sites
+from lightning_gsq.quantizers import DualMode, InputStatistics, Matrix
+from lightning_gsq.saliency import Choice, GraphOptions, SettleOptions, settle
+from lightning_gsq.saliency.choose import settled_tensor
+from lightning_gsq.saliency.graph import graph_group_count
+from lightning_gsq.saliency.scores import magnitude_score, salient_mask
+from lightning_gsq.weights.quantized import BitsLedger, QuantizedWeight
+from lightning_gsq.weights.scheme import QuantScheme, SalientPart
 
 PUBLISHED = SalientPart("element", bits=4, ratio=0.01)
 COLUMNS = SalientPart("structured", bits=4, ratio=0.06)

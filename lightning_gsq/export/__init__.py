@@ -1,6 +1,13 @@
 """Files that other programs load, from a finished run."""
 
-from lightning_gsq.export.formats import CheckFailedError, CheckReport, ExportFormat, ExportOptions, Runtime, formats
+from lightning_gsq.export.formats.base import (
+    CheckFailedError,
+    CheckReport,
+    ExportFormat,
+    ExportOptions,
+    Runtime,
+    formats,
+)
 from lightning_gsq.export.source import ExportedWeight, FinishedRun, open_run
 
 __all__ = [

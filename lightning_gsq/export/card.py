@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from lightning_gsq.export.formats import CheckReport, ExportFormat
+from lightning_gsq.export.formats.base import CheckReport, ExportFormat
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.ledger import PARTS, Ledger
-from lightning_gsq.report import PERPLEXITY_NAMES, megabytes
+from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
+from lightning_gsq.weights.ledger import PARTS, Ledger
 
 PART_NOTES = {
     "codes": "levels of the quantized weights",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_gsq import loading
 from lightning_gsq.data import PythonDocumentation
-from lightning_gsq.export.formats import CheckFailedError, CheckReport
+from lightning_gsq.export.formats.base import CheckFailedError, CheckReport
 from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.models import loading
 
 PROMPTS = ("The capital of France is", "Water boils when", "def fibonacci(n):")
 NEW_TOKENS = 16

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lightning_gsq.ledger import PARTS, Ledger
+from lightning_gsq.weights.ledger import PARTS, Ledger
 
 REST = "other"
 MEGABYTE = 1e6

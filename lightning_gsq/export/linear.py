@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.export.writer import ShardWriter
-from lightning_gsq.ledger import LedgerEntry
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.ledger import LedgerEntry
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme
 
 NARROWEST = 2
 """Bits of the narrowest grid -2^(b-1) ... 2^(b-1) - 1 that holds -1 and +1."""

@@ -22,17 +22,17 @@ import yaml
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_gsq import loading
-from lightning_gsq.backbone import find_blocks
-from lightning_gsq.block_plan import BlockPlan, make_plan
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.installing import replaced
-from lightning_gsq.modules import ModelQuantization
-from lightning_gsq.qtensor import QuantizedTensor, QuantizedWeight
-from lightning_gsq.recipe import model_fingerprint
-from lightning_gsq.run_folder import RunFolder
-from lightning_gsq.scheme import QuantScheme, SalientPart, SchemeOverride
-from lightning_gsq.sites import LinearSite
+from lightning_gsq.models import loading
+from lightning_gsq.models.chain import find_blocks
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.run.block_plan import BlockPlan, make_plan
+from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.recipe import model_fingerprint
+from lightning_gsq.run.substitution import replaced
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight
+from lightning_gsq.weights.scheme import QuantScheme, SalientPart, SchemeOverride
 
 _MODEL_SETTINGS = (
     # settings of a run that say what its weights are; the others say how they were trained

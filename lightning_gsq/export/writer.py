@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.ledger import Ledger, LedgerEntry
+from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 
 SINGLE, SHARD, INDEX = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors", "model.safetensors.index.json"
 

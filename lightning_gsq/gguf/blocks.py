@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme
 
 Q2_0_NUMBER = 42
 """The ``gguf`` package does not know this type."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gsq.qtensor import expand_groups, reduce_groups
+from lightning_gsq.weights.quantized import expand_groups, reduce_groups
 
 
 class _ScaledCodes(torch.autograd.Function):

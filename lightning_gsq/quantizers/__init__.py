@@ -1,5 +1,6 @@
 """Quantizers: warm starts, and the Gumbel quantizer that trains from them."""
 
+from lightning_gsq.quantizers.dual_mode import DualMode
 from lightning_gsq.quantizers.from_file import FromFile
 from lightning_gsq.quantizers.gumbel import GumbelOptions, GumbelQuantizer
 from lightning_gsq.quantizers.statistics import InputStatistics
@@ -8,6 +9,7 @@ from lightning_gsq.quantizers.warm_start import GPTQ, RTN, Matrix, Start, WarmSt
 __all__ = [
     "GPTQ",
     "RTN",
+    "DualMode",
     "FromFile",
     "GumbelOptions",
     "GumbelQuantizer",

@@ -20,7 +20,7 @@ from lightning_gsq.gguf.blocks import BLOCK_TYPES, Q1_0, Q2_0, Q4_0, Q5_0, Q8_0,
 from lightning_gsq.gguf.file import GGUFFile, StoredTensor
 from lightning_gsq.gguf.names import ARCHITECTURES, Layout
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.scheme import QuantScheme
 
 SCHEMES = {
     Q1_0.number: QuantScheme(1, 128),

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.ops.gumbel_softmax import Backend, gumbel_softmax_weight
-from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.quantizers.warm_start import Start
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GumbelOptions:
         backend: How weights are sampled: "triton" (CUDA), "compile" (one fused loop by torch.compile), "eager" (plain
             PyTorch, slower), or "auto" for the first of them that works on the machine.
         logits_dtype: "bfloat16" halves the memory of logits and optimizer; it needs an optimizer that rounds
-            stochastically, lightning_gsq.optim.Lion or Adam.
+            stochastically, lightning_gsq.training.Lion or Adam.
     """
 
     sigma: float = 0.01

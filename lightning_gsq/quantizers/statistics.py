@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_gsq.sites import LinearSite, watch_inputs
+from lightning_gsq.models.linear_weights import LinearSite, watch_inputs
 
 
 class InputStatistics:

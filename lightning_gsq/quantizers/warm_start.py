@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme
 
 SHRINK_STEPS = 40
 SMALLEST_SHRINK = 0.2

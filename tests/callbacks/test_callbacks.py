@@ -10,12 +10,12 @@ from lightning_gsq.callbacks import BlockProgress, GumbelAnnealing, HardRounding
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightning_gsq.backbone import find_blocks, run_block, trace
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.modules import BlockQuantization
+from lightning_gsq.models.chain import find_blocks, run_block, trace
+from lightning_gsq.models.linear_weights import find_linear_sites
 from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer
-from lightning_gsq.scheme import QuantScheme
-from lightning_gsq.sites import find_linear_sites
+from lightning_gsq.training import BlockQuantization
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.tiny import FAMILIES
 
 QUIET = {

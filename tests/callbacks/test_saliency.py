@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.quantizers import GumbelOptions, Matrix
-from lightning_gsq.sage import Choice, DualMode, Menu, MixedQuantizer, MixedTensor, UnsettledQuantizer, settle
-from lightning_gsq.sage.settle import SettleOptions, settled_start, settled_tensor
-from lightning_gsq.scheme import QuantScheme, SalientPart
+from lightning_gsq.quantizers import DualMode, GumbelOptions, Matrix
+from lightning_gsq.quantizers.salient import MixedQuantizer
+from lightning_gsq.saliency import Choice, Menu, settle
+from lightning_gsq.saliency.choose import SettleOptions, settled_start, settled_tensor
+from lightning_gsq.saliency.unsettled import UnsettledQuantizer
+from lightning_gsq.weights.salient import MixedTensor
+from lightning_gsq.weights.scheme import QuantScheme, SalientPart
 
 
 def _inputs(count: int, outliers: int = 4) -> Tensor:

@@ -7,18 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning_gsq.data import (
-    ActivationDataset,
-    ActivationOptions,
-    ActivationStore,
-    CalibrationDataModule,
-    Mixture,
-    ModelSamples,
-    PerplexityData,
-    TextFile,
-)
+from lightning_gsq.data import CalibrationDataModule, Mixture, ModelSamples, PerplexityData, TextFile
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.run.hidden_states import ActivationDataset, ActivationOptions, ActivationStore
 from tests.support.tiny import FAMILIES, byte_tokenizer
 
 

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export import packages
-from lightning_gsq.export.compressed_tensors import CompressedTensorsFormat, _dense, encode, quantization_config
-from lightning_gsq.export.formats import CheckFailedError, ExportOptions
+from lightning_gsq.export.formats.base import CheckFailedError, ExportOptions
+from lightning_gsq.export.formats.compressed_tensors import CompressedTensorsFormat, _dense, encode, quantization_config
 from lightning_gsq.export.linear import linear_bits
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.export.readers import packages
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import edit_config, quantize, save_model
 from tests.support.weights import random_tensor
 

@@ -7,9 +7,10 @@ import pytest
 from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export import gguf_check, packages
-from lightning_gsq.export.formats import CheckFailedError, ExportOptions
-from lightning_gsq.export.gguf import FILE, GGUFFormat, source_file
+from lightning_gsq.export.formats import gguf_check
+from lightning_gsq.export.formats.base import CheckFailedError, ExportOptions
+from lightning_gsq.export.formats.gguf import FILE, GGUFFormat, source_file
+from lightning_gsq.export.readers import packages
 from lightning_gsq.gguf.blocks import BLOCK_TYPES
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.metadata import fields_of_model
@@ -137,7 +138,7 @@ def test_a_wrong_value_fails_the_check(mixed, tmp_path: Path) -> None:  # type: 
 
 
 def test_a_file_that_llama_cpp_refuses_fails_the_check(mixed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    from lightning_gsq.export.llama_cpp import ask
+    from lightning_gsq.export.readers.llama_cpp import ask
 
     _, folder, _ = mixed
     (tmp_path / FILE).write_bytes((folder / FILE).read_bytes()[:-4096])

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_gsq.export.formats import ExportOptions
-from lightning_gsq.export.gptq import GPTQFormat, encode, quantization_config
+from lightning_gsq.export.formats.base import ExportOptions
+from lightning_gsq.export.formats.gptq import GPTQFormat, encode, quantization_config
 from lightning_gsq.export.linear import linear_bits
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import quantize, save_model
 from tests.support.weights import random_tensor
 

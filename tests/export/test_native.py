@@ -11,11 +11,11 @@ import lightning_gsq
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import ExportOptions, open_run
 from lightning_gsq.export.check import compare_model, encode
-from lightning_gsq.export.dequantized import DequantizedFormat
-from lightning_gsq.export.native import NativeFormat
-from lightning_gsq.layers import PackedExperts, PackedWeight, QuantLinear
-from lightning_gsq.ledger import Ledger
-from lightning_gsq.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.export.formats.dequantized import DequantizedFormat
+from lightning_gsq.export.formats.native import NativeFormat
+from lightning_gsq.packed.layers import PackedExperts, PackedWeight, QuantLinear
+from lightning_gsq.weights.ledger import Ledger
+from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
 from tests.support.finished import MakeRun
 from tests.support.tiny import FAMILIES, LINEAR_WEIGHTS
 
@@ -128,7 +128,7 @@ def test_a_loaded_model_generates_compiles_moves_and_saves(native: Path, llama_r
 
 
 def test_fit_refuses_it_and_load_refuses_others(native: Path, tiny_llama: Path) -> None:
-    from lightning_gsq import loading
+    from lightning_gsq.models import loading
 
     with pytest.raises(ConfigurationError, match=r"already quantized \(lightning_gsq\)"):
         loading.load_config(loading.resolve(str(native)))

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import lightning_gsq
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import ExportOptions, open_run
-from lightning_gsq.export.native import NativeFormat
-from lightning_gsq.loading import load_tokenizer, resolve
+from lightning_gsq.export.formats.native import NativeFormat
+from lightning_gsq.models.loading import load_tokenizer, resolve
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 FEW = settings(
@@ -183,7 +183,7 @@ def test_tensors_that_do_not_fit(native: Path, tmp_path: Path, change: Change, m
 
 
 def test_a_ternary_code_that_is_no_level(new_run: Callable[..., Path], tmp_path: Path) -> None:
-    from lightning_gsq.scheme import QuantScheme
+    from lightning_gsq.weights.scheme import QuantScheme
 
     folder = tmp_path / "native"
     folder.mkdir()

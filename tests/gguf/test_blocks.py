@@ -8,8 +8,8 @@ import torch
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf import blocks
 from lightning_gsq.gguf.blocks import BLOCK_TYPES, Q1_0, Q2_0, Q4_0, Q5_0, Q8_0, decode, encode, exact_type
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.weights import random_tensor
 
 

@@ -5,10 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lightning_gsq.compiling import compiler_available
 from lightning_gsq.ops.gumbel_softmax import fused, gumbel_softmax_weight, kernels, op
 from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
 from lightning_gsq.ops.gumbel_softmax.reference import gumbel_softmax_weight_reference
+from lightning_gsq.system.compiling import compiler_available
 
 CASES = {
     "binary": (1, None, [0.0]),

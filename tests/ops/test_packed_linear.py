@@ -20,8 +20,8 @@ from lightning_gsq.ops.packed_linear import (
 )
 from lightning_gsq.ops.packed_linear.reference import dequantize_packed_reference, packed_linear_reference
 from lightning_gsq.ops.packed_linear.tuning import Tile
-from lightning_gsq.qtensor import QuantizedTensor
-from lightning_gsq.scheme import Bits, QuantScheme
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import Bits, QuantScheme
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)

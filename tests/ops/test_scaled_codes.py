@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_gsq.ops.scaled_codes import scaled_codes
-from lightning_gsq.qtensor import expand_groups
+from lightning_gsq.weights.quantized import expand_groups
 
 
 @pytest.mark.parametrize("columns", [24, 21, 5])

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.formats import ExportOptions
-from lightning_gsq.export.gguf import FILE, GGUFFormat
+from lightning_gsq.export.formats.base import ExportOptions
+from lightning_gsq.export.formats.gguf import FILE, GGUFFormat
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.quantizers import FromFile
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import quantize, save_model
 
 

@@ -5,7 +5,7 @@ import torch
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer, Start
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.scheme import QuantScheme
 
 ALL_BITS = [1, "ternary", 2, 3, 4, 8]
 

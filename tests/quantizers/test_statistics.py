@@ -2,9 +2,9 @@
 
 import torch
 
-from lightning_gsq.backbone import find_blocks, run_block, trace
+from lightning_gsq.models.chain import find_blocks, run_block, trace
+from lightning_gsq.models.linear_weights import find_linear_sites
 from lightning_gsq.quantizers import InputStatistics
-from lightning_gsq.sites import find_linear_sites
 from tests.support.tiny import FAMILIES
 
 

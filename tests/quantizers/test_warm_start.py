@@ -5,7 +5,7 @@ import torch
 
 from lightning_gsq.quantizers import GPTQ, RTN, WarmStart
 from lightning_gsq.quantizers.warm_start import inverse_cholesky, nearest_level, search_scale
-from lightning_gsq.scheme import QuantScheme
+from lightning_gsq.weights.scheme import QuantScheme
 
 SCHEMES = [QuantScheme(bits, 8) for bits in (1, "ternary", 2, 3, 4, 8)]  # type: ignore[arg-type]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from lightning_gsq import loading
-from lightning_gsq.block_plan import make_plan
-from lightning_gsq.modules import ModelQuantization
-from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.models import loading
 from lightning_gsq.quantizers.warm_start import RTN, quantized
-from lightning_gsq.report import versions
-from lightning_gsq.run_folder import RunFolder
-from lightning_gsq.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.run.block_plan import make_plan
+from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.system.versions import versions
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
 from tests.support.tiny import save_tiny_model
 
 MakeRun = Callable[..., Path]

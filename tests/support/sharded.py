@@ -18,11 +18,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gsq.modules import EndToEndOptions, EndToEndQuantization
-from lightning_gsq.optim import Adam
 from lightning_gsq.quantizers import GumbelOptions
-from lightning_gsq.sharding import is_sharded, local, private_copy
-from lightning_gsq.teacher import StoredTeacher
+from lightning_gsq.system.sharding import is_sharded, local, private_copy
+from lightning_gsq.training import EndToEndOptions, EndToEndQuantization
+from lightning_gsq.training.optim import Adam
+from lightning_gsq.training.teacher import StoredTeacher
 from tests.support.tiny import FAMILIES
 from tests.support.weights import rounded
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from lightning_gsq.backbone import find_blocks, run_block, trace
-from lightning_gsq.qtensor import QuantizedTensor
+from lightning_gsq.models.chain import find_blocks, run_block, trace
+from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
 from lightning_gsq.quantizers import RTN
+from lightning_gsq.quantizers.salient_start import mixed_tensor
 from lightning_gsq.quantizers.warm_start import quantized
-from lightning_gsq.sage.start import mixed_tensor
-from lightning_gsq.sage.tensors import MixedTensor
-from lightning_gsq.scheme import QuantScheme, SalientPart
-from lightning_gsq.sites import LinearSite, find_linear_sites
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.salient import MixedTensor
+from lightning_gsq.weights.scheme import QuantScheme, SalientPart
 
 Weights = dict[int, dict[LinearSite, QuantizedTensor]]
 

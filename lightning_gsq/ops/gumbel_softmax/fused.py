@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_gsq.compiling import compile_function, compiler_available
 from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
+from lightning_gsq.system.compiling import compile_function, compiler_available
 
 Backend = Literal["auto", "triton", "compile", "eager"]
 SLICE_ELEMENTS = 1 << 16

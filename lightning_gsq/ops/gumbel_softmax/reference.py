@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.ops.gumbel_softmax.noise import counters, seed_words, uniform
-from lightning_gsq.qtensor import expand_groups
+from lightning_gsq.weights.quantized import expand_groups
 
 
 def gumbel_softmax_weight_reference(

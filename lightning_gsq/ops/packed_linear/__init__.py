@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.ops.packed_linear import dispatch, op
-from lightning_gsq.packing import packed_words
-from lightning_gsq.scheme import Bits
+from lightning_gsq.weights.packing import packed_words
+from lightning_gsq.weights.scheme import Bits
 
 __all__ = ["dequantize_packed", "packed_linear", "packed_linear_experts"]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_gsq.compiling import cxx
+from lightning_gsq.system.compiling import cxx
 
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 # -ffast-math is left out: linked into a library, it changes denormals for the whole process.

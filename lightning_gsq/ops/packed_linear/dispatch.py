@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gsq.compiling import compiler_available
 from lightning_gsq.ops.packed_linear import cpu
 from lightning_gsq.ops.packed_linear.reference import dequantize_packed_reference, packed_linear_reference
+from lightning_gsq.system.compiling import compiler_available
 
 Form = Literal["gemv", "batch", "cpu", "dense", "reference"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_gsq.ops.packed_linear import dispatch
 from lightning_gsq.ops.packed_linear.reference import unpack_levels
-from lightning_gsq.qtensor import reduce_groups
+from lightning_gsq.weights.quantized import reduce_groups
 
 
 @torch.library.custom_op("lightning_gsq::packed_linear", mutates_args=())

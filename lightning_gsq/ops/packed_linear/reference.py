@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_gsq.packing import WORD_BITS
-from lightning_gsq.qtensor import expand_groups
+from lightning_gsq.weights.packing import WORD_BITS
+from lightning_gsq.weights.quantized import expand_groups
 
 
 def unpack_levels(words_OW: Tensor, bits: int, in_features: int) -> Tensor:

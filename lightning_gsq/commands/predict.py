@@ -1,0 +1,137 @@
+"""What ``predict`` does: text from prompts, with any model that can be loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models import loading
+
+
+def predict(
+    model: str,
+    prompt: list[str] | None = None,
+    file: str | None = None,
+    chat_template: bool = True,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: loading.Dtype = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+) -> list[str]:
+    """Writes text that continues or answers prompts, as it comes.
+
+    Args:
+        model: Run folder, exported folder, GGUF file, or any model that fit takes.
+        prompt: Prompts; without any, and without a file, each line of the standard input is one.
+        file: Text file, each line of which is a prompt.
+        chat_template: Put each prompt into the tokenizer's chat template, if it has one.
+        max_new_tokens: Length at which a text ends at the latest, in tokens.
+        temperature: 0 for the most probable token each time, 1 for samples from the model's own distribution.
+        top_p: Sample from the most probable tokens that together have this probability.
+        seed: Seed of the samples.
+        dtype: Dtype of the arithmetic; "auto" for that of the model's files.
+        device: Where to run, such as cpu or cuda:1; by default the GPU if there is one.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that comes with the model.
+        console: Where the prompts are shown.
+
+    Returns:
+        The texts.
+
+    Raises:
+        ConfigurationError: the model cannot be loaded, an option is out of range, or a prompt is too long.
+    """
+    console = console or Console(highlight=False)
+    if max_new_tokens < 1:
+        raise ConfigurationError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ConfigurationError(f"temperature must not be negative, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigurationError(f"top_p must lie between 0 and 1, got {top_p}")
+    place = _device(device)
+    prompts = _prompts(prompt, file)
+    source = loading.resolve(loading.finished_model(model), revision, trust_remote_code)
+    tokenizer = loading.load_tokenizer(source)
+    network = loading.load_model(source, dtype, quantized=True)
+    nn.Module.to(network, place)
+    # The command's options decide alone, whatever the model's own generation config says of sampling.
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    texts = []
+    for text in prompts:
+        inputs = encode(tokenizer, text, chat_template)
+        _check_length(network, inputs, max_new_tokens)
+        console.print(f"> {text}", style="bold", markup=False, soft_wrap=True)
+        set_seed(seed)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            output = network.generate(  # type: ignore[operator]  # a class attribute's type hides the method
+                **inputs.to(place), max_new_tokens=max_new_tokens, streamer=streamer, **options
+            )
+        texts.append(str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
+    return texts
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat_template: bool) -> BatchEncoding:
+    """Token ids of a prompt; inside the chat template, if that is wanted and there is one."""
+    if not (chat_template and tokenizer.chat_template):
+        return tokenizer(text, return_tensors="pt")
+    encoded: BatchEncoding = tokenizer.apply_chat_template(  # type: ignore[assignment]
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return encoded
+
+
+def _prompts(given: list[str] | None, file: str | None) -> Iterable[str]:
+    if given and file:
+        raise ConfigurationError("prompt, file: give one of them")
+    if given:
+        return given
+    if file is None:
+        return _lines(sys.stdin)
+    path = Path(file).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"file: {path} cannot be read: {error}") from error
+    if not any(line.strip() for line in lines):
+        raise ConfigurationError(f"file: {path} holds no prompt")
+    return _lines(lines)
+
+
+def _lines(lines: Iterable[str]) -> Iterator[str]:
+    return (line.strip() for line in lines if line.strip())
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def _check_length(network: PreTrainedModel, inputs: BatchEncoding, max_new_tokens: int) -> None:
+    length, limit = inputs["input_ids"].shape[1], loading.max_length(network.config)
+    if length == 0:
+        raise ConfigurationError("prompt: it has no token; give some text")
+    if limit is not None and length + max_new_tokens > limit:
+        raise ConfigurationError(
+            f"prompt: {length} tokens and max_new_tokens {max_new_tokens} exceed the model's limit of {limit}"
+        )

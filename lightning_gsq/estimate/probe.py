@@ -1,0 +1,141 @@
+"""How long a run will take, from a few steps on one block of random weights on this machine."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gsq.data import CalibrationDataModule
+from lightning_gsq.estimate.simulate import longer
+from lightning_gsq.estimate.skeleton import BlockSkeleton
+from lightning_gsq.estimate.terms import Weights
+from lightning_gsq.models.chain import BlockRunner
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.quantizers import GumbelQuantizer, Start
+from lightning_gsq.system.seeding import generator_of
+from lightning_gsq.training import BlockQuantization, ModelQuantization
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one block's parts.
+
+    Args:
+        step: One training step of one batch.
+        forward: One forward pass of one batch, without gradients.
+        rounding: The warm start of all its weights, scaled from the smallest one by the number of weights.
+    """
+
+    step: float
+    forward: float
+    rounding: float
+
+    def block(self, model: ModelQuantization, data: CalibrationDataModule, steps: int) -> float:
+        """Seconds of a block in the blocks phase."""
+        batches = data.wanted / data.batch_size
+        hessian = model.hessian_sequences / data.batch_size if model.warm_start.needs_hessian else 0
+        # Both streams (or the target alone, for "local") and the inputs of the Hessians; validation: two passes at the
+        # end of every epoch, two more over the finished block.
+        passes = 2 * batches + hessian + 4 * data.num_validation_sequences / data.batch_size
+        return steps * self.step + passes * self.forward + self.rounding
+
+    def warm_start(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
+        """Seconds of a block in the warm-start phase."""
+        hessian = model.hessian_sequences / data.batch_size if model.warm_start.needs_hessian else 0
+        return 2 * hessian * self.forward + self.rounding
+
+
+def probe(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    width: int,
+    block: BlockSkeleton,
+    weights: Weights,
+    device: torch.device,
+    bf16: bool,
+    run: BlockRunner,
+) -> Timing:
+    """Times one block of this shape with random weights."""
+    module, optimizer = _block(model, block, weights, device, data.sequence_length, run)
+    batch = tuple(torch.randn(data.batch_size, data.sequence_length, width, device=device) for _ in range(2))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    def step(number: int) -> None:
+        with autocast:
+            loss = module.loss(batch, module.sampled_weights(number))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def forward(_: int) -> None:
+        with torch.no_grad(), autocast:
+            run(module.block, batch[0], module._call)
+
+    return Timing(
+        step=_seconds(step, device),
+        forward=_seconds(forward, device),
+        rounding=_rounding(model, weights, device),
+    )
+
+
+def _block(
+    model: ModelQuantization,
+    block: BlockSkeleton,
+    weights: Weights,
+    device: torch.device,
+    tokens: int,
+    run: BlockRunner,
+) -> tuple[BlockQuantization, torch.optim.Optimizer]:
+    def random(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros_like(tensor, device=device)
+        made = torch.empty(tensor.shape, device=device)
+        return made.normal_(std=0.02) if made.ndim > 1 else made.fill_(1.0)
+
+    full: nn.Module = copy.deepcopy(block.module)._apply(random)
+    quantizers = {}
+    for site, scheme in weights.items():
+        codes = torch.randint(
+            scheme.low, scheme.high + 1, (site.rows, site.in_features), dtype=torch.int8, device=device
+        )
+        scales = torch.full((site.rows, scheme.num_groups(site.in_features)), 0.02, device=device)
+        generator = generator_of("probe", site.name)
+        quantizers[site] = GumbelQuantizer(Start(codes, scales, codes), scheme, model.gumbel, generator)
+    module = BlockQuantization(full, longer(block.call, tokens).to(device), quantizers, model.optimizer, run=run)
+    module.to(device)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return module, model.optimizer([{"params": parameters, "name": "logits"}])
+
+
+def _rounding(model: ModelQuantization, weights: Weights, device: torch.device) -> float:
+    """Seconds of the warm start of all weights, from that of the smallest."""
+    site, scheme = min(weights.items(), key=lambda item: item[0].rows * item[0].in_features)
+    w_OI = torch.randn(site.out_features, site.in_features, device=device)
+    x_NI = torch.randn(2 * site.in_features, site.in_features, device=device)
+    hessian_II = x_NI.T @ x_NI / len(x_NI) if model.warm_start.needs_hessian else None
+    seconds = _seconds(lambda _: model.warm_start(w_OI, hessian_II, scheme), device, repeats=1)
+    return seconds * sum(_size(own) for own in weights) / (site.out_features * site.in_features)
+
+
+def _size(site: LinearSite) -> int:
+    return site.rows * site.in_features
+
+
+def _seconds(action: Callable[[int], object], device: torch.device, repeats: int = STEPS) -> float:
+    """Median seconds after one call that is not counted: it compiles, allocates, and fills caches."""
+    found = []
+    for number in range(repeats + 1):
+        began = time.perf_counter()
+        action(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])

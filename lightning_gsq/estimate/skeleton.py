@@ -1,0 +1,170 @@
+"""A model's structure from its configuration alone: sizes, blocks, linear weights; no weight is loaded or stored.
+
+The model is built on the meta device. To find the linear weights, its blocks have to run once (see ``sites.py``), and
+some cannot on the meta device (masks and routers look at values). So everything else of the model, and each block of a
+structure not seen before, gets zeros on the CPU that take no memory until written to; a block whose structure is known
+only passes its predecessor's output on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models import loading
+from lightning_gsq.models.chain import BlockCall, find_blocks, split_hidden
+from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
+
+PROBE_TOKENS = 13
+"""A length that no other dimension has, so that the dimensions of tokens can be told from the others."""
+
+
+@dataclass(frozen=True)
+class BlockSkeleton:
+    """One block.
+
+    Args:
+        module: The block, on the meta device.
+        sites: Its linear weights.
+        call: How the model calls it, for :data:`PROBE_TOKENS` tokens.
+    """
+
+    module: nn.Module
+    sites: list[LinearSite]
+    call: BlockCall
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the block."""
+        return sum(p.numel() for p in self.module.parameters())
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights.
+
+    Args:
+        model: The model on the meta device.
+        prefix: Name of the list of blocks, such as ``model.layers``.
+        blocks: The blocks.
+        dtype: Dtype the weights are loaded in.
+        width: Features of the hidden states, ``D``.
+        vocabulary: Rows of the head.
+    """
+
+    model: PreTrainedModel
+    prefix: str
+    blocks: list[BlockSkeleton]
+    dtype: torch.dtype
+    width: int
+    vocabulary: int
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+class _AllBlocksSeen(Exception):  # noqa: N818 - no error
+    """Ends the forward pass before the head."""
+
+
+def make_skeleton(source: loading.ModelSource, config: PretrainedConfig, dtype: loading.Dtype) -> Skeleton:
+    """Builds the skeleton of the model with this configuration.
+
+    Raises:
+        ConfigurationError: the architecture is no chain of blocks.
+    """
+    kept = _dtype(config, dtype, source.gguf_file is not None)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
+    try:
+        with torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=kept, trust_remote_code=source.trust_remote_code
+            )
+    except Exception as error:  # see loading.load_config
+        raise ConfigurationError(f"model.pretrained: cannot build a model from {source.path}: {error}") from error
+    model.eval().requires_grad_(False)
+    prefix, blocks = find_blocks(model)
+    found = _watch(copy.deepcopy(model), len(blocks))
+    head = model.get_output_embeddings()
+    vocabulary = int(head.weight.shape[0]) if head is not None else int(config.get_text_config().vocab_size)
+    parts = [BlockSkeleton(block, sites, call) for block, (sites, call, _) in zip(blocks, found, strict=True)]
+    return Skeleton(model, prefix, parts, kept, found[0][2], vocabulary)
+
+
+def _dtype(config: PretrainedConfig, dtype: loading.Dtype, is_gguf: bool) -> torch.dtype:
+    if dtype != "auto":
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    own = getattr(config, "dtype", None)
+    return torch.float32 if is_gguf or own is None else own
+
+
+def zeros_on_cpu(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only where they are written to."""
+    octets = torch.from_numpy(np.zeros(max(1, math.prod(shape)) * dtype.itemsize, np.uint8))
+    return octets.view(dtype)[: math.prod(shape)].view(shape)
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    return zeros_on_cpu(tensor.shape, tensor.dtype)
+
+
+def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], BlockCall, int]]:
+    """Sites, call and input width of every block; ``model`` is used up."""
+    blocks = find_blocks(model)[1]
+    known: dict[Any, tuple[list[LinearSite], Any]] = {}
+    found: list[tuple[list[LinearSite], BlockCall, int]] = []
+
+    def instead_of(block: nn.Module) -> Any:
+        original = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest, others = split_hidden(args, kwargs)
+            signature = (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
+            if signature not in known:
+                outputs: list[Any] = []
+                block._apply(_zeros_like)
+                known[signature] = (
+                    find_linear_sites(block, lambda: outputs.append(original(*args, **kwargs))),
+                    outputs[0],
+                )
+                block.to("meta")
+            sites, output = known[signature]
+            found.append((sites, BlockCall(rest, others), int(hidden.shape[-1])))
+            if len(found) == depth:
+                raise _AllBlocksSeen
+            return output
+
+        return forward
+
+    inside = {id(p) for p in blocks.parameters()} | {id(b) for b in blocks.buffers()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in inside:
+                module._parameters[name] = nn.Parameter(_zeros_like(parameter), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in inside:
+                module._buffers[name] = _zeros_like(buffer)
+    for block in blocks:
+        block.forward = instead_of(block)
+    with torch.no_grad(), contextlib.suppress(_AllBlocksSeen):
+        model(torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=False)
+    if len(found) != depth:
+        raise ConfigurationError(
+            f"model: {type(model).__name__} called {len(found)} of its {depth} blocks in one forward pass; only models "
+            "that run each block once can be quantized block by block"
+        )
+    return found

@@ -1,0 +1,158 @@
+"""The formats a run can be exported to: what each one does, and the list of them.
+
+A format is a class with a ``name`` and four methods. :func:`formats` is the registry; a new format is one more entry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
+from lightning_gsq.weights.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Settings of a writer.
+
+    Args:
+        shard_size: Bytes after which a new weight file begins.
+        gguf_embedding: Type of the embedding and the head in a GGUF file; null for that of the GGUF file that the run
+            started from, or F16.
+        gguf_projection: Type that a GGUF file rounds those matrices to that no type holds exactly.
+    """
+
+    shard_size: int = 5_000_000_000
+    gguf_embedding: Literal["F16", "Q8_0"] | None = None
+    gguf_projection: Literal["Q4_0", "Q5_0", "Q8_0"] = "Q8_0"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One program that loads the file.
+
+    Args:
+        name: The program, such as ``transformers``.
+        exactness: ``exact`` if it computes with the weights of the run bit for bit, else what it changes.
+        usage: How to load the folder there: a command or a line of Python, with ``{folder}`` for its address.
+    """
+
+    name: str
+    exactness: str
+    usage: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What loading an export back showed.
+
+    Args:
+        runtime: The package that loaded it, with its version.
+        weights: Quantized weights compared with the run's own, and how many of those were bit-identical.
+        logits: Largest difference of a logit between the run's weights and the loaded file, and the largest logit;
+            None where the runtime gives none.
+        same_text: Whether greedy text from the prompts is the same; None where that cannot be expected.
+        perplexity: On a short text, with the run's weights and with the loaded file.
+        note: What else the user should know.
+    """
+
+    runtime: str
+    weights: tuple[int, int] | None = None
+    logits: tuple[float, float] | None = None
+    same_text: bool | None = None
+    perplexity: tuple[float, float] | None = None
+    note: str = ""
+
+    def describe(self) -> str:
+        """The report as one line."""
+        parts = []
+        if self.weights is not None:
+            parts.append(f"{self.weights[1]} of {self.weights[0]} quantized weights bit-identical")
+        if self.logits is not None:
+            parts.append(f"logits within {self.logits[0]:.3g} of {self.logits[1]:.3g}")
+        if self.same_text is not None:
+            parts.append("same greedy text" if self.same_text else "other greedy text")
+        if self.perplexity is not None:
+            parts.append(f"perplexity {self.perplexity[0]:.4f} before and {self.perplexity[1]:.4f} after")
+        if self.note:
+            parts.append(self.note)
+        return f"checked with {self.runtime}: " + ", ".join(parts)
+
+
+class CheckFailedError(RuntimeError):
+    """A file that was written does not load back as what it should be."""
+
+
+class ExportFormat(ABC):
+    """A kind of file."""
+
+    name: ClassVar[str]
+    salient: ClassVar[bool] = False
+    """Whether it holds weights of which some have more bits."""
+
+    @abstractmethod
+    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
+        """Why the format cannot hold these weights, naming one that can; None if it can."""
+
+    @abstractmethod
+    def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
+        """Writes weights, configuration and tokenizer into an empty folder.
+
+        Memory use is that of one block, whatever the model's size.
+
+        Args:
+            run: The run.
+            folder: An empty folder. It gets its final name only when everything is written and checked.
+            options: Settings.
+
+        Returns:
+            The bits of the weight files.
+
+        Raises:
+            ConfigurationError: the model has something that the format cannot hold.
+        """
+
+    @abstractmethod
+    def check(self, run: FinishedRun, folder: Path) -> CheckReport:
+        """Loads the folder back with the package that is meant to read it, and compares.
+
+        Raises:
+            CheckFailedError: it does not load, or is not what the run computes.
+        """
+
+    @abstractmethod
+    def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
+        """Which programs load it, and whether exactly."""
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        """The files that the ledger counts."""
+        return sorted(folder.glob("*.safetensors"))
+
+
+def formats() -> Mapping[str, ExportFormat]:
+    """All formats by name."""
+    from lightning_gsq.export.formats.compressed_tensors import CompressedTensorsFormat
+    from lightning_gsq.export.formats.dequantized import DequantizedFormat
+    from lightning_gsq.export.formats.gguf import GGUFFormat
+    from lightning_gsq.export.formats.gptq import GPTQFormat
+    from lightning_gsq.export.formats.native import NativeFormat
+
+    known = (NativeFormat(), CompressedTensorsFormat(), GPTQFormat(), GGUFFormat(), DequantizedFormat())
+    return {own.name: own for own in known}
+
+
+def format_of(name: str) -> ExportFormat:
+    """The format of that name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    known = formats()
+    if name not in known:
+        raise ConfigurationError(f"format: there is no format {name!r}; choose from {', '.join(known)}")
+    return known[name]

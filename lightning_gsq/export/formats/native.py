@@ -1,0 +1,86 @@
+"""The project's own format: packed codes and scales in safetensors, loaded without unpacking.
+
+A quantized weight ``<stem>.weight`` is stored as ``<stem>.codes`` (int32 words ``O W``, the canonical packing) and
+``<stem>.scales`` (``O G``, the run's scale dtype); every other parameter as plain numbers under its usual name. The
+layout of each weight stands in ``quantization_config`` of config.json, so that a reader needs nothing else:
+
+    {"quant_method": "lightning_gsq", "version": 1,
+     "weights": {"model.layers.0.mlp.down_proj.weight": {"bits": 3, "group_size": 64, "shape": [576, 1536]}, ...}}
+
+A weight with a salient part is stored as the tensors of its layout (``lightning_gsq.weights.salient``), and ``salient``
+in its entry says the rest.
+
+It holds every scheme exactly, and a loaded model takes as much memory as the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_gsq.export.check import compare_model
+from lightning_gsq.export.formats.base import CheckReport, ExportFormat, ExportOptions, Runtime
+from lightning_gsq.export.source import ExportedWeight, FinishedRun
+from lightning_gsq.export.writer import ShardWriter, file_names, write_companions
+from lightning_gsq.packed.layers import PackedWeight
+from lightning_gsq.packed.load import GSQConfig
+from lightning_gsq.packed.salient_linear import SageLinear
+from lightning_gsq.weights.ledger import Ledger, LedgerEntry
+
+
+class NativeFormat(ExportFormat):
+    """Packed safetensors for :func:`lightning_gsq.load`."""
+
+    name: ClassVar[str] = "native"
+    salient: ClassVar[bool] = True
+
+    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
+        """Holds everything but salient parts of fused experts."""
+        fused = next((weight.name for weight in weights if weight.scheme.mixed and weight.site.experts), None)
+        if fused is None:
+            return None
+        return f"native has no salient weights in fused experts ({fused}); use dequantized"
+
+    def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
+        """Writes ``model.safetensors`` (or shards), config and tokenizer."""
+        writer = ShardWriter(folder, options.shard_size)
+        layouts = {}
+        for names in run.units():
+            plain = {name: run.parameter(name) for name in names if name not in run.weights}
+            for name, value in file_names(run, plain).items():
+                writer.add_plain(name, value)
+            for name in names:
+                if name in run.weights:
+                    weight, tensor = run.weights[name], run.quantized(name)
+                    layouts[name] = (tensor.scheme, weight.site)
+                    parts = {f"{weight.stem}.{part}": value for part, value in tensor.pack().items()}
+                    writer.add(parts, LedgerEntry.of(name, tensor))
+        write_companions(run, folder, GSQConfig.of(layouts).to_dict())
+        return writer.finish()
+
+    def check(self, run: FinishedRun, folder: Path) -> CheckReport:
+        """Loads it with the project's runtime."""
+        return compare_model(run, folder, "lightning-gsq", _dense_of)
+
+    def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
+        """The project's runtime, by itself or inside transformers."""
+        return [
+            Runtime("lightning-gsq", "exact", 'lightning_gsq.load("{folder}")'),
+            Runtime(
+                "transformers",
+                "exact",
+                'import lightning_gsq; AutoModelForCausalLM.from_pretrained("{folder}")',
+            ),
+        ]
+
+
+def _dense_of(model: PreTrainedModel, name: str) -> Tensor:
+    module = model.get_submodule(name.removesuffix(".weight"))
+    if not isinstance(module, (PackedWeight, SageLinear)):
+        raise TypeError(f"{name} is not packed in the loaded model but a {type(module).__name__}")
+    return module.dequantize(torch.float32)

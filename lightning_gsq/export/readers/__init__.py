@@ -1,0 +1,6 @@
+"""Programs that read exported files, to check them.
+
+packages           which are installed
+llama_cpp          llama.cpp, in a process of its own
+llama_cpp_process  that process
+"""

@@ -1,0 +1,7 @@
+"""Any decoder as a chain of blocks.
+
+loading         a model by its address: folder, hub name, GGUF file, file in a package
+chain           its blocks, and what each is called with
+linear_weights  which parameters of a block are linear weights
+head            its logits from its last hidden states
+"""

@@ -1,0 +1,174 @@
+"""Modules whose weight stays packed in memory: the runtime of a quantized model.
+
+:class:`QuantLinear` takes the place of ``nn.Linear`` and of GPT-2's ``Conv1D``. :class:`PackedExperts` takes the place
+of a fused expert parameter ``E O I``: the model's own code picks ``parameter[e]``, and gets that expert's dense matrix,
+made when it is asked for; the others stay packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.ops.packed_linear import dequantize_packed, packed_linear
+from lightning_gsq.weights.packing import pack, packed_words
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme
+
+
+class PackedWeight(nn.Module):
+    """A quantized weight: ``codes`` (int32 words ``O W``) and ``scales`` (``O G``), both buffers.
+
+    Casting the module (``.to(torch.bfloat16)``, ``.half()``) leaves the scales in their stored dtype: they are data,
+    and another dtype would change the weights.
+
+    Args:
+        scheme: Grid and group size.
+        site: Shape and orientation.
+        scale_dtype: Dtype of the scales.
+        dtype: Dtype of dense matrices that are made of it; casting the module changes it.
+        device: Where to make the buffers.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    cast: Tensor
+
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        site: LinearSite,
+        scale_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme, self.site = scheme, site
+        words = packed_words(site.in_features, scheme.storage_bits)
+        groups = scheme.num_groups(site.in_features)
+        self.register_buffer("codes", torch.zeros(site.rows, words, dtype=torch.int32, device=device))
+        self.register_buffer("scales", torch.zeros(site.rows, groups, dtype=scale_dtype, device=device))
+        # Holds no number: it is there to be cast together with the model's parameters.
+        self.register_buffer("cast", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def fill(self, tensor: QuantizedTensor) -> Self:
+        """Takes over codes and scales."""
+        parts = tensor.pack()
+        self.codes, self.scales = parts["codes"].to(self.codes.device), parts["scales"].to(self.scales.device)
+        return self
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Keyword arguments of the packed ops."""
+        in_features = self.site.in_features
+        return {
+            "bits": self.scheme.bits,
+            "in_features": in_features,
+            "group_length": self.scheme.group_length(in_features),
+        }
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight in the shape of the parameter that it stands for."""
+        return self.site.from_matrix(dequantize_packed(self.codes, self.scales, **self.layout, dtype=dtype))
+
+    def check_values(self) -> None:
+        """Checks what came from a file.
+
+        Raises:
+            ValueError: a scale is not finite, or a code is not a level of the scheme.
+        """
+        if not bool(torch.isfinite(self.scales).all()):
+            raise ValueError("the scales are not all finite")
+        if self.scheme.bits == "ternary":
+            # Of the four codes of two bits, 0 is no level: every code has a bit set. Tested on whole words, where
+            # the mask has the lower bit of each code that is not padding.
+            mask_W = pack(torch.ones(1, self.site.in_features, dtype=torch.uint8), 2)[0].to(self.codes.device)
+            if not bool(((self.codes | self.codes >> 1) & mask_W == mask_W).all()):
+                raise ValueError(f"a code lies below the lowest level {self.scheme.low} of a {self.scheme} weight")
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        experts = f"experts={self.site.experts}, " if self.site.experts else ""
+        return (
+            f"{experts}in_features={self.site.in_features}, out_features={self.site.out_features}, scheme={self.scheme}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        stored = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != stored.dtype:
+            self.scales = stored.to(self.scales.device)
+        return self
+
+
+def new_bias(
+    site: LinearSite, wanted: bool, dtype: torch.dtype | None, device: torch.device | str | None
+) -> nn.Parameter | None:
+    """The bias of a layer with a packed weight, zero; None without one."""
+    zeros = torch.zeros(site.out_features, dtype=dtype, device=device) if wanted else None
+    return None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+
+def made_on_demand(weight: Tensor) -> Tensor:
+    """A dense weight that code asked a packed layer for, to look at its dtype or device."""
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps transformers from filling it at random
+    return weight
+
+
+class QuantLinear(PackedWeight):
+    """A linear layer with a packed weight: ``y = x w^T + bias``.
+
+    Args:
+        scheme: Grid and group size.
+        site: Shape.
+        bias: Whether there is one.
+        scale_dtype: Dtype of the scales.
+        dtype: Dtype of the bias and of ``weight``.
+        device: Where to make the buffers.
+
+    Example:
+        >>> site = LinearSite("weight", 0, 256, 128, transposed=False)
+        >>> layer = QuantLinear(QuantScheme(3, 64), site)
+        >>> layer(torch.randn(4, 128)).shape
+        torch.Size([4, 256])
+    """
+
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        site: LinearSite,
+        bias: bool = False,
+        scale_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(scheme, site, scale_dtype, dtype, device)
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", new_bias(site, bias, dtype, device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew each time: for code that looks at a layer's weight, its dtype or device."""
+        return made_on_demand(self.dequantize(self.cast.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``... I`` to ``... O``."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return packed_linear(x, self.codes, self.scales, self.bias, **self.layout)
+
+
+class PackedExperts(PackedWeight):
+    """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix."""
+
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        """The matrix of one expert, ``O I`` (``I O`` if the parameter is stored that way)."""
+        stored = (part.unflatten(0, (self.site.experts, -1)) for part in (self.codes, self.scales))
+        codes_OW, scales_OG = (part[int(expert)] for part in stored)
+        w_OI = dequantize_packed(codes_OW, scales_OG, **self.layout, dtype=self.cast.dtype)
+        return w_OI.T if self.site.transposed else w_OI

@@ -1,6 +1,0 @@
-"""What a run will take, before it starts: sizes, bits, memory, disk, steps and time, from a configuration alone."""
-
-from lightning_gsq.plan.estimate import Estimate, estimate, refuse_early
-from lightning_gsq.plan.show import print_estimate
-
-__all__ = ["Estimate", "estimate", "print_estimate", "refuse_early"]

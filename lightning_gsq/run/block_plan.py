@@ -1,0 +1,59 @@
+"""What a run does with each block: which weights it quantizes, and to what."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from lightning_gsq.models.chain import check_chain, find_blocks, run_block, trace
+from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.scheme import QuantScheme, assign_schemes
+
+PROBE_TOKENS = 8
+"""Length of the sequence that shows which weights a block multiplies with."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What is to be done with one block.
+
+    Args:
+        index: Its number in the model.
+        name: Its name, such as ``model.layers.3``.
+        weights: The weights to quantize, in order, with their schemes.
+    """
+
+    index: int
+    name: str
+    weights: dict[LinearSite, QuantScheme]
+
+    @property
+    def expected(self) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
+        """Scheme and ``(O, I)`` by parameter name: what the block's file has to hold."""
+        return {site.name: (scheme, (site.rows, site.in_features)) for site, scheme in self.weights.items()}
+
+
+def make_plan(model: ModelQuantization) -> list[BlockPlan]:
+    """Finds the linear weights of every block and assigns their schemes.
+
+    Raises:
+        ConfigurationError: the architecture does not fit, a pattern matches nothing, or a range is empty.
+    """
+    prefix, blocks = find_blocks(model.network)
+    ids = torch.arange(PROBE_TOKENS)[None] % int(model.network.get_input_embeddings().num_embeddings)  # type: ignore
+    traced = trace(model.network, ids)
+    check_chain(model.network, traced)
+    sites: dict[str, tuple[int, LinearSite]] = {}
+    for index in model.selected_blocks(len(blocks)):
+        run = functools.partial(run_block, blocks[index], traced.inputs_BTD[index], traced.calls[index])
+        found = find_linear_sites(blocks[index], run)
+        sites |= {f"{prefix}.{index}.{site.name}": (index, site) for site in found}
+    schemes = assign_schemes(sites, model.scheme, model.include, model.exclude, model.overrides)
+    plans: dict[int, BlockPlan] = {}
+    for name, scheme in schemes.items():
+        index, site = sites[name]
+        plans.setdefault(index, BlockPlan(index, f"{prefix}.{index}", {})).weights[site] = scheme
+    return [plans[index] for index in sorted(plans)]

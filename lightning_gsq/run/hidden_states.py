@@ -1,0 +1,95 @@
+"""Hidden states of all calibration sequences at one depth of the model, in memory or in a file."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_gsq.errors import ConfigurationError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ActivationOptions:
+    """How hidden states are kept between blocks.
+
+    Args:
+        dtype: Storage dtype; half precision halves the memory.
+        memory_limit_gb: Above this total, in gigabytes (10^9 bytes), hidden states live in memory-mapped files.
+        folder: Where those files go; null for the system's temporary folder. They are deleted at the end.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    memory_limit_gb: float = 8.0
+    folder: str | None = None
+
+
+class ActivationStore:
+    """Room for hidden states ``N T D`` at one depth, several times (the streams of a run).
+
+    Args:
+        shape: ``(N, T, D)``.
+        options: Dtype and threshold.
+        streams: How many tensors of that shape will be asked for; the limit counts them all.
+
+    Raises:
+        ConfigurationError: the file system has too little room.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], options: ActivationOptions, streams: int) -> None:
+        self.shape, self.dtype = shape, _DTYPES[options.dtype]
+        self.bytes_each = math.prod(shape) * self.dtype.itemsize
+        self.folder: Path | None = None
+        self._count = 0
+        if streams * self.bytes_each > options.memory_limit_gb * 1e9:
+            free = shutil.disk_usage(options.folder or tempfile.gettempdir()).free
+            if free < streams * self.bytes_each:
+                raise ConfigurationError(
+                    f"activations.folder: {options.folder or tempfile.gettempdir()} has {free / 1e9:.1f} GB free, the "
+                    f"hidden states of {shape[0]} sequences of {shape[1]} tokens need "
+                    f"{streams * self.bytes_each / 1e9:.1f} GB; choose another folder or fewer sequences"
+                )
+            self.folder = Path(tempfile.mkdtemp(prefix="lightning-gsq-", dir=options.folder))
+
+    def new(self) -> Tensor:
+        """An uninitialised tensor ``N T D``, memory-mapped past the threshold."""
+        if self.folder is None:
+            return torch.empty(self.shape, dtype=self.dtype)
+        file = self.folder / f"stream{self._count}.bin"
+        self._count += 1
+        return torch.from_file(str(file), shared=True, size=math.prod(self.shape), dtype=self.dtype).view(self.shape)
+
+    def close(self) -> None:
+        """Deletes the files, if any."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ActivationDataset(Dataset[tuple[Tensor, ...]]):
+    """A block's inputs and targets ``N T D``, with weights of their tokens ``N T`` if given, a batch at a time."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+        return [tuple(tensor[indices] for tensor in self.tensors)]
+
+
+def first(batches: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Collate function of :class:`ActivationDataset`: its batches arrive whole."""
+    return batches[0]

@@ -1,0 +1,279 @@
+"""How perplexity is measured: with the whole model on the device, or block by block where it does not fit there.
+
+Block by block, the model stays on the host. Its own code embeds the windows; each block's weights visit the device in
+turn and all windows pass through them; the model's own code computes what follows the last block; and the head, on the
+device again, gives the logits of some positions at a time. So the device holds one block and some windows, or the head
+and some logits, and the host (or a file, see ``ActivationOptions``) the hidden states of all windows:
+
+    h <- embed(ids);   h <- block_l(h), l = 1 ... L;   log p = log_softmax(head(norm(h)))
+
+What is outside of the blocks is no list of module names: it is the model's forward pass with every block replaced by a
+function that hands hidden states on. Both ways add the same losses of the same positions to the same metric and differ
+by rounding alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from lightning_gsq.data import PerplexityData
+from lightning_gsq.data.evaluation import ByBlock
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.chain import BlockCall, check_chain, embed, find_blocks, run_block, split_hidden, trace
+from lightning_gsq.models.head import TOLERANCE, find_head, last_hidden
+from lightning_gsq.ops.distillation import Head
+from lightning_gsq.run.block_plan import PROBE_TOKENS
+from lightning_gsq.run.blocks import FORWARD_TOKENS
+from lightning_gsq.run.hidden_states import ActivationOptions, ActivationStore
+from lightning_gsq.system.processes import Ranks
+from lightning_gsq.system.slices import slices
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.training.model import LOSS_POSITIONS
+from lightning_gsq.training.student_block import standing_in
+
+FP32 = 4
+SPARE = 0.1
+"""Share of a device's free memory that a whole model has to leave to activations, workspaces and fragmentation."""
+
+
+def whole_model_terms(weights: int, vocabulary: int, tokens: int, itemsize: int) -> dict[str, int]:
+    """Bytes on the device while a whole model is evaluated, activations of its blocks aside.
+
+    Args:
+        weights: Bytes of the model.
+        vocabulary: Rows of the head.
+        tokens: Tokens of a window.
+        itemsize: Bytes of a logit.
+    """
+    return {
+        "model": weights,
+        "logits of a window": tokens * vocabulary * itemsize,
+        "log-probabilities of some positions": 2 * LOSS_POSITIONS * vocabulary * FP32,
+    }
+
+
+def runs_by_block(choice: ByBlock, terms: dict[str, int], room: int | None) -> bool:
+    """Whether perplexity is measured block by block.
+
+    Args:
+        choice: What the user asked for.
+        terms: Those of :func:`whole_model_terms`.
+        room: Free bytes of the device; None if it is the host or does not say.
+    """
+    if isinstance(choice, bool):
+        return choice
+    return room is not None and sum(terms.values()) > (1 - SPARE) * room
+
+
+def make_measure(
+    model: ModelQuantization,
+    evaluation: PerplexityData,
+    activations: ActivationOptions,
+    make_trainer: Callable[[], Trainer],
+    room: int | None,
+    say: Callable[[str], None],
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+) -> Callable[[], float]:
+    """Decides how perplexity is measured.
+
+    Args:
+        model: The model, loaded. Each measurement is of the weights that it has then.
+        evaluation: The windows, tokenised, and the user's choice.
+        activations: How hidden states are kept between blocks.
+        make_trainer: Makes a Trainer that only evaluates.
+        room: Free bytes of its device; None if it is the host or does not say.
+        say: Prints a line for the user.
+        ranks: This process among those that share the windows; all of them measure at the same time.
+
+    Returns:
+        A function that measures the perplexity of all windows.
+
+    Raises:
+        ConfigurationError: it has to be block by block, and this model cannot be evaluated so.
+    """
+    ids_NT, network = ranks.share(evaluation.ids_NT, even=False), model.network
+    trainer = make_trainer()
+    device = trainer.strategy.root_device
+    weights = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+    itemsize = 2 if trainer.precision in ("bf16-mixed", "16-mixed") else network.dtype.itemsize
+    vocabulary = network.config.get_text_config(decoder=True).vocab_size
+    terms = whole_model_terms(weights, vocabulary, ids_NT.shape[1], itemsize)
+    # One device with too little room is enough, because all processes have to go the same way.
+    mine = torch.tensor(float(runs_by_block(evaluation.by_block, terms, room)), device=device)
+    if not float(ranks.sum(mine)):
+
+        def whole() -> float:
+            windows: DataLoader[Tensor] = DataLoader(ids_NT, batch_size=1)  # type: ignore[arg-type]
+            (result,) = make_trainer().validate(model, windows, verbose=False)
+            return float(result["perplexity"])
+
+        return whole
+    trainer.precision_plugin.convert_module(network)  # as the Trainer does before it evaluates a whole model
+    blockwise = BlockwisePerplexity(network)
+    free = "" if room is None else f", the device has {room / 1e9:.1f} GB free"
+    say(f"perplexity is measured block by block: the model takes {weights / 1e9:.1f} GB{free}")
+    return lambda: blockwise.measure(model, ids_NT, make_trainer(), activations)
+
+
+class BlockwisePerplexity:
+    """A model on the host that is evaluated through one block at a time.
+
+    Args:
+        network: The model. Its weights may change between measurements.
+
+    Raises:
+        ConfigurationError: its blocks are no chain, what they are called with depends on the tokens, or its logits are
+            not those of a head applied to what follows the last block. Found out on a few tokens.
+    """
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        self.network, self.blocks = network, find_blocks(network)[1]
+        ids_BT = torch.arange(PROBE_TOKENS)[None] % network.get_input_embeddings().num_embeddings  # type: ignore
+        traced = trace(network, ids_BT)
+        check_chain(network, traced)
+        found = find_head(
+            network, "evaluation.by_block: perplexity block by block", "set it to false, on a device that holds it all"
+        )
+        self._scale, self._softcap = found.scale, found.softcap
+        self._beside: dict[type, tuple[Any, ...] | None] = {}
+        """What a kind of block returns beside the hidden states; None if it returns these alone."""
+        with torch.no_grad(), ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.callback(block.register_forward_hook(self._note).remove)
+            wanted_BTV = network(ids_BT, use_cache=False).logits.float()
+        logits_BTV = found.logits(self._finish(ids_BT, traced.output_BTD)).float()
+        error = float((logits_BTV - wanted_BTV).abs().max() / wanted_BTV.abs().max())
+        calls = [tree_leaves((call.args, call.kwargs)) for call in self._calls(ids_BT)]
+        others = [tree_leaves((call.args, call.kwargs)) for call in self._calls(ids_BT.flip(1))]
+        if not error < TOLERANCE or not all(map(_same, calls, others)):
+            raise ConfigurationError(
+                f"evaluation.by_block: something other than the hidden states of the block before reaches the blocks "
+                f"or the head of {type(network).__name__}, so that its perplexity cannot be measured block by block; "
+                "set it to false, on a device that holds the whole model"
+            )
+
+    def _note(self, block: nn.Module, _: Any, output: Any) -> None:
+        self._beside[type(block)] = output[1:] if isinstance(output, tuple) else None
+
+    @torch.no_grad()
+    def measure(
+        self, model: ModelQuantization, ids_NT: Tensor, trainer: Trainer, activations: ActivationOptions
+    ) -> float:
+        """The perplexity of the windows, and those of other processes if there are any.
+
+        Args:
+            model: The model's module, whose metric adds up the losses.
+            ids_NT: This process's windows; a window's first token is context only.
+            trainer: Gives the device and the precision.
+            activations: How hidden states are kept.
+        """
+        device, size = trainer.strategy.root_device, max(1, FORWARD_TOKENS // ids_NT.shape[1])
+        metric = model.negative_log_likelihood.to(device)
+        with trainer.precision_plugin.forward_context(), self._embedded(ids_NT, activations, size) as hidden:
+            hidden_NTD, dtype = hidden
+            for block, call in zip(self.blocks, self._calls(ids_NT[:1]), strict=True):
+                dtype = _pass_through(block, call, hidden_NTD, dtype, device, size)
+            head = self._head(device)
+            for part in slices(len(ids_NT), size):
+                last_BTD = self._finish(ids_NT[part], hidden_NTD[part].to(dtype))
+                for last_TD, ids_T in zip(last_BTD, ids_NT[part], strict=True):
+                    for own in slices(len(ids_T) - 1, LOSS_POSITIONS):
+                        logits_CV = head.logits(_fetch(last_TD[own], device))
+                        model.add_predictions(logits_CV, _fetch(ids_T[1:][own], device))
+        perplexity = float(metric.compute().exp())
+        metric.reset()
+        metric.cpu()
+        return perplexity
+
+    @contextmanager
+    def _embedded(
+        self, ids_NT: Tensor, activations: ActivationOptions, size: int
+    ) -> Iterator[tuple[Tensor, torch.dtype]]:
+        """The inputs of the first block, as they are kept, and the dtype that the model gives them."""
+        first_BTD = embed(self.network, ids_NT[:1])
+        store = ActivationStore((*ids_NT.shape, first_BTD.shape[-1]), activations, streams=1)
+        try:
+            hidden_NTD = store.new()
+            for part in slices(len(ids_NT), size):
+                hidden_NTD[part] = embed(self.network, ids_NT[part]).to(hidden_NTD)
+            yield hidden_NTD, first_BTD.dtype
+        finally:
+            store.close()
+
+    def _head(self, device: torch.device) -> Head:
+        """The head as it is now, on the device, in the dtype that its product is computed in."""
+        embedding = self.network.get_output_embeddings()
+        head = Head(embedding.weight, getattr(embedding, "bias", None), self._scale, self._softcap)
+        if torch.is_autocast_enabled(device.type):
+            head = head.to(torch.get_autocast_dtype(device.type))
+        bias_V = None if head.bias_V is None else _fetch(head.bias_V, device)
+        return Head(_fetch(head.weight_VD, device), bias_V, head.scale, head.softcap)
+
+    # -- the model's own code outside of the blocks
+
+    def _calls(self, ids_BT: Tensor) -> list[BlockCall]:
+        """What each block is called with beside the hidden states."""
+        calls: list[BlockCall] = []
+
+        def note(hidden_BTD: Tensor, call: BlockCall) -> Tensor:
+            calls.append(call)
+            return hidden_BTD
+
+        with torch.no_grad(), self._instead_of_blocks(note):
+            last_hidden(self.network, ids_BT)
+        return calls
+
+    def _finish(self, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """What enters the head if ``hidden_BTD`` leaves the last block."""
+        with torch.no_grad(), self._instead_of_blocks(lambda *_: hidden_BTD):
+            return last_hidden(self.network, ids_BT)
+
+    @contextmanager
+    def _instead_of_blocks(self, function: Callable[[Tensor, BlockCall], Tensor]) -> Iterator[None]:
+        def forward_of(block: nn.Module) -> Callable[..., Any]:
+            beside = self._beside[type(block)]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden_BTD, rest, others = split_hidden(args, kwargs)
+                output_BTD = function(hidden_BTD, BlockCall(rest, others))
+                return output_BTD if beside is None else (output_BTD, *beside)
+
+            return forward
+
+        with standing_in({index: forward_of(block) for index, block in enumerate(self.blocks)}, self.blocks):
+            yield
+
+
+def _pass_through(
+    block: nn.Module, call: BlockCall, hidden_NTD: Tensor, dtype: torch.dtype, device: torch.device, size: int
+) -> torch.dtype:
+    """Replaces all hidden states by the block's output; returns the dtype that the block computed them in.
+
+    The block stays where it is: a copy of its weights on the device takes their place, and is gone afterwards.
+    """
+    weights = {name: _fetch(t, device) for name, t in [*block.named_parameters(), *block.named_buffers()]}
+    call = call.to(device)
+    for part in slices(len(hidden_NTD), size):
+        output_BTD = run_block(block, _fetch(hidden_NTD[part], device, dtype), call, weights)
+        hidden_NTD[part] = output_BTD.to(hidden_NTD)
+    return output_BTD.dtype
+
+
+def _fetch(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.to(device, dtype)
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Whether two calls' tensors are equal."""
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for a, b in zip(one, other, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)
+    )

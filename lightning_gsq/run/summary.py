@@ -1,0 +1,116 @@
+"""What a run found, as ``summary.json`` holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_gsq.models import loading
+from lightning_gsq.run import report
+from lightning_gsq.run.block_plan import BlockPlan
+from lightning_gsq.run.end_to_end import EndToEndResult
+from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.system.memory import peak_memory_bytes
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.ledger import Ledger, LedgerEntry
+from lightning_gsq.weights.quantized import QuantizedWeight
+
+
+def _ledger(
+    model: ModelQuantization,
+    plan: list[BlockPlan],
+    tensors: list[dict[str, QuantizedWeight]],
+    folder: RunFolder,
+    kind: str,
+) -> Ledger:
+    """The bits of the block files, and of everything that is not quantized in the dtype of the saved model."""
+    entries, headers = [], {}
+    for own, weights in zip(plan, tensors, strict=True):
+        file = folder.block_file(kind, own.index)
+        stored = [LedgerEntry.of(f"{own.name}.{name}", tensor) for name, tensor in weights.items()]
+        entries += stored
+        headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
+    quantized = {entry.name for entry in entries}
+    entries += [
+        LedgerEntry(name, p.numel(), unquantized=8 * model.output_dtype.itemsize * p.numel())
+        for name, p in model.network.named_parameters()
+        if name not in quantized
+    ]
+    return Ledger(tuple(entries), headers)
+
+
+def _seconds_of_block(progress: dict[str, Any], planned: int) -> dict[str, dict[str, float]]:
+    """Mean seconds a block of each part of the work, by phase, under the names that the pipeline gives the parts."""
+    prefix = "seconds/"
+    blocks = progress.get("blocks", {}).values()
+    parts = sorted({key for block in blocks for key in block if key.startswith(prefix)})
+    return {
+        "init": {part: seconds / planned for part, seconds in progress.get("init_seconds", {}).items()},
+        "blocks": {
+            key.removeprefix(prefix): sum(block.get(key, 0.0) for block in blocks) / len(blocks) for key in parts
+        },
+    }
+
+
+def make_summary(
+    model: ModelQuantization,
+    source: loading.ModelSource,
+    folder: RunFolder,
+    recipe: dict[str, Any],
+    kind: str,
+    plan: list[BlockPlan],
+    tensors: list[dict[str, QuantizedWeight]],
+    result: EndToEndResult | None,
+) -> dict[str, Any]:
+    """The content of ``summary.json``.
+
+    Args:
+        model: The model, loaded, and its settings.
+        source: Where it came from.
+        folder: The run folder, with the files of ``kind``.
+        recipe: The run's recipe.
+        kind: Whose result stands: that of the warm start, the blocks or the end-to-end phase.
+        plan: The quantized weights of each block.
+        tensors: Their codes and scales.
+        result: What the end-to-end phase found, if it ran.
+    """
+    ledger = _ledger(model, plan, tensors, folder, kind)
+    saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
+    progress = folder.progress
+    blocks = progress.get("blocks", {})
+    seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
+    parameters = sum(p.numel() for p in model.network.parameters())
+    files = sum(folder.block_file(kind, own.index).stat().st_size for own in plan)
+    peak = max(progress.get("peak_memory_bytes", 0), peak_memory_bytes())
+    folder.update_progress(peak_memory_bytes=peak)
+    summary = {
+        "perplexity": progress["perplexity"],
+        "bits_per_weight": report.ledger_of(tensors).per_weight(),
+        "ledger": ledger.summary(),
+        "bytes": {
+            "original": loading.num_bytes(source, model.network),
+            "dense": 2 * parameters,
+            "quantized": ledger.num_bytes,
+            "blocks": files,
+        },
+        "seconds_per_block": seconds_of["blocks"] / max(1, len(blocks)),
+        "seconds_of_block": _seconds_of_block(progress, len(plan)),
+        "seconds_of": seconds_of,
+        "peak_memory_bytes": peak,
+        "scheme": {
+            "name": str(model.scheme),
+            "bits": model.scheme.bits,
+            "group_size": model.scheme.group_size,
+        },
+        "blocks": blocks,
+        **({"saliency": saliency} if saliency else {}),
+        "pretrained": model.pretrained,
+        "seed": recipe["seed"],
+        "versions": recipe["versions"],
+        "torch_threads": torch.get_num_threads(),
+    }
+    if result is not None:
+        summary["end_to_end"] = result.report
+        seconds_of["end_to_end"] = result.report["seconds"]
+    return {**summary, "seconds": sum(seconds_of.values())}

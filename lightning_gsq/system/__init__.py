@@ -1,0 +1,14 @@
+"""This machine: processors, processes, files, memory, random numbers.
+
+seeding              generators keyed by what they are for
+compiling            torch.compile and the C++ compiler, where there is one
+memory               freed memory given back; the most that was used
+files                files that are there whole or not at all
+safetensors_headers  the weight files of a folder, looked at before anything is loaded
+processes            several processes that share the sequences
+sharding             a model spread over processes (FSDP2)
+stopwatch            where the seconds go
+slices               work in parts of a bounded size
+fingerprint          digests of tensors
+versions             what a result was made with
+"""

@@ -1,0 +1,13 @@
+"""What a result was made with."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+
+PACKAGES = ("lightning-gsq", "torch", "lightning", "transformers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    return {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}}

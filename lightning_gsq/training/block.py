@@ -1,0 +1,181 @@
+"""One transformer block as a LightningModule: its trainable parameters are logits and scales, nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.chain import BlockCall, BlockRunner, run_block
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.quantizers import GumbelQuantizer
+from lightning_gsq.quantizers.salient import MixedQuantizer
+from lightning_gsq.saliency.unsettled import UnsettledQuantizer
+from lightning_gsq.system.seeding import seed_of
+from lightning_gsq.training.optim import Adam, Lion
+from lightning_gsq.weights.quantized import QuantizedWeight
+
+WeightQuantizer = GumbelQuantizer | MixedQuantizer
+"""One trainable weight; its parts are Gumbel quantizers."""
+Batch = tuple[Tensor, ...]
+"""Hidden states that enter the block, and what should leave it, each ``B T D``; then, optionally, how much each token
+counts, ``B T``."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of a block became NaN or infinite."""
+
+
+class BlockQuantization(LightningModule):
+    """Trains the level choices and group scales of one block against its full-precision output.
+
+    The block itself stays as it is: it runs through ``torch.func.functional_call`` with sampled weights in place of
+    its own. The loss is the mean squared error over the mean square of the targets, so that 0.01 means one percent
+    of the block's output energy, in every block. Batches may weigh tokens.
+
+    Args:
+        block: The full-precision block; frozen here.
+        call: Its arguments beside the hidden states.
+        quantizers: One quantizer for each linear weight to quantize; one that is unsettled waits for the callback
+            SaliencyThreshold.
+        optimizer: Makes the optimizer from parameter groups; its learning rate is that of the logits.
+        scale_learning_rate: Learning rate of the scales' logarithms; no weight decay applies to them.
+        learning_rate_floor: Where the cosine schedule ends, as a share of the start.
+        target_power: Mean square of the targets, weighed like the batches.
+        index: The block's number in the model, for logging and for the noise.
+        name: The block's name in the model, for messages.
+        seed: Seed of the noise.
+        position: How many blocks of this run come before this one, and how many there are.
+        run: How a block is run: plainly, or compiled.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        quantizers: Mapping[LinearSite, WeightQuantizer | UnsettledQuantizer],
+        optimizer: OptimizerCallable,
+        scale_learning_rate: float = 1e-3,
+        learning_rate_floor: float = 0.1,
+        target_power: float = 1.0,
+        index: int = 0,
+        name: str = "block",
+        seed: int = 0,
+        position: tuple[int, int] = (0, 1),
+        run: BlockRunner = run_block,
+    ) -> None:
+        super().__init__()
+        self.block = block.requires_grad_(False).eval()
+        self.sites = list(quantizers)
+        self.quantizers = nn.ModuleList(quantizers.values())
+        self.optimizer, self.scale_learning_rate = optimizer, scale_learning_rate
+        self.learning_rate_floor, self.target_power = learning_rate_floor, max(target_power, 1e-12)
+        self.index, self.name, self.seed, self.position = index, name, seed, position
+        self._call, self._run = call, run
+        self._validated: tuple[dict[str, Tensor], dict[str, Tensor]]
+
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps of the blocks before, so that the curves of successive blocks join along one axis."""
+        return self.position[0] * max(1, int(self.trainer.estimated_stepping_batches))
+
+    def named_weights(self) -> Iterator[tuple[str, WeightQuantizer]]:
+        """Pairs of parameter name and quantizer of the whole weight."""
+        for site, quantizer in zip(self.sites, self.quantizers, strict=True):
+            assert isinstance(quantizer, GumbelQuantizer | MixedQuantizer)
+            yield site.name, quantizer
+
+    def named_quantizers(self) -> Iterator[tuple[str, GumbelQuantizer]]:
+        """Pairs of name and Gumbel quantizer: all of a weight, or its salient and its other columns apart."""
+        for name, quantizer in self.named_weights():
+            for suffix, part in quantizer.parts():
+                yield name + suffix, part
+
+    def sampled_weights(self, *key: int) -> dict[str, Tensor]:
+        """One relaxed sample of every weight; ``key`` selects the noise."""
+        return {
+            site.name: site.from_matrix(quantizer(seed_of(self.seed, self.index, site.name, *key)))
+            for site, quantizer in zip(self.sites, self.quantizers, strict=True)
+        }
+
+    def hard_weights(self) -> dict[str, Tensor]:
+        """Every weight rounded to its most probable level."""
+        return self._dense({name: quantizer.harden() for name, quantizer in self.named_weights()})
+
+    def start_weights(self) -> dict[str, Tensor]:
+        """Every weight as the warm start left it."""
+        return self._dense({name: quantizer.start_tensor() for name, quantizer in self.named_weights()})
+
+    def forward(self, hidden_BTD: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Runs the block with these weights."""
+        self._call = self._call.to(hidden_BTD.device)
+        return self._run(self.block, hidden_BTD, self._call, weights)
+
+    def loss(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
+        """Relative squared error of the block's output with these weights, fp32."""
+        hidden, target, *weight_BT = batch
+        output = self(hidden.float(), weights).float()
+        if not weight_BT:
+            return nn.functional.mse_loss(output, target.float()) / self.target_power
+        return ((output - target.float()).square().mean(-1) * weight_BT[0]).mean() / self.target_power
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss with sampled weights.
+
+        Raises:
+            NonFiniteLossError: it is NaN or infinite.
+        """
+        loss = self.loss(batch, self.sampled_weights(self.global_step, batch_idx, self.global_rank))
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss of {self.name} is {loss.item()} at step {self.global_step}; lower the learning rates "
+                "(--model.optimizer.init_args.lr, --model.scale_learning_rate) or use --trainer.precision 32-true"
+            )
+        # A logged value named "step" becomes the x axis of all loggers.
+        self.log_dict({"block/loss_soft": loss.detach(), "step": float(self.first_step + self.global_step)})
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Draws one sample of the weights and rounds them once, for all validation batches."""
+        self._validated = self.sampled_weights(-1, self.global_step, self.global_rank), self.hard_weights()
+
+    def on_validation_epoch_end(self) -> None:
+        """Frees them."""
+        del self._validated
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs the losses of a sample and of the rounded weights on held-out sequences."""
+        soft, hard = (self.loss(batch, weights) for weights in self._validated)
+        losses = {"block/val_loss_soft": soft, "block/val_loss_hard": hard}
+        self.log_dict({**losses, "step": float(self.first_step + self.global_step)}, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over logits and scales, with a cosine schedule that ends at the floor."""
+        logits = [quantizer.logits for _, quantizer in self.named_quantizers()]
+        scales = [quantizer.log_scale for _, quantizer in self.named_quantizers()]
+        optimizer = self.optimizer(
+            [
+                {"params": logits, "name": "logits"},
+                {"params": scales, "name": "scales", "lr": self.scale_learning_rate, "weight_decay": 0.0},
+            ]
+        )
+        if any(p.dtype == torch.bfloat16 for p in logits) and not isinstance(optimizer, (Lion, Adam)):
+            raise ConfigurationError(
+                f"gumbel.logits_dtype=bfloat16 needs an optimizer that rounds stochastically, got {type(optimizer)}; "
+                "use lightning_gsq.training.Lion or lightning_gsq.training.Adam, or float32 logits"
+            )
+        steps, floor = max(1, int(self.trainer.estimated_stepping_batches)), self.learning_rate_floor
+        schedule = LambdaLR(
+            optimizer, lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _dense(self, tensors: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+        return {site.name: site.from_matrix(tensors[site.name].dequantize()) for site in self.sites}

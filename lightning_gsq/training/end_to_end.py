@@ -1,0 +1,373 @@
+"""The whole quantized model as a LightningModule: codes frozen, group scales trained against the original's logits.
+
+Teacher and student are the same network. Its blocks' full-precision weights stay where they are; each block is run by a
+:class:`StudentBlock`, which for the student computes its weights from codes and scales. Everything between the blocks
+(embedding, masks, rotary embeddings, the last norm) is the model's own code.
+
+Under the strategy ``fsdp2`` each of these blocks is one unit of :mod:`lightning_gsq.system.sharding`, the rest of the
+model another; ``loss`` and ``teacher_top`` are its forward passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.chain import find_blocks
+from lightning_gsq.models.head import find_head, last_hidden
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
+from lightning_gsq.quantizers import GumbelOptions
+from lightning_gsq.system.sharding import (
+    FSDP2Strategy,
+    Sharding,
+    idle_batch,
+    is_sharded,
+    local,
+    passes_of_others,
+    shard,
+    whole,
+)
+from lightning_gsq.training.block import NonFiniteLossError
+from lightning_gsq.training.student_block import StudentBlock, norm_names, standing_in
+from lightning_gsq.training.teacher import StoredTeacher, top_tokens
+from lightning_gsq.weights.quantized import QuantizedWeight
+
+Trained = Literal["scales", "norms", "head", "logits"]
+
+
+class EndToEndOptions:
+    """The end-to-end phase: the whole model trained a little more, its codes frozen.
+
+    Args:
+        train: What trains: "scales" (of every group), "norms" (vectors of the normalisation layers), "head" (the
+            language-model head; a head tied to the embedding gets a matrix of its own), "logits" (the codes too, hard
+            samples with a straight-through gradient).
+        optimizer: Optimizer of all of them; lr is the learning rate of the scales, relative to each scale.
+        norm_learning_rate: Learning rate of the norms.
+        head_learning_rate: Learning rate of the head.
+        logits_learning_rate: Learning rate of the logits.
+        learning_rate_floor: End of the cosine learning rate schedule, as a share of its start.
+        temperature: Temperature of teacher and student in the divergence.
+        cross_entropy: Share of the next tokens' cross-entropy in the loss; the rest is the divergence.
+        top_k: Keep only this many of the teacher's most probable tokens, computed once and stored in the run folder;
+            null computes the teacher's whole distribution at every step.
+        max_epochs: Passes over the calibration sequences.
+        max_steps: Optimizer steps after which it ends; -1 for no such limit.
+        batch_size: Sequences of one step, on one device.
+        accumulate_grad_batches: Batches of one optimizer step; null for the trainer's own setting.
+        validations: Evaluations on the held-out sequences in each pass; the best state is kept.
+        recompute: Keep only each block's input and run blocks again in the backward pass: less memory, more time.
+        chunk: Positions whose logits are held at once.
+        strategy: "fsdp2" spreads the model over the devices in this phase, for models that one of them does not hold;
+            null for the trainer's own. --trainer.strategy fsdp2 sets it.
+    """
+
+    def __init__(
+        self,
+        train: list[Trained] = ["scales", "norms"],  # noqa: B006 - jsonargparse shows the default; never changed
+        optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=2e-3),
+        norm_learning_rate: float = 1e-3,
+        head_learning_rate: float = 1e-4,
+        logits_learning_rate: float = 1e-3,
+        learning_rate_floor: float = 0.1,
+        temperature: float = 1.0,
+        cross_entropy: float = 0.0,
+        top_k: int | None = None,
+        max_epochs: int = 1,
+        max_steps: int = -1,
+        batch_size: int = 4,
+        accumulate_grad_batches: int | None = None,
+        validations: int = 4,
+        recompute: bool = False,
+        chunk: int = 128,
+        strategy: Sharding | None = None,
+    ) -> None:
+        rates = {
+            "norm_learning_rate": norm_learning_rate,
+            "head_learning_rate": head_learning_rate,
+            "logits_learning_rate": logits_learning_rate,
+            "temperature": temperature,
+        }
+        for name, rate in rates.items():
+            if not rate > 0:
+                raise ConfigurationError(f"end_to_end.{name} must be positive, got {rate}")
+        counts = {"batch_size": batch_size, "validations": validations, "chunk": chunk, "max_epochs": max_epochs}
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigurationError(f"end_to_end.{name} must be at least 1, got {count}")
+        for name, share in (("learning_rate_floor", learning_rate_floor), ("cross_entropy", cross_entropy)):
+            if not 0 <= share <= 1:
+                raise ConfigurationError(f"end_to_end.{name} must lie between 0 and 1, got {share}")
+        if top_k is not None and top_k < 1:
+            raise ConfigurationError(f"end_to_end.top_k must be at least 1, or null for all tokens, got {top_k}")
+        if not train:
+            raise ConfigurationError("end_to_end.train is empty: name scales, norms, head or logits")
+        self.train, self.optimizer = train, optimizer
+        self.learning_rates = {"norms": norm_learning_rate, "head": head_learning_rate, "logits": logits_learning_rate}
+        self.learning_rate_floor, self.temperature, self.cross_entropy = learning_rate_floor, temperature, cross_entropy
+        self.top_k, self.batch_size = top_k, batch_size
+        self.max_epochs, self.max_steps, self.validations = max_epochs, max_steps, validations
+        self.accumulate_grad_batches, self.recompute, self.chunk = accumulate_grad_batches, recompute, chunk
+        self.strategy = strategy
+
+
+Batch = list[Tensor]
+"""Token ids ``B T``, and for a stored teacher its tokens and log-probabilities, each ``B T K``."""
+
+
+class EndToEndQuantization(LightningModule):
+    """Trains group scales, and what else the options name, on the divergence from the full-precision model.
+
+    Args:
+        network: The full-precision model; frozen here, and left as it is.
+        tensors: The quantized weights of each block, by the block's number.
+        options: What trains and how.
+        gumbel: How logits start, if the codes train.
+        seed: Seed of their noise.
+
+    Raises:
+        ConfigurationError: the model's logits are not a linear map of its last hidden states.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tensors: Mapping[int, Mapping[LinearSite, QuantizedWeight]],
+        options: EndToEndOptions,
+        gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.network = network.requires_grad_(False)
+        self.prefix, self.originals = find_blocks(network)
+        head = find_head(network)
+        # Not the matrix: it may be spread over processes later.
+        self.logit_scale, self.softcap = head.scale, head.softcap
+        norms = "norms" in options.train
+        self.blocks = nn.ModuleDict(
+            {
+                str(index): StudentBlock(
+                    block,
+                    tensors.get(index, {}),
+                    norm_names(block) if norms and index in tensors else [],
+                    gumbel if "logits" in options.train else None,
+                    options.recompute,
+                    (seed, index),
+                )
+                for index, block in enumerate(self.originals)
+            }
+        )
+        base = network.base_model
+        inside = {id(parameter) for block in self.originals for parameter in block.parameters()}
+        self.norm_names = [n for n in norm_names(base) if norms and id(base.get_parameter(n)) not in inside]
+        self.norms = nn.ParameterList(
+            nn.Parameter(base.get_parameter(n).detach().float().clone()) for n in self.norm_names
+        )
+        self.head = nn.Parameter(head.weight_VD.detach().float().clone()) if "head" in options.train else None
+        if "scales" not in options.train:
+            for name, parameter in self.named_parameters():
+                if name.endswith("log_scale"):
+                    parameter.requires_grad_(False)
+        # Means over the sequences of all processes, however many each of them has.
+        self.held_out = nn.ModuleDict({name: MeanMetric() for name in ("loss", "divergence", "cross_entropy")})
+        self.stored: StoredTeacher | None = None
+        """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
+        self.idle_passes = 0
+        """Forward passes of a validation that other processes make and this one does not."""
+        self.best_loss = self.last_loss = math.inf
+        self.validated_step = -1
+        self.best_state: dict[str, Tensor] = {}
+
+    # -- the two models
+
+    def teacher_hidden(self, ids_BT: Tensor) -> Tensor:
+        """The last hidden states of the full-precision model, ``B T D``."""
+        with torch.no_grad(), self._standing_in(as_teacher=True):
+            return last_hidden(self.network, ids_BT)
+
+    def student_hidden(self, ids_BT: Tensor) -> Tensor:
+        """The last hidden states of the quantized model, ``B T D``."""
+        outer = dict(zip(self.norm_names, self.norms, strict=True))
+        with self._standing_in(as_teacher=False):
+            return last_hidden(self.network, ids_BT, outer)
+
+    def _standing_in(self, as_teacher: bool) -> AbstractContextManager[None]:
+        blocks = {int(i): functools.partial(block, as_teacher=as_teacher) for i, block in self.blocks.items()}
+        return standing_in(blocks, self.originals)
+
+    @torch.no_grad()
+    def teacher_top(self, ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The full-precision model's ``k`` most probable next tokens and their log-probabilities, ``B T k`` each."""
+        return top_tokens(self.teacher_hidden(ids_BT), self._head_here(), self.options.temperature, k)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, the divergence and the cross-entropy of a batch."""
+        ids_BT = batch[0]
+        teacher = self._head_here()
+        if len(batch) == 3:
+            target: HiddenTarget | TopKTarget = TopKTarget(batch[1].flatten(0, 1), batch[2].flatten(0, 1))
+        else:
+            target = HiddenTarget(self.teacher_hidden(ids_BT).flatten(0, 1), teacher)
+        labels_BT = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=IGNORED)
+        head = teacher if self.head is None else Head(self.head, teacher.bias_V, teacher.scale, teacher.softcap)
+        return distillation_loss(
+            self.student_hidden(ids_BT).flatten(0, 1),
+            head,
+            target,
+            labels_BT.flatten(),
+            temperature=self.options.temperature,
+            cross_entropy=self.options.cross_entropy,
+            chunk=self.options.chunk,
+        )
+
+    # -- Lightning
+
+    def configure_model(self) -> None:
+        """Spreads the module over the processes if the strategy asks for it."""
+        if isinstance(self.trainer.strategy, FSDP2Strategy) and not is_sharded(self):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            shard(self, self.blocks.values(), mesh, ("loss", "teacher_top"))
+
+    def on_fit_start(self) -> None:
+        """Computes what is missing of the stored teacher."""
+        if self.stored is not None:
+            missing = self.stored.missing(self.global_rank, self.trainer.world_size)
+            size, k = self.options.batch_size, self.stored.k
+            idle = passes_of_others(self, self.stored.passes(missing, size)) if is_sharded(self) else 0
+            with self.trainer.precision_plugin.forward_context():
+                self.stored.compute(missing, lambda ids_BT: self.teacher_top(ids_BT.to(self.device), k), size)
+            for _ in range(idle):
+                self.teacher_top(idle_batch(self.device), k)
+            self.trainer.strategy.barrier()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch.
+
+        Raises:
+            NonFiniteLossError: it is NaN or infinite.
+        """
+        for block in self.blocks.values():
+            block.step = (self.global_step, batch_idx, self.global_rank)  # type: ignore[assignment]
+        loss, kl, ce = self.loss(batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss of the end-to-end phase is {loss.item()} at step {self.global_step}; lower the learning "
+                "rates (--end_to_end.optimizer.init_args.lr and those beside it). The blocks' result is in the run "
+                "folder: without end_to_end in --model.phases the run ends with it"
+            )
+        figures = {"loss": loss.detach(), "divergence": kl, "cross_entropy": ce}
+        self.log_dict({f"end_to_end/{name}": value for name, value in figures.items()})
+        return loss
+
+    def on_validation_start(self) -> None:
+        """Learns how many batches the others have: held-out sequences are not always divided evenly."""
+        own = sum(int(count) for count in self.trainer.num_val_batches)
+        self.idle_passes = passes_of_others(self, own) if is_sharded(self) else 0
+
+    def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Takes part in the last batches of the others, before the means over all processes are computed."""
+        if batch_idx + 1 == sum(int(count) for count in self.trainer.num_val_batches):
+            for _ in range(self.idle_passes):
+                self.loss([idle_batch(self.device)])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds the losses of some held-out sequences, scales rounded as they are stored."""
+        for (name, mean), value in zip(self.held_out.items(), self.loss(batch), strict=True):
+            assert isinstance(mean, MeanMetric)
+            mean.update(value, weight=len(batch[0]))
+            self.log(f"end_to_end/val_{name}", mean, metric_attribute=f"held_out.{name}")
+
+    def on_validation_end(self) -> None:
+        """Keeps the state if it is the best so far."""
+        loss = self.last_loss = float(self.trainer.callback_metrics["end_to_end/val_loss"])
+        self.validated_step = self.trainer.global_step
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.best_state = {name: local(p.detach()).cpu().clone() for name, p in self.trained()}
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that train, with their names."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Goes back to the state with the lowest validation loss."""
+        for name, parameter in self.trained():
+            local(parameter).copy_(self.best_state[name])
+
+    def configure_optimizers(self) -> Any:
+        """One parameter group for each kind of parameter, with a cosine schedule that ends at the floor."""
+        groups: dict[str, list[nn.Parameter]] = {"scales": [], "norms": [], "head": [], "logits": []}
+        for name, parameter in self.trained():
+            kind = name.rpartition(".")[2]
+            groups[{"log_scale": "scales", "logits": "logits", "head": "head"}.get(kind, "norms")].append(parameter)
+        rates = self.options.learning_rates
+        optimizer = self.options.optimizer(
+            [
+                {"params": own, "name": kind, **({"lr": rates[kind]} if kind in rates else {})}
+                for kind, own in groups.items()
+                if own
+            ]
+        )
+        steps, floor = max(1, int(self.trainer.estimated_stepping_batches)), self.options.learning_rate_floor
+        schedule = LambdaLR(
+            optimizer, lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- results
+
+    def tensors(self) -> Iterator[tuple[int, dict[str, QuantizedWeight]]]:
+        """The quantized weights as they stand: a block's number, and its weights by name inside the block.
+
+        Those of a block hold until the next is asked for; sharded, all processes have to ask.
+        """
+        for index, block in self.blocks.items():
+            assert isinstance(block, StudentBlock)
+            if block.sites:
+                with whole(block):
+                    yield int(index), block.tensors()
+
+    def dense(self) -> dict[str, Tensor]:
+        """Norms and head as they stand, fp32 on the CPU, by parameter name in the model; as in ``tensors``, of all."""
+
+        def copied(names: list[str], parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+            return {name: p.detach().cpu().clone() for name, p in zip(names, parameters, strict=True)}
+
+        base = self.network.base_model
+        with whole(self):
+            network = {id(parameter): name for name, parameter in self.network.named_parameters(remove_duplicate=False)}
+            found = copied([network[id(base.get_parameter(name))] for name in self.norm_names], self.norms)
+            if self.head is not None:
+                found |= copied([head_name(self.network)], [self.head])
+        for index, block in self.blocks.items():
+            assert isinstance(block, StudentBlock)
+            if block.norm_names:
+                with whole(block):
+                    found |= copied([f"{self.prefix}.{index}.{name}" for name in block.norm_names], block.norms)
+        return found
+
+    def _head_here(self) -> Head:
+        """The teacher's head on the device where the module is now."""
+        embedding = self.network.get_output_embeddings()
+        return Head(embedding.weight, getattr(embedding, "bias", None), self.logit_scale, self.softcap)
+
+
+def head_name(network: PreTrainedModel) -> str:
+    """Name of the head's matrix in the model, also where it is tied to the embedding."""
+    head = network.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in network.named_modules() if module is head)

@@ -1,0 +1,150 @@
+"""The model to quantize, with every setting that concerns it; evaluated by its perplexity."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models import loading
+from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
+from lightning_gsq.system.slices import slices
+from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
+
+LOSS_POSITIONS = 128
+"""Positions whose fp32 log-probabilities are held at once: a vocabulary of 128,000 takes half a megabyte each."""
+
+
+class ModelQuantization(LightningModule):
+    """A causal decoder and how to quantize it.
+
+    Args:
+        pretrained: Local folder with config.json and safetensors, GGUF file, name on the Hugging Face hub, or
+            package://module/file.gguf; for validate also a run folder or an exported one.
+        scheme: Level grid and group size of every quantized weight.
+        include: Patterns of the weights to quantize, matched against names such as model.layers.3.mlp.down_proj.
+        exclude: Patterns of weights to leave in full precision.
+        overrides: Bits or group size for the weights that a pattern names.
+        blocks: Range of blocks to quantize, such as 0:4; null for all.
+        phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
+            block; "end_to_end", training the scales of the whole model. A phase that was left out can be run later on
+            the same run folder.
+        target: What a block learns to output: "stream", the full-precision model's own activations at that depth, or
+            "local", the full-precision block applied to the quantized model's activations.
+        inherited_error: Error that a token may bring into a block before it counts less there, in energies of a typical
+            token (target stream); at this error it counts half. Matters where few tokens carry massive activations
+            that low bits get wrong; null: all tokens count alike.
+        warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
+        hessian_sequences: Calibration sequences whose inputs the warm start sees.
+        gumbel: How the logits start and how noisy their samples are.
+        optimizer: Optimizer of the logits and scales; lr is the logits' learning rate.
+        scale_learning_rate: Learning rate of the scales, relative to each scale.
+        learning_rate_floor: End of the cosine learning rate schedule, as a share of its start.
+        compile_blocks: Run blocks through torch.compile where a compiler is there: some tens of seconds at the start,
+            then a quarter less time a block on a CPU.
+        scale_dtype: Stored dtype of the scales.
+        dtype: Dtype the model is loaded in; "auto" keeps that of its files (float32 for GGUF).
+        output_dtype: Dtype of the dequantized model that a run saves.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        scheme: QuantScheme = QuantScheme(),  # noqa: B008 - frozen
+        include: list[str] = ["*"],  # noqa: B006 - jsonargparse shows the default; never changed
+        exclude: list[str] = [],  # noqa: B006
+        overrides: dict[str, SchemeOverride] = {},  # noqa: B006
+        blocks: str | None = None,
+        phases: list[Literal["init", "blocks", "end_to_end"]] = ["init", "blocks", "end_to_end"],  # noqa: B006
+        target: Literal["stream", "local"] = "stream",
+        inherited_error: float | None = None,
+        warm_start: WarmStart | None = None,
+        hessian_sequences: int = 64,
+        gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=1e-3),
+        scale_learning_rate: float = 3e-3,
+        learning_rate_floor: float = 0.1,
+        compile_blocks: bool = False,
+        scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        dtype: loading.Dtype = "auto",
+        output_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, number in (
+            ("scale_learning_rate", scale_learning_rate),
+            ("hessian_sequences", hessian_sequences),
+        ):
+            if number <= 0:
+                raise ConfigurationError(f"model.{name} must be positive, got {number}")
+        if inherited_error is not None and inherited_error <= 0:
+            raise ConfigurationError(f"model.inherited_error must be positive or null, got {inherited_error}")
+        if inherited_error is not None and target != "stream":
+            raise ConfigurationError(
+                f"model.inherited_error={inherited_error} needs --model.target stream, got {target}, which knows no "
+                "error of the blocks before; use null"
+            )
+        if not phases:
+            raise ConfigurationError("model.phases is empty: name one or more of init, blocks and end_to_end")
+        if not 0 <= learning_rate_floor <= 1:
+            raise ConfigurationError(f"model.learning_rate_floor must lie between 0 and 1, got {learning_rate_floor}")
+        self.pretrained, self.revision, self.trust_remote_code = pretrained, revision, trust_remote_code
+        self.scheme, self.include, self.exclude, self.overrides = scheme, include, exclude, overrides
+        self.blocks, self.phases, self.target = blocks, phases, target
+        self.inherited_error = inherited_error
+        self.warm_start, self.hessian_sequences = warm_start or RTN(weighted=True), hessian_sequences
+        self.gumbel, self.optimizer = gumbel, optimizer
+        self.scale_learning_rate, self.learning_rate_floor = scale_learning_rate, learning_rate_floor
+        self.compile_blocks = compile_blocks
+        self.scale_dtype: torch.dtype = getattr(torch, scale_dtype)
+        self.dtype_name, self.output_dtype = dtype, getattr(torch, output_dtype)
+        self.negative_log_likelihood = MeanMetric()
+        self.network: PreTrainedModel
+        self.tokenizer: PreTrainedTokenizerBase
+
+    def load(self, source: loading.ModelSource, quantized: bool = False) -> None:
+        """Fills ``tokenizer`` and ``network``; ``quantized``: a model that is quantized already will do."""
+        self.tokenizer = loading.load_tokenizer(source)
+        self.network = loading.load_model(source, self.dtype_name, quantized)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Adds the predictions of a window ``1 T`` of token ids, its first token being context only."""
+        logits_TV, target_T = self.network(batch, use_cache=False).logits[0, :-1], batch[0, 1:]
+        for own in slices(len(target_T), LOSS_POSITIONS):
+            self.add_predictions(logits_TV[own], target_T[own])
+
+    def add_predictions(self, logits_NV: Tensor, target_N: Tensor) -> None:
+        """Adds what the logits of some positions say of the tokens that follow them."""
+        loss = nn.functional.cross_entropy(logits_NV.float(), target_N)
+        self.negative_log_likelihood.update(loss, weight=len(target_N))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the perplexity of all windows."""
+        self.log("perplexity", self.negative_log_likelihood.compute().exp())
+        self.negative_log_likelihood.reset()
+
+    def selected_blocks(self, count: int) -> range:
+        """The range of blocks to quantize.
+
+        Raises:
+            ConfigurationError: ``blocks`` is no range, or an empty one.
+        """
+        if self.blocks is None:
+            return range(count)
+        match = re.fullmatch(r"(\d*):(\d*)", self.blocks)
+        if not match:
+            raise ConfigurationError(f"model.blocks must be a range such as 0:4, got {self.blocks!r}")
+        start, stop = int(match[1] or 0), int(match[2] or count)
+        if not 0 <= start < stop <= count:
+            raise ConfigurationError(f"model.blocks: {self.blocks} is not a range within the model's {count} blocks")
+        return range(start, stop)
