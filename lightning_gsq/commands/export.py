@@ -17,13 +17,14 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from lightning_gsq.commands.tables import print_ledger
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.card import model_card
 from lightning_gsq.export.figure import draw_ledger
 from lightning_gsq.export.formats.base import CheckReport, ExportFormat, ExportOptions, format_of
 from lightning_gsq.export.hub import check_name, push
 from lightning_gsq.export.source import ExportedWeight, FinishedRun, open_run
-from lightning_gsq.run.report import print_ledger
+from lightning_gsq.system.console import make_console
 from lightning_gsq.weights.ledger import Ledger
 
 
@@ -62,7 +63,7 @@ def export(
     Raises:
         ConfigurationError: something asked for cannot be done; raised before anything is written.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     chosen = [format_of(name) for name in dict.fromkeys(format)]
     if not chosen:
         raise ConfigurationError("format: name at least one, such as --format native")
