@@ -1,4 +1,12 @@
-"""Thin hooks around block training, one a file, each usable alone in any Lightning script."""
+"""What watches or shapes a training: plug-ins, one a file, each working alone in any Trainer.
+
+annealing       temperature and logit scale over the steps
+monitor         levels, assignments and errors in TensorBoard
+phase_progress  the end-to-end phase in the console
+progress        the blocks in the console
+rounding        every weight takes its most probable level
+saliency        the salient part of each weight
+"""
 
 from lightning_gsq.callbacks.annealing import GumbelAnnealing
 from lightning_gsq.callbacks.monitor import QuantizationMonitor

@@ -11,5 +11,7 @@ rm -rf .venv/installed
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
   --target .venv/installed .
 (cd .venv/installed && MYPYPATH="$PWD" ../bin/mypy --config-file ../../pyproject.toml)
+# A room imports only rooms below it: the contracts of pyproject.toml.
+(cd .venv/installed && PYTHONPATH="$PWD" ../bin/lint-imports --no-cache --no-logo ../../pyproject.toml)
 # One process a core, each on one thread: most tests are small, and threads of several processes get in each other's way.
 OMP_NUM_THREADS=1 exec .venv/bin/pytest --numprocesses auto --dist worksteal "$@"

@@ -1,4 +1,9 @@
-"""Kullback-Leibler divergence from a teacher's next-token distributions, mixed with cross-entropy."""
+"""The divergence of a student's next tokens from a teacher's, without holding all logits at once.
+
+reference  the specification
+chunked    some positions at a time, gradients computed on the way
+targets    what the student is compared with
+"""
 
 from __future__ import annotations
 

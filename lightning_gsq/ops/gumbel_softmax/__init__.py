@@ -1,4 +1,11 @@
-"""Sampling a weight from relaxed level choices (GSQ, arXiv 2604.18556; Gumbel-Softmax, arXiv 1611.01144)."""
+"""A relaxed sample of a weight from its logits, and both gradients.
+
+reference  the specification
+fused      the same in one pass, compiled where there is a compiler
+kernels    Triton
+noise      uniform numbers from a seed and a counter
+op         the operator that torch knows
+"""
 
 from __future__ import annotations
 

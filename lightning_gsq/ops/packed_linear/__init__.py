@@ -1,9 +1,15 @@
 """Linear layers over packed codes: what a quantized model runs on.
 
-The weight stays packed (``lightning_gsq/packing.py``) and its scales beside it; nothing dense is kept. At few tokens
-the work is bound by reading the weight, so that 2 bits beat 16 by what they save; at many tokens it is bound by
-arithmetic, and the weight is made dense for the call. ``reference.py`` is the specification, ``dispatch.py`` says
-which form runs.
+The weight stays packed (:mod:`lightning_gsq.weights.packing`) and its scales beside it; nothing dense is kept. At few
+tokens the work is bound by reading the weight, so that 2 bits beat 16 by what they save; at many tokens it is bound by
+arithmetic, and the weight is made dense for the call.
+
+reference  the specification
+dispatch   which form runs
+op         the operators that torch knows
+cpu        the loop in C++, compiled where there is a compiler
+kernels    Triton
+tuning     tiles of the Triton kernels
 """
 
 from __future__ import annotations
