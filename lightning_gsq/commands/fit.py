@@ -12,14 +12,13 @@ from typing import Any
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from lightning_gsq.commands.export import check_possible, export_run
 from lightning_gsq.commands.tables import print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
-from lightning_gsq.export.formats.base import ExportFormat, ExportOptions, format_of
-from lightning_gsq.export.source import FinishedRun, quantized_weights
+from lightning_gsq.export import ExportFormat, ExportOptions, FinishedRun, PlannedRun, format_of
+from lightning_gsq.export.engine import check_possible, export_run
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan
@@ -91,7 +90,7 @@ def fit(
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
     model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
-    check_possible(exports, quantized_weights(plan))
+    check_possible(exports, PlannedRun(model, plan, settings["model"]))
     data.tokenize(model.tokenizer, model.network)
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)

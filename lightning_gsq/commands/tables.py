@@ -13,7 +13,6 @@ from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import Estimate
 from lightning_gsq.estimate.phases import Phase
 from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
-from lightning_gsq.weights.ledger import PARTS, Ledger
 
 
 def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:
@@ -49,28 +48,6 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
     table.add_row("run folder", folder)
     console.print(table)
-
-
-def print_ledger(console: Console, ledger: Ledger, title: str) -> None:
-    """Prints where the bytes of a model's weight files go."""
-    table = Table("part", "bytes", "bits per quantized weight", title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    sums = ledger.summary()
-    weights = sums["quantized_weights"]
-    for part in PARTS:
-        bits, quantized = ledger.total(part), ledger.total(part, quantized_only=True)
-        if bits:
-            table.add_row(part, f"{bits / 8:,.0f}", f"{quantized / weights:.4f}" if quantized else "")
-    table.add_row("headers", f"{sums['bytes']['headers']:,}", "", end_section=True)
-    per_weight = f"{sums['bits_per_quantized_weight']:.4f}" if weights else ""
-    table.add_row("weight files", f"{ledger.num_bytes:,}", per_weight)
-    console.print(table)
-    console.print(
-        f"{sums['parameters']:,} parameters, {weights:,} of them quantized; {sums['bits_per_parameter']:.4f} bits per "
-        "parameter over all",
-        soft_wrap=True,
-    )
 
 
 def print_estimate(console: Console, plan: Estimate, data: CalibrationDataModule, pretrained: str) -> None:
