@@ -32,10 +32,12 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOptions, Runtime
 from lightning_gsq.export.linear import fits_dtype, refuse_other_than_linear
 from lightning_gsq.export.source import ExportedWeight, FinishedRun
-from lightning_gsq.gguf.blocks import BLOCK_TYPES, BlockType, encode, exact_type, projection
+from lightning_gsq.gguf.blocks import BLOCK_TYPES, encode, exact_type, projection
 from lightning_gsq.gguf.file import Field, GGUFFile, NewTensor, write_gguf
 from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, rotary_factors, storage_fields
 from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.types.codec import dequantize
+from lightning_gsq.gguf.types.table import GgmlType
 from lightning_gsq.ledger import Ledger, LedgerEntry
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme
@@ -56,7 +58,7 @@ class Storage:
         exact: Whether the file's values are the run's.
     """
 
-    kind: BlockType | None
+    kind: GgmlType | None
     exact: bool
 
     @classmethod
@@ -169,8 +171,6 @@ def _from_file(
         )
 
     def tensors() -> Iterator[NewTensor]:
-        from lightning_gsq.gguf.blocks import dequantize
-
         for name, stored in source.tensors.items():
             if name in EMBEDDINGS and options.gguf_embedding is not None:
                 dense = dequantize(source.raw(name), stored.number)

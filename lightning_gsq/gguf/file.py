@@ -25,13 +25,13 @@ import numpy as np
 from gguf import GGUFValueType
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.gguf.blocks import BLOCK_TYPES
+from lightning_gsq.gguf.types.table import TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_ALIGNMENT = 4, 65535, 1 << 16
 BLOCK_SIZES = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()} | {
-    kind.number: (kind.length, kind.num_bytes) for kind in BLOCK_TYPES.values()
+    kind.number: (kind.length, kind.num_bytes) for kind in TYPES.values()
 }
 """Weights and bytes of a block, by the type's number."""
 _NUMBERS = {
