@@ -33,11 +33,12 @@ from lightning_gsq.export.formats import CheckReport, ExportFormat, ExportOption
 from lightning_gsq.export.linear import fits_dtype, refuse_other_than_linear
 from lightning_gsq.export.source import ExportedWeight, FinishedRun
 from lightning_gsq.gguf.blocks import BLOCK_TYPES, encode, exact_type, projection
-from lightning_gsq.gguf.file import Field, GGUFFile, NewTensor, write_gguf
+from lightning_gsq.gguf.file import Field, GGUFFile
 from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, rotary_factors, storage_fields
 from lightning_gsq.gguf.names import Layout
 from lightning_gsq.gguf.types.codec import dequantize
 from lightning_gsq.gguf.types.table import GgmlType
+from lightning_gsq.gguf.write import NewTensor, write_gguf
 from lightning_gsq.ledger import Ledger, LedgerEntry
 from lightning_gsq.qtensor import QuantizedTensor
 from lightning_gsq.scheme import QuantScheme

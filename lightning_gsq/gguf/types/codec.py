@@ -29,9 +29,9 @@ def decode(raw: np.ndarray, kind: GgmlType) -> Stored:
         kind: The type.
 
     Raises:
-        ValueError: the rows are no whole blocks.
+        ValueError: the rows are no whole blocks, or there are none.
     """
-    if raw.dtype != np.uint8 or raw.ndim != 2 or raw.shape[1] % kind.num_bytes:
+    if raw.dtype != np.uint8 or raw.ndim != 2 or not raw.size or raw.shape[1] % kind.num_bytes:
         raise ValueError(
             f"expected rows of {kind.num_bytes}-byte {kind.name} blocks, got {raw.dtype} of shape {raw.shape}"
         )

@@ -83,11 +83,11 @@ def _part_bytes(kind: GgmlType, part: str) -> int:
 def _unpack_codes(kind: GgmlType, parts: dict[str, np.ndarray]) -> np.ndarray:
     """uint8 ``O B length``."""
     if kind.name == "TQ1_0":
-        codes, begin = [], 0
+        trits, begin = [], 0
         for size, digits, run in _TRITS:
-            codes.append(unpack_trits(parts["codes"][..., begin : begin + size], digits, run))
+            trits.append(unpack_trits(parts["codes"][..., begin : begin + size], digits, run))
             begin += size
-        return np.concatenate(codes, axis=-1)
+        return np.concatenate(trits, axis=-1)
     if kind.name == "Q8_0":
         return parts["codes"] ^ np.uint8(128)  # from two's complement to a count from -128
     codes, shift = np.zeros(1, np.uint8), 0

@@ -34,7 +34,7 @@ def whole_blocks(kind: GgmlType, columns: int) -> int:
     Raises:
         ValueError: the row is no whole blocks.
     """
-    if columns % kind.length:
+    if columns % kind.length or not columns:
         raise ValueError(f"{kind.name} holds rows of whole blocks of {kind.length} weights, got {columns}")
     return columns // kind.length
 
@@ -59,7 +59,7 @@ def whole_numbers(
     numbers = value.detach().cpu().numpy()
     if numbers.size and (numbers.min() < limits[0] or numbers.max() > limits[1]):
         raise ValueError(f"{name} has to lie in {limits[0]} ... {limits[1]}, got {numbers.min()} ... {numbers.max()}")
-    return numbers.astype(np.int16).reshape(shape[0], count, shape[1] // max(count, 1))
+    return numbers.astype(np.int16).reshape(shape[0], count, shape[1] // count)
 
 
 def _described(value: Tensor | None) -> str:
