@@ -29,8 +29,10 @@ from lightning_gsq.gguf.types.table import TYPES
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_ALIGNMENT = 4, 65535, 1 << 16
-BLOCK_SIZES = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()} | {
-    kind.number: (kind.length, kind.num_bytes) for kind in TYPES.values()
+BLOCK_SIZES = {
+    **{int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()},
+    **{kind.number: (kind.length, kind.num_bytes) for kind in TYPES.values()},
+    int(gguf.GGMLQuantizationType.Q8_1): (32, 36),  # two fp16 numbers; the package counts two of fp32
 }
 """Weights and bytes of a block, by the type's number."""
 NUMBERS = {

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.blocks import Q2_0, Q4_0
-from lightning_gsq.gguf.file import Field, GGUFFile
+from lightning_gsq.gguf.file import BLOCK_SIZES, Field, GGUFFile
 from lightning_gsq.gguf.write import NewTensor, write_gguf
+from tests.gguf.llama_cpp import library
 
 FIELDS = {
     "general.architecture": Field("llama", GGUFValueType.STRING),
@@ -83,6 +84,12 @@ def test_hostile_headers(tmp_path: Path, header: bytes, message: str) -> None:
     path.write_bytes(header)
     with pytest.raises(ConfigurationError, match=message):
         GGUFFile(path)
+
+
+def test_sizes_of_all_types_are_those_of_llama_cpp() -> None:
+    assert {
+        n: (library().ggml_blck_size(n), library().ggml_row_size(n, s[0])) for n, s in BLOCK_SIZES.items()
+    } == BLOCK_SIZES
 
 
 def test_empty_and_absent_files(tmp_path: Path) -> None:
