@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.quantizer_process import HEAD, SIZE
-from lightning_gsq.gguf.types.codec import decode, verify_finite
+from lightning_gsq.gguf.types.codec import decode
 from lightning_gsq.gguf.types.table import GgmlType
 
 PACKAGE = "xllamacpp"
@@ -79,7 +79,13 @@ def quantize_with_llama_cpp(w_OI: Tensor, kind: GgmlType, importance_I: Tensor |
     if importance_I is not None:
         importance_I = _checked(importance_I, kind, columns)
     raw = _process().quantize(w_OI, kind, importance_I).reshape(rows, row_bytes)
-    verify_finite(decode(raw, kind), f"the quantized matrix, whose largest weight is {float(w_OI.abs().max()):.3g},")
+    stored = decode(raw, kind)
+    for scale in [stored] if isinstance(stored, Tensor) else stored.scales():
+        if not bool(torch.isfinite(scale).all()):
+            raise ConfigurationError(
+                f"{kind.name} does not reach weights as large as {float(w_OI.abs().max()):.3g}: its numbers of 16 bits "
+                "would be infinite; choose BF16 or F32 for them"
+            )
     return raw
 
 
@@ -144,7 +150,8 @@ class QuantizerProcess:
         return np.frombuffer(result, np.uint8)
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends it, whether or not a fork of this process still holds its input open."""
+        self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 try:
@@ -165,20 +172,23 @@ class QuantizerProcess:
         )
 
 
+_starting = threading.Lock()
 _shared: dict[int, QuantizerProcess] = {}
 """The process that this one started, by this one's id: a fork must not write to its parent's."""
 
 
 def _process() -> QuantizerProcess:
-    process = _shared.get(os.getpid())
-    if process is None or not process.alive:
-        if process is not None:
-            process.close()
-        process = QuantizerProcess(library_path(), torch.get_num_threads())
-        if not any(pid == os.getpid() for pid in _shared):
+    with _starting:
+        process = _shared.get(os.getpid())
+        if process is not None and process.alive:
+            return process
+        started = QuantizerProcess(library_path(), torch.get_num_threads())
+        if process is None:
             atexit.register(close)
-        _shared[os.getpid()] = process
-    return process
+        else:
+            process.close()
+        _shared[os.getpid()] = started
+        return started
 
 
 def close() -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType
 
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.file import Field, GGUFFile
+from lightning_gsq.gguf.types.codec import dequantize
 from lightning_gsq.gguf.types.table import TYPES
-from lightning_gsq.gguf.write import NewTensor, write_gguf
+from lightning_gsq.gguf.write import NewTensor, header, write_gguf
 from tests.gguf.llama_cpp import Reader
 
 FIELDS = {
@@ -84,6 +86,37 @@ def test_llama_cpp_reads_every_type_and_an_empty_list(tmp_path: Path) -> None:
             ours.tensors[name].num_bytes,
         )
         assert content[offset : offset + size] == raws[name].tobytes() == ours.raw(name).tobytes()
+
+
+def test_mutated_files_of_every_type_are_read_or_refused(tmp_path: Path) -> None:
+    """What is read lies inside of the file and has values; everything else is a ConfigurationError."""
+    path, generator = tmp_path / "x.gguf", np.random.default_rng(0)
+    tensors = [
+        NewTensor(name, (2, kind.length), kind.number, lambda kind=kind: random((2, kind.num_bytes)))  # type: ignore[misc]
+        for name, kind in TYPES.items()
+    ]
+    write_gguf(path, FIELDS, tensors)
+    whole, head = path.read_bytes(), len(header(FIELDS, tensors))
+    read = 0
+    for _ in range(300):
+        content = bytearray(whole if generator.random() < 0.8 else whole[: generator.integers(len(whole))])
+        for place in generator.integers(0, head, generator.integers(1, 3)):
+            if place < len(content):
+                content[place] = generator.integers(256)
+        path.write_bytes(content)
+        try:
+            file = GGUFFile(path)
+        except ConfigurationError:
+            continue
+        for name, tensor in file.tensors.items():
+            try:
+                dense = dequantize(file.raw(name), tensor.number)
+            except ConfigurationError as error:
+                assert "holds no weights that can be read" in str(error)
+            else:
+                assert dense.numel() == np.prod(tensor.shape)
+                read += 1
+    assert read > 300
 
 
 def test_wrong_content_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def encode(stored: Stored) -> np.ndarray:
         return encode_levels(stored)
     if isinstance(stored, VectorBlocks):
         return encode_vectors(stored)
+    if stored.dtype not in _WORDS:
+        raise ValueError(f"no ggml type of weights holds {stored.dtype} numbers")
     words = stored.detach().cpu().contiguous().view(_WORDS[stored.dtype]).numpy()
     return words.astype(words.dtype.newbyteorder("<")).view(np.uint8)
 
@@ -104,10 +106,11 @@ def verify_finite(stored: Stored, name: str) -> None:
     Raises:
         ConfigurationError: there is one.
     """
-    for scale in [stored] if isinstance(stored, Tensor) else stored.scales():
-        if not bool(torch.isfinite(scale).all()):
-            count = int((~torch.isfinite(scale)).sum())
+    what = "numbers" if isinstance(stored, Tensor) else "scales"
+    for numbers in [stored] if isinstance(stored, Tensor) else stored.scales():
+        count = int((~torch.isfinite(numbers)).sum())
+        if count:
             raise ConfigurationError(
-                f"{name} ({type_of(stored).name}) has {count} infinite or NaN scales: the file is damaged, or was made "
+                f"{name} ({type_of(stored).name}) has {count} infinite or NaN {what}: the file is damaged, or was made "
                 "by a quantizer that failed; get it again, or leave this tensor out with --model.exclude"
             )

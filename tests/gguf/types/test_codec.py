@@ -138,7 +138,7 @@ def test_scales_that_are_no_numbers_are_kept_and_can_be_refused(name: str, value
 def test_finite_scales_are_not_refused() -> None:
     for kind in TYPES.values():
         verify_finite(decode(np.zeros((2, kind.num_bytes), np.uint8), kind), "x")
-    with pytest.raises(ConfigurationError, match=r"x \(F16\) has 2 infinite"):
+    with pytest.raises(ConfigurationError, match=r"x \(F16\) has 2 infinite or NaN numbers"):
         verify_finite(torch.tensor([[1, float("nan"), float("inf")]]).half(), "x")
 
 
@@ -163,6 +163,8 @@ def test_what_a_type_does_not_hold_is_refused() -> None:
     signed.negative_OI[0, 3] = True
     with pytest.raises(ValueError, match="IQ2_XXS holds an even number of minus signs among eight weights"):
         encode(signed)
+    with pytest.raises(ValueError, match=r"no ggml type of weights holds torch\.int64 numbers"):
+        encode(torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="rows of 144-byte Q4_K blocks, got uint8 of shape"):
         decode(np.zeros((1, 143), np.uint8), TYPES["Q4_K"])
     with pytest.raises(ValueError, match="rows of 144-byte Q4_K blocks, got uint8 of shape"):
