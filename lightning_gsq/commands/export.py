@@ -11,6 +11,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import ExportOptions, format_of, open_run
 from lightning_gsq.export.engine import check_free, export_run
 from lightning_gsq.export.hub import check_name, push
+from lightning_gsq.system.console import make_console
 
 
 def export(
@@ -48,7 +49,7 @@ def export(
     Raises:
         ConfigurationError: something asked for cannot be done; raised before anything is written.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     chosen = [format_of(name) for name in dict.fromkeys(format)]
     if not chosen:
         raise ConfigurationError("format: name at least one, such as --format native")
