@@ -10,7 +10,8 @@ import torch
 from lightning_gsq.models.chain import check_chain, find_blocks, run_block, trace
 from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.scheme import QuantScheme, assign_schemes
+from lightning_gsq.weights.assignment import assign_schemes
+from lightning_gsq.weights.scheme import QuantScheme
 
 PROBE_TOKENS = 8
 """Length of the sequence that shows which weights a block multiplies with."""

@@ -16,7 +16,8 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
 from lightning_gsq.system.slices import slices
-from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.weights.assignment import SchemeOverride
+from lightning_gsq.weights.scheme import QuantScheme
 
 LOSS_POSITIONS = 128
 """Positions whose fp32 log-probabilities are held at once: a vocabulary of 128,000 takes half a megabyte each."""
