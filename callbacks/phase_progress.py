@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_gsq.system.console import make_console
 from lightning_gsq.training import EndToEndQuantization
 
 
@@ -21,7 +21,7 @@ class EndToEndProgress(Callback):
     """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        self.console = make_console(stderr=True)
         self._bar: Progress | None = None
         self._task: Any = None
         self._began = 0.0
@@ -34,7 +34,7 @@ class EndToEndProgress(Callback):
                 TextColumn("end to end"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[inner]}"),
+                TextColumn("{task.fields[inner]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lightning_gsq.system.console import make_console
 from lightning_gsq.training import BlockQuantization
 
 
@@ -34,7 +34,7 @@ class BlockProgress(Callback):
 
     def __init__(self, refresh_every: int = 5) -> None:
         self.refresh_every = max(1, refresh_every)
-        self.console = Console(stderr=True)
+        self.console = make_console(stderr=True)
         self._bar: Progress | None = None
         self._task: Any = None
         self._began = 0.0
@@ -54,7 +54,7 @@ class BlockProgress(Callback):
                 TextColumn("blocks"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[inner]}"),
+                TextColumn("{task.fields[inner]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(elapsed_when_finished=True),

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lightning_gsq.cli.app import native_precision, quiet_libraries
+from lightning_gsq.cli.defaults import native_precision, quiet_libraries
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import BlockRunner, compiled_run_block, find_blocks, run_block, trace
 from lightning_gsq.models.linear_weights import find_linear_sites

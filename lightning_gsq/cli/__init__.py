@@ -1,8 +1,11 @@
 """How do options become objects? The command line on LightningCLI.
 
-app        the commands and what they share
+entry     arguments in, exit code out
+app       the verbs, their options, and what each is given
+parser    errors of one line
+defaults  what every verb shares
 """
 
-from lightning_gsq.cli.app import main
+from lightning_gsq.cli.entry import main
 
 __all__ = ["main"]

@@ -12,15 +12,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from lightning_gsq.commands.export import check_possible, export_run
+from lightning_gsq.commands.tables import print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
-from lightning_gsq.export.formats.base import ExportFormat, ExportOptions, format_of
-from lightning_gsq.export.source import FinishedRun, quantized_weights
+from lightning_gsq.export import ExportFormat, ExportOptions, FinishedRun, PlannedRun, format_of
+from lightning_gsq.export.engine import check_possible, export_run
 from lightning_gsq.models import loading
-from lightning_gsq.run import report
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan
 from lightning_gsq.run.blocks import BlockwiseRun
@@ -31,6 +30,7 @@ from lightning_gsq.run.perplexity import make_measure
 from lightning_gsq.run.recipe import make_recipe
 from lightning_gsq.run.substitution import as_stored, installed
 from lightning_gsq.run.summary import make_summary
+from lightning_gsq.system.console import make_console
 from lightning_gsq.system.memory import release
 from lightning_gsq.system.processes import Ranks, check_shares
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
@@ -82,7 +82,7 @@ def fit(
     _check_trainer(trainer)
     folder = RunFolder(trainer.default_root_dir, trainer.global_rank)
     if trainer.global_rank:
-        console = Console(quiet=True)
+        console = make_console(quiet=True)
     model.load(source)
     if "end_to_end" in model.phases:
         check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
@@ -90,7 +90,7 @@ def fit(
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
     model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
-    check_possible(exports, quantized_weights(plan))
+    check_possible(exports, PlannedRun(model, plan, settings["model"]))
     data.tokenize(model.tokenizer, model.network)
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
@@ -202,7 +202,7 @@ def _phases(
     folder.write_summary({**summary, "exports": folder.summary.get("exports", {})})
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
     board.log_result(run.trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
-    report.print_summary(console, summary, str(folder.root))
+    print_summary(console, summary, str(folder.root))
     return summary
 
 

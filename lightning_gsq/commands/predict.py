@@ -14,6 +14,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
+from lightning_gsq.system.console import make_console
 
 
 def predict(
@@ -54,7 +55,7 @@ def predict(
     Raises:
         ConfigurationError: the model cannot be loaded, an option is out of range, or a prompt is too long.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     if max_new_tokens < 1:
         raise ConfigurationError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0:
@@ -75,7 +76,7 @@ def predict(
     for text in prompts:
         inputs = encode(tokenizer, text, chat_template)
         _check_length(network, inputs, max_new_tokens)
-        console.print(f"> {text}", style="bold", markup=False, soft_wrap=True)
+        console.print(f"> {text}", style="bold", soft_wrap=True)
         set_seed(seed)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():

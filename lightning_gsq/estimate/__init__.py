@@ -1,6 +1,19 @@
-"""What a run will take, before it starts: sizes, bits, memory, disk, steps and time, from a configuration alone."""
+"""What will a run cost? Sizes, bits, memory, disk, steps and time, from a configuration alone.
 
-from lightning_gsq.estimate.estimate import Estimate, estimate, refuse_early
-from lightning_gsq.estimate.show import print_estimate
+skeleton          the model's structure without its weights
+quantities        sizes that several phases share
+simulate          the activations of a block, run on tensors without content
+block_terms       memory of a block: its warm start, its training
+perplexity_terms  memory of measuring perplexity
+end_to_end_terms  memory of the end-to-end phase
+phases            the memory of a run, phase by phase
+probe             seconds of a few steps on one block of random weights
+limits            what this machine has
+problems          what of a plan does not fit
+estimate          all of it together
+"""
 
-__all__ = ["Estimate", "estimate", "print_estimate", "refuse_early"]
+from lightning_gsq.estimate.estimate import Estimate, estimate
+from lightning_gsq.estimate.problems import refuse_early
+
+__all__ = ["Estimate", "estimate", "refuse_early"]

@@ -10,21 +10,20 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
-from lightning_gsq.estimate import limits
+from lightning_gsq.estimate import limits, problems
+from lightning_gsq.estimate.perplexity_terms import by_block
+from lightning_gsq.estimate.phases import Phase, phases_of
 from lightning_gsq.estimate.probe import Timing, probe
-from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
-from lightning_gsq.estimate.terms import (
-    Phase,
+from lightning_gsq.estimate.quantities import (
     Surroundings,
     Weights,
-    by_block,
     ledger_of,
     num_streams,
     optimizer_state,
-    phases_of,
     stream_bytes,
     window_bytes,
 )
+from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
 from lightning_gsq.models.linear_weights import LinearSite
@@ -110,139 +109,69 @@ def estimate(
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
     """
     source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code, need_weights=False)
-    config = loading.load_config(source)
-    skeleton = make_skeleton(source, config, model.dtype_name)
+    skeleton = make_skeleton(source, loading.load_config(source), model.dtype_name)
     plan = _assign(model, skeleton)
-    device = trainer.strategy.root_device
-    bf16 = trainer.precision == "bf16-mixed"
-    compiled = model.gumbel.backend != "eager" and compiler_available(device.type)
-    device_room = limits.device_bytes(device) if device_memory is None else int(device_memory)
-    around = Surroundings(
-        bf16=bf16,
-        optimizer_state=optimizer_state(model),
-        file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
-        device_room=device_room,
-        accelerated=device.type != "cpu" or device_memory is not None,
-        mapped=source.gguf_file is None and model.dtype_name == "auto",
-        spread=1 if end_to_end.strategy is None else trainer.world_size,
-    )
+    around = _surroundings(model, end_to_end, trainer, source, device_memory)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
-    streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
-    mapped = streams > activations.memory_limit_gb * 1e9
-    windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
     ledgers = {scheme: ledger_of(items, model.scale_dtype.itemsize) for scheme, items in _by_scheme(plan).items()}
-    total = sum(ledgers.values(), BitsLedger())
-    kinds = len({"init", "blocks", "end_to_end"} & set(model.phases))
-    run_folder = {
-        f"block files, {kinds} set{'s' if kinds > 1 else ''}": kinds * total.num_bytes,
-        "quantized model, dequantized": skeleton.parameters * model.output_dtype.itemsize,
-        "logs and the rest": SPARE_DISK,
-    }
+    streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
+    windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
+    limit = activations.memory_limit_gb * 1e9
+    mapped, windows = streams > limit, windows if windows > limit else 0
+    run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()))
     steps = _steps(trainer, data)
     timing, reason = None, "--probe false"
     if with_probe:
-        room = limits.device_bytes(device) or limits.host_bytes()
-        needed = max((sum(p.device.values()) for p in phases if p.name.startswith("blocks")), default=0)
-        reason = f"one block in training takes {_gigabytes(needed)}, {_gigabytes(room)} are free here"
-        if needed <= room:
-            index, weights = next(iter(plan.items()))
-            run = compiled_run_block() if model.compile_blocks and compiled else run_block
-            timing = probe(model, data, skeleton.width, skeleton.blocks[index], weights, device, bf16, run)
-    baseline = {"Python, libraries" + (", compiled code" if timing and compiled else ""): _baseline(source)}
+        timing, reason = _probe(model, data, skeleton, plan, phases, trainer)
+    compiled = timing is not None and _compiles(model, trainer)
+    baseline = {"Python, libraries" + (", compiled code" if compiled else ""): _baseline(source)}
     for phase in phases:
         phase.host = baseline | phase.host
-    seconds = None
-    if timing is not None:
-        seconds = len(plan) * (
-            ("blocks" in model.phases) * timing.block(model, data, steps)
-            + ("init" in model.phases) * timing.warm_start(model, data)
-        )
-    found = Estimate(
+
+    on_host = not around.accelerated
+    # What this process takes already is part of the plan's baseline.
+    host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
+    misfits = problems.memory_problems(phases, on_host, host_room, around.device_room)
+    if not mapped and streams > host_room:
+        misfits.append(problems.stream_problem(streams, host_room))
+    if mapped or windows:
+        misfits += problems.disk_problems(max(streams if mapped else 0, windows), activations)
+    misfits += problems.folder_problems(sum(run_folder.values()), Path(trainer.default_root_dir))
+    return Estimate(
         skeleton,
         plan,
         ledgers,
         phases,
-        not around.accelerated,
+        on_host,
         streams,
         mapped,
-        windows if windows > activations.memory_limit_gb * 1e9 else 0,
+        windows,
         run_folder,
         steps,
         timing,
-        seconds,
+        None if timing is None else _seconds(model, data, timing, len(plan), steps),
         reason,
-        [],
+        misfits,
     )
-    # What this process takes already is part of the plan's baseline.
-    host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
-    found.problems.extend(_problems(found, activations, Path(trainer.default_root_dir), host_room, device_room))
-    return found
 
 
-def refuse_early(
+def _surroundings(
     model: ModelQuantization,
-    data: CalibrationDataModule,
-    activations: ActivationOptions,
-    width: int,
-) -> None:
-    """The cheap part of the checks, for ``fit``: hidden states in memory or on disk, beside the loaded model.
-
-    Raises:
-        ConfigurationError: they do not fit.
-    """
-    if "blocks" not in model.phases:
-        return
-    streams = num_streams(model) * stream_bytes(data, activations, width)
-    if streams > activations.memory_limit_gb * 1e9:
-        limits.refuse(_disk_problems(streams, activations))
-    elif streams > (room := limits.host_bytes()):
-        limits.refuse([_stream_problem(streams, room)])
-
-
-def _problems(
-    found: Estimate, activations: ActivationOptions, folder: Path, host_room: int, device_room: int | None
-) -> list[str]:
-    problems = []
-    worst = max(found.phases, key=lambda phase: phase.needed(found.on_host))
-    if (needed := worst.needed(found.on_host)) > host_room:
-        problems.append(
-            f"host memory: {_gigabytes(needed)} are needed ({worst.name}), {_gigabytes(host_room)} are available"
-        )
-    if not found.mapped and found.streams > host_room:
-        problems.append(_stream_problem(found.streams, host_room))
-    worst = max(found.phases, key=lambda phase: phase.total(found.on_host)[1])
-    if device_room is not None and (needed := worst.total(found.on_host)[1]) > device_room:
-        problems.append(
-            f"device memory: {_gigabytes(needed)} are needed ({worst.name}), {_gigabytes(device_room)} are free"
-        )
-    if found.mapped or found.windows:
-        problems += _disk_problems(max(found.streams if found.mapped else 0, found.windows), activations)
-    needed, free = sum(found.run_folder.values()), limits.free_disk(folder)
-    if needed > free:
-        problems.append(
-            f"trainer.default_root_dir: the run folder takes {_gigabytes(needed)}, the disk of {folder} has "
-            f"{_gigabytes(free)} free"
-        )
-    return problems
-
-
-def _stream_problem(streams: int, room: int) -> str:
-    return (
-        f"activations.memory_limit_gb: hidden states of {_gigabytes(streams)} would be kept in memory, of which "
-        f"{_gigabytes(room)} are available; lower the limit, so that they live in files, or use "
-        "--activations.dtype bfloat16 or fewer sequences"
+    end_to_end: EndToEndOptions,
+    trainer: Trainer,
+    source: loading.ModelSource,
+    device_memory: float | None,
+) -> Surroundings:
+    device = trainer.strategy.root_device
+    return Surroundings(
+        bf16=trainer.precision == "bf16-mixed",
+        optimizer_state=optimizer_state(model),
+        file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
+        device_room=limits.device_bytes(device) if device_memory is None else int(device_memory),
+        accelerated=device.type != "cpu" or device_memory is not None,
+        mapped=source.gguf_file is None and model.dtype_name == "auto",
+        spread=1 if end_to_end.strategy is None else trainer.world_size,
     )
-
-
-def _disk_problems(streams: int, activations: ActivationOptions) -> list[str]:
-    free = limits.free_disk(activations.folder)
-    if streams <= free:
-        return []
-    return [
-        f"activations.folder: hidden states take {_gigabytes(streams)}, the disk of "
-        f"{activations.folder or 'the temporary folder'} has {_gigabytes(free)} free; choose another folder, "
-        "--activations.dtype bfloat16 or fewer sequences"
-    ]
 
 
 def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
@@ -260,11 +189,20 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
 
 
 def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple[LinearSite, QuantScheme]]]:
-    found: dict[QuantScheme, list[tuple[LinearSite, QuantScheme]]] = defaultdict(list)
+    pairs: dict[QuantScheme, list[tuple[LinearSite, QuantScheme]]] = defaultdict(list)
     for weights in plan.values():
         for site, scheme in weights.items():
-            found[scheme].append((site, scheme))
-    return dict(found)
+            pairs[scheme].append((site, scheme))
+    return dict(pairs)
+
+
+def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger) -> dict[str, int]:
+    kinds = len(set(model.phases))
+    return {
+        f"block files, {kinds} set{'s' if kinds > 1 else ''}": kinds * ledger.num_bytes,
+        "quantized model, dequantized": skeleton.parameters * model.output_dtype.itemsize,
+        "logs and the rest": SPARE_DISK,
+    }
 
 
 def _steps(trainer: Trainer, data: CalibrationDataModule) -> int:
@@ -278,6 +216,41 @@ def _steps(trainer: Trainer, data: CalibrationDataModule) -> int:
     return int(min(steps, trainer.max_steps if trainer.max_steps >= 0 else math.inf))
 
 
+def _compiles(model: ModelQuantization, trainer: Trainer) -> bool:
+    """Whether anything is compiled."""
+    return model.gumbel.backend != "eager" and compiler_available(trainer.strategy.root_device.type)
+
+
+def _probe(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    skeleton: Skeleton,
+    plan: dict[int, Weights],
+    phases: list[Phase],
+    trainer: Trainer,
+) -> tuple[Timing | None, str]:
+    """The seconds of one block, or why they were not measured."""
+    device = trainer.strategy.root_device
+    room = limits.device_bytes(device) or limits.host_bytes()
+    needed = max((sum(p.device.values()) for p in phases if p.name.startswith("blocks")), default=0)
+    if needed > room:
+        return None, (
+            f"one block in training takes {problems.gigabytes(needed)}, {problems.gigabytes(room)} are free here"
+        )
+    index, weights = next(iter(plan.items()))
+    run = compiled_run_block() if model.compile_blocks and _compiles(model, trainer) else run_block
+    bf16 = trainer.precision == "bf16-mixed"
+    return probe(model, data, skeleton.width, skeleton.blocks[index], weights, device, bf16, run), ""
+
+
+def _seconds(model: ModelQuantization, data: CalibrationDataModule, timing: Timing, blocks: int, steps: int) -> float:
+    """Seconds in all, without measuring perplexity."""
+    return blocks * (
+        ("blocks" in model.phases) * timing.block(model, data, steps)
+        + ("init" in model.phases) * timing.warm_start(model, data)
+    )
+
+
 def _baseline(source: loading.ModelSource) -> int:
     """What this process takes with everything a run loads beside the model, once the probe's tensors are gone."""
     import matplotlib.figure  # noqa: F401
@@ -289,7 +262,3 @@ def _baseline(source: loading.ModelSource) -> int:
     taken = limits.own_bytes()
     del tokenizer
     return taken
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gsq.data import CalibrationDataModule
+from lightning_gsq.estimate.quantities import Weights
 from lightning_gsq.estimate.simulate import longer
 from lightning_gsq.estimate.skeleton import BlockSkeleton
-from lightning_gsq.estimate.terms import Weights
 from lightning_gsq.models.chain import BlockRunner
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelQuantizer, Start

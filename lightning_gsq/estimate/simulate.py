@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from lightning_gsq.estimate.skeleton import PROBE_TOKENS, BlockSkeleton, zeros_on_cpu
+from lightning_gsq.estimate.skeleton import BlockSkeleton, zeros_on_cpu
 from lightning_gsq.models.chain import BlockCall, run_block
+from lightning_gsq.models.probe import PROBE_TOKENS
 
 FEW_TOKENS = (64, 128)
 

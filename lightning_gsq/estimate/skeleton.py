@@ -1,9 +1,9 @@
 """A model's structure from its configuration alone: sizes, blocks, linear weights; no weight is loaded or stored.
 
-The model is built on the meta device. To find the linear weights, its blocks have to run once (see ``sites.py``), and
-some cannot on the meta device (masks and routers look at values). So everything else of the model, and each block of a
-structure not seen before, gets zeros on the CPU that take no memory until written to; a block whose structure is known
-only passes its predecessor's output on.
+The model is built on the meta device. To find the linear weights, its blocks have to run once (as
+``models/linear_weights.py`` says), and some cannot on the meta device (masks and routers look at values). So everything
+else of the model, and each block of a structure not seen before, gets zeros on the CPU that take no memory until
+written to; a block whose structure is known only passes its predecessor's output on.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import BlockCall, find_blocks, split_hidden
 from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
-
-PROBE_TOKENS = 13
-"""A length that no other dimension has, so that the dimensions of tokens can be told from the others."""
+from lightning_gsq.models.probe import probe_ids
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class BlockSkeleton:
     Args:
         module: The block, on the meta device.
         sites: Its linear weights.
-        call: How the model calls it, for :data:`PROBE_TOKENS` tokens.
+        call: How the model calls it, for the tokens of :func:`probe_ids`.
     """
 
     module: nn.Module
@@ -161,7 +159,7 @@ def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], B
     for block in blocks:
         block.forward = instead_of(block)
     with torch.no_grad(), contextlib.suppress(_AllBlocksSeen):
-        model(torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=False)
+        model(probe_ids(model), use_cache=False)
     if len(found) != depth:
         raise ConfigurationError(
             f"model: {type(model).__name__} called {len(found)} of its {depth} blocks in one forward pass; only models "

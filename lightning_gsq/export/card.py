@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lightning_gsq.export.formats.base import CheckReport, ExportFormat
+from lightning_gsq.export.contract import CheckReport, ExportFormat
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
 from lightning_gsq.weights.ledger import PARTS, Ledger

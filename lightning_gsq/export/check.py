@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.data import PythonDocumentation
-from lightning_gsq.export.formats.base import CheckFailedError, CheckReport
+from lightning_gsq.export.contract import CheckFailedError, CheckReport
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.models import loading
 
@@ -83,7 +83,7 @@ def compare(
     difference = largest = 0.0
     texts = []
     for prompt in PROMPTS:
-        ids_BT = encode(run.tokenizer, prompt)
+        ids_BT = token_ids(run.tokenizer, prompt)
         own, other = (model(ids_BT, use_cache=False).logits.float() for model in (reference, loaded))
         difference = max(difference, float((own - other).abs().max()))
         largest = max(largest, float(own.abs().max()))
@@ -100,7 +100,7 @@ def compare(
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Token ids ``1 T``."""
     ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
     return ids
@@ -109,7 +109,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 def short_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Token ids ``1 T`` of a text that every Python installation has."""
     text = next(iter(PythonDocumentation(part="evaluation").documents()))
-    return encode(tokenizer, text)[:, :PERPLEXITY_TOKENS]
+    return token_ids(tokenizer, text)[:, :PERPLEXITY_TOKENS]
 
 
 def greedy(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:

@@ -11,88 +11,26 @@ whose address stands in the recipe. :class:`FinishedRun` joins the two under the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models import loading
+from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.models.chain import find_blocks
-from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.run.block_plan import BlockPlan, make_plan
+from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import RunFolder
-from lightning_gsq.run.recipe import model_fingerprint
-from lightning_gsq.run.substitution import replaced
+from lightning_gsq.run.substitution import replace
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.assignment import SchemeOverride
 from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight
-from lightning_gsq.weights.salient_part import SalientPart
-from lightning_gsq.weights.scheme import QuantScheme
-
-_MODEL_SETTINGS = (
-    # settings of a run that say what its weights are; the others say how they were trained
-    "pretrained",
-    "include",
-    "exclude",
-    "blocks",
-    "scale_dtype",
-    "dtype",
-    "output_dtype",
-    "revision",
-    "trust_remote_code",
-)
 
 
-@dataclass(frozen=True)
-class ExportedWeight:
-    """A quantized parameter of the model.
-
-    Args:
-        name: Its full name, such as ``model.layers.3.mlp.down_proj.weight``.
-        scheme: Its grid and group size.
-        site: Its shape and orientation; ``site.name`` is the name inside the block.
-        block: The number of its block.
-    """
-
-    name: str
-    scheme: QuantScheme
-    site: LinearSite
-    block: int
-
-    @property
-    def stem(self) -> str:
-        """The name that parts of the weight are stored under: without the ending ``.weight``."""
-        return self.name.removesuffix(".weight")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(O, I)`` of its codes; ``O`` counts the rows of all experts."""
-        return self.site.rows, self.site.in_features
-
-    @property
-    def group_length(self) -> int:
-        """Weights that share a scale."""
-        return self.scheme.group_length(self.site.in_features)
-
-
-def quantized_weights(plan: list[BlockPlan]) -> list[ExportedWeight]:
-    """The weights of a plan under their full names."""
-    return [
-        ExportedWeight(f"{own.name}.{site.name}", scheme, site, own.index)
-        for own in plan
-        for site, scheme in own.weights.items()
-    ]
-
-
-class FinishedRun:
-    """A run with all of its blocks quantized.
+class FinishedRun(PlannedRun):
+    """A run with all of its blocks quantized. The original model in it stays as it is.
 
     Args:
         folder: The run folder.
@@ -113,9 +51,8 @@ class FinishedRun:
         model: ModelQuantization,
         plan: list[BlockPlan],
     ) -> None:
-        self.folder, self.recipe, self.summary, self.model = folder, recipe, summary, model
-        self.plans = {own.index: own for own in plan}
-        self.weights = {weight.name: weight for weight in quantized_weights(plan)}
+        super().__init__(model, plan, recipe["settings"]["model"])
+        self.folder, self.recipe, self.summary = folder, recipe, summary
         self.kind = folder.progress.get("model", "block")
         for index in self.plans:
             if not folder.block_file(self.kind, index).is_file():
@@ -123,47 +60,33 @@ class FinishedRun:
                     f"run: {folder.root} has no {folder.block_file(self.kind, index).name}; resume the run with the "
                     "command that started it"
                 )
-        # Parameters that the end-to-end phase trained beside the quantized ones take the place of the original's.
-        trained = folder.read_dense(self.kind) if self.kind == "end_to_end" else None
-        self._trained = ExitStack()
-        for name, value in (trained[0] if trained else {}).items():
-            self._trained.enter_context(replaced(self.network, name, value))
+        self._trained = self._read_trained()
+        self._values = {name: value.detach() for name, value in self.network.state_dict().items()} | self._trained
+        self._config = copy.deepcopy(self.network.config)
+        head = self.network.get_output_embeddings()
+        if any(self.network.get_submodule(name.rpartition(".")[0]) is head for name in self._trained):
+            self._config.tie_word_embeddings = False
         self._cached: tuple[int, dict[str, QuantizedWeight]] | None = None
 
-    @property
-    def network(self) -> PreTrainedModel:
-        """The original model: for its names and structure. Its values come from :meth:`parameter`."""
-        return self.model.network
+    def _read_trained(self) -> dict[str, Tensor]:
+        """Parameters that the end-to-end phase trained beside the quantized ones, in the original's dtype."""
+        dense = self.folder.read_dense(self.kind) if self.kind == "end_to_end" else None
+        if dense is None:
+            return {}
+        parameters = dict(self.network.named_parameters(remove_duplicate=False))
+        for name, value in dense[0].items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+                raise ConfigurationError(
+                    f"run: {self.folder.dense_file(self.kind)} holds {name} in the shape {tuple(value.shape)}, the "
+                    f"model has {shape}; it is the file of another run. Delete it to have that phase run again"
+                )
+        return {name: value.to(parameters[name].dtype) for name, value in dense[0].items()}
 
     @property
     def config(self) -> PretrainedConfig:
-        """The original model's configuration."""
-        return self.network.config
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        """The original model's settings for generation."""
-        return self.network.generation_config
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The original model's tokenizer."""
-        return self.model.tokenizer
-
-    @property
-    def address(self) -> str:
-        """Where the original model came from."""
-        return self.model.pretrained
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """Stored dtype of the scales."""
-        return self.model.scale_dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Stored dtype of every parameter that is not quantized."""
-        return self.model.output_dtype
+        """The configuration of the exported model: the original's, untied where the head was trained apart."""
+        return self._config
 
     def tensor(self, name: str) -> QuantizedTensor:
         """Codes and scales of a quantized weight that has one grid.
@@ -171,10 +94,10 @@ class FinishedRun:
         Raises:
             ConfigurationError: it has salient weights, or the block's file is damaged.
         """
-        found = self.quantized(name)
-        if not isinstance(found, QuantizedTensor):
+        weight = self.quantized(name)
+        if not isinstance(weight, QuantizedTensor):
             raise ConfigurationError(f"format: {name} has salient weights; use native or dequantized")
-        return found
+        return weight
 
     def quantized(self, name: str) -> QuantizedWeight:
         """A quantized weight of any kind. Reads its block, and keeps that until another one is read.
@@ -194,19 +117,22 @@ class FinishedRun:
 
     @torch.no_grad()
     def reference(self, weight_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The original model in fp32 with the run's weights in it: what a loaded export is compared with.
-
-        Changes :attr:`network`, in place: quantized weights are the run's from then on, the others those of a file.
+        """A new model in fp32 with the run's weights in it: what a loaded export is compared with.
 
         Args:
             weight_dtype: Dtype that dequantized weights are rounded to on the way.
         """
+        model = copy.deepcopy(self.network)
+        for name, value in self._trained.items():
+            replace(model, name, value)
+        values = model.state_dict()
         for name in self.other_names():
-            self.network.state_dict()[name].copy_(self.parameter(name))
-        self.network.float()
+            values[name].copy_(self.parameter(name))
+        del values
+        model.float()
         for name in self.weights:
-            self.network.get_parameter(name).copy_(self.dense(name, weight_dtype))
-        return self.network
+            model.get_parameter(name).copy_(self.dense(name, weight_dtype))
+        return model
 
     def other_names(self) -> list[str]:
         """Names of all stored parameters and buffers that are not quantized, in the model's order.
@@ -215,7 +141,7 @@ class FinishedRun:
         """
         seen: set[tuple[int, torch.Size]] = set()
         names = []
-        for name, value in self.network.state_dict().items():
+        for name, value in self._values.items():
             key = (value.data_ptr(), value.shape)
             if name not in self.weights and not (value.numel() and key in seen):
                 seen.add(key)
@@ -239,64 +165,7 @@ class FinishedRun:
     def parameter(self, name: str) -> Tensor:
         """A parameter or buffer that is not quantized, as a file stores it: floating point in :attr:`dtype`.
 
-        This is the one place where such values come from: the original model, with what a run trained put into it.
+        This is the one place where such values come from: the original model, with what a run trained in its place.
         """
-        value = self.network.state_dict(keep_vars=False)[name].detach()
+        value = self._values[name]
         return value.to(self.dtype) if value.is_floating_point() else value
-
-
-def open_run(folder: str | Path) -> FinishedRun:
-    """Opens a finished run and loads its original model.
-
-    Args:
-        folder: The run folder.
-
-    Raises:
-        ConfigurationError: it is no run folder, the run is not finished, or its original model is not there or has
-            changed.
-    """
-    root = Path(folder).expanduser()
-    recipe = _read_recipe(root)
-    run_folder = RunFolder(root, create=False)
-    model = _model_of(recipe, root)
-    source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
-    model.load(source)
-    known = recipe.get("fingerprints", {}).get("model")
-    if known is not None and known != model_fingerprint(model):
-        raise ConfigurationError(
-            f"run: {model.pretrained} is no longer the model that the run in {root} quantized; put the original back"
-        )
-    return FinishedRun(run_folder, recipe, run_folder.summary, model, make_plan(model))
-
-
-def _read_recipe(root: Path) -> dict[str, Any]:
-    file = root / "recipe.yaml"
-    if not file.is_file():
-        raise ConfigurationError(f"run: {root} is not a run folder (no recipe.yaml)")
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigurationError(f"run: {file} cannot be read: {error}") from error
-    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("settings", {}).get("model"), Mapping):
-        raise ConfigurationError(f"run: {file} is not the recipe of a run: it has no settings of a model")
-    return dict(recipe)
-
-
-def _model_of(recipe: Mapping[str, Any], root: Path) -> ModelQuantization:
-    """The model with the settings of a run, not loaded yet."""
-    known = recipe["settings"]["model"]
-    try:
-        return ModelQuantization(
-            scheme=QuantScheme(**_with_salient(known["scheme"])),
-            overrides={
-                name: SchemeOverride(**_with_salient(own)) for name, own in (known.get("overrides") or {}).items()
-            },
-            **{key: known[key] for key in _MODEL_SETTINGS if key in known},
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ConfigurationError(f"run: the recipe in {root} is not one of this version: {error}") from error
-
-
-def _with_salient(fields: Mapping[str, Any]) -> dict[str, Any]:
-    salient = fields.get("salient")
-    return {**fields, "salient": SalientPart(**salient) if salient else None}

@@ -1,4 +1,4 @@
-"""Writing a model folder shard by shard, with a ledger of every byte.
+"""Weight files, shard by shard, with a ledger of every byte.
 
 Tensors are collected up to a limit and written as one safetensors file; the index names every shard. Only one shard is
 ever in memory. What a tensor counts as in the ledger is said when it is added.
@@ -9,15 +9,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
-from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 
 SINGLE, SHARD, INDEX = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors", "model.safetensors.index.json"
@@ -94,40 +89,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters under the names, and in the pieces, that the model's family uses in files.
-
-    In memory some families differ from their files, for example by fusing experts into one parameter.
-
-    Args:
-        run: The run.
-        tensors: By name in the model; all parameters of a block have to come together.
-    """
-    named: dict[str, Tensor] = revert_weight_conversion(run.network, tensors)
-    return named
-
-
-def write_companions(
-    run: FinishedRun, folder: Path, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None
-) -> None:
-    """Writes what stands beside the weights: config.json, generation_config.json, the tokenizer, recipe.yaml.
-
-    Args:
-        run: The run.
-        folder: The folder.
-        quantization: ``quantization_config`` of config.json; None for a model without one.
-        dtype: The dtype that config.json asks readers to compute in; None for the parameters' own.
-    """
-    config = run.config.to_dict()
-    config.pop("quantization_config", None)
-    config["architectures"] = [type(run.network).__name__]
-    config["dtype"] = str(dtype or run.dtype).removeprefix("torch.")
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    run.config.__class__.from_dict(config).save_pretrained(folder)
-    if run.generation_config is not None:
-        run.generation_config.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.probe import probe_ids
 from lightning_gsq.ops.distillation import Head
 
-PROBE_TOKENS = 8
 TOLERANCE = 2e-2
 """Relative error of the probe's logits that half precision alone explains."""
 
@@ -35,7 +35,7 @@ def find_head(
     """
     embedding = model.get_output_embeddings()
     weight = getattr(embedding, "weight", None)
-    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.get_input_embeddings().num_embeddings  # type: ignore
+    ids = probe_ids(model)
     if isinstance(weight, Tensor) and model.base_model is not model:
         hidden_ND = last_hidden(model, ids)[0]
         bias = getattr(embedding, "bias", None)

@@ -184,5 +184,5 @@ class SageLinear(nn.Module):
 
 def _product(x: Tensor, words_OW: Tensor, scales_OG: Tensor, bias_O: Tensor | None, scheme: QuantScheme) -> Tensor:
     columns = x.shape[-1]
-    layout = {"bits": scheme.storage_bits, "in_features": columns, "group_length": scheme.group_length(columns)}
-    return packed_linear(x, words_OW, scales_OG, bias_O, **layout)
+    bits, length = scheme.storage_bits, scheme.group_length(columns)
+    return packed_linear(x, words_OW, scales_OG, bias_O, bits=bits, in_features=columns, group_length=length)

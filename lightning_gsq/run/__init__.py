@@ -9,6 +9,6 @@ substitution   other weights in a model, for a while or for good
 folder         the folder of a run
 recipe         what makes two runs the same
 summary        what a run found
-report         the same as tables
+report         figures of all weights together, and their names
 tensorboard    what a run leaves for TensorBoard
 """

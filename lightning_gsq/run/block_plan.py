@@ -5,16 +5,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import torch
-
 from lightning_gsq.models.chain import check_chain, find_blocks, run_block, trace
 from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
+from lightning_gsq.models.probe import probe_ids
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import assign_schemes
 from lightning_gsq.weights.scheme import QuantScheme
-
-PROBE_TOKENS = 8
-"""Length of the sequence that shows which weights a block multiplies with."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,7 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
         ConfigurationError: the architecture does not fit, a pattern matches nothing, or a range is empty.
     """
     prefix, blocks = find_blocks(model.network)
-    ids = torch.arange(PROBE_TOKENS)[None] % int(model.network.get_input_embeddings().num_embeddings)  # type: ignore
-    traced = trace(model.network, ids)
+    traced = trace(model.network, probe_ids(model.network))
     check_chain(model.network, traced)
     sites: dict[str, tuple[int, LinearSite]] = {}
     for index in model.selected_blocks(len(blocks)):

@@ -30,8 +30,8 @@ from lightning_gsq.data.evaluation import ByBlock
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import BlockCall, check_chain, embed, find_blocks, run_block, split_hidden, trace
 from lightning_gsq.models.head import TOLERANCE, find_head, last_hidden
+from lightning_gsq.models.probe import probe_ids
 from lightning_gsq.ops.distillation import Head
-from lightning_gsq.run.block_plan import PROBE_TOKENS
 from lightning_gsq.run.blocks import FORWARD_TOKENS
 from lightning_gsq.run.hidden_states import ActivationOptions, ActivationStore
 from lightning_gsq.system.processes import Ranks
@@ -137,7 +137,7 @@ class BlockwisePerplexity:
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.network, self.blocks = network, find_blocks(network)[1]
-        ids_BT = torch.arange(PROBE_TOKENS)[None] % network.get_input_embeddings().num_embeddings  # type: ignore
+        ids_BT = probe_ids(network)
         traced = trace(network, ids_BT)
         check_chain(network, traced)
         found = find_head(
@@ -153,7 +153,7 @@ class BlockwisePerplexity:
         logits_BTV = found.logits(self._finish(ids_BT, traced.output_BTD)).float()
         error = float((logits_BTV - wanted_BTV).abs().max() / wanted_BTV.abs().max())
         calls = [tree_leaves((call.args, call.kwargs)) for call in self._calls(ids_BT)]
-        others = [tree_leaves((call.args, call.kwargs)) for call in self._calls(ids_BT.flip(1))]
+        others = [tree_leaves((call.args, call.kwargs)) for call in self._calls(ids_BT.roll(1, 1))]
         if not error < TOLERANCE or not all(map(_same, calls, others)):
             raise ConfigurationError(
                 f"evaluation.by_block: something other than the hidden states of the block before reaches the blocks "

@@ -1,4 +1,4 @@
-"""The end of a run: the summary as a mapping and as a table."""
+"""What a run reports: figures of all its weights, and their names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from lightning_gsq.weights.ledger import PARTS, Ledger
 from lightning_gsq.weights.quantized import BitsLedger, QuantizedWeight
 
 PERPLEXITY_NAMES = {
@@ -38,63 +34,6 @@ def saliency_of(blocks: Mapping[str, Mapping[str, QuantizedWeight]]) -> dict[str
         for name, tensor in block.items()
         if tensor.scheme.salient is not None
     }
-
-
-def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:
-    """Prints the result as a table."""
-    table = Table(title="Quantized: " + summary["scheme"]["name"], show_header=False, title_justify="left")
-    for key, value in summary["perplexity"].items():
-        table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
-    phase = summary.get("end_to_end")
-    if phase is not None:
-        losses = f"{phase['start']:.4f} → {phase['final']:.4f}"
-        table.add_row(
-            "held-out loss, end to end", losses + (", rejected: the blocks stand" if phase["rejected"] else "")
-        )
-    bits = summary["bits_per_weight"]
-    table.add_row(
-        "true bits per weight",
-        f"{bits['total']:.3f}  ({bits['codes']:.3f} codes + {bits['scales']:.3f} scales"
-        + (f" + {bits['positions']:.3f} positions)" if bits["positions"] else ")"),
-    )
-    sizes = summary["bytes"]
-    table.add_row(
-        "size before",
-        f"{megabytes(sizes['original'])} as loaded from, {megabytes(sizes['dense'])} at 16 bits",
-    )
-    table.add_row(
-        "size after",
-        f"{megabytes(sizes['quantized'])}: blocks {megabytes(sizes['blocks'])} + "
-        f"{megabytes(sizes['quantized'] - sizes['blocks'])} left at 16 bits (embedding, norms, head)",
-    )
-    table.add_row(
-        "time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s of training a block"
-    )
-    table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
-    table.add_row("run folder", folder)
-    console.print(table)
-
-
-def print_ledger(console: Console, ledger: Ledger, title: str) -> None:
-    """Prints where the bytes of a model's weight files go."""
-    table = Table("part", "bytes", "bits per quantized weight", title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    sums = ledger.summary()
-    weights = sums["quantized_weights"]
-    for part in PARTS:
-        bits, own = ledger.total(part), ledger.total(part, quantized_only=True)
-        if bits:
-            table.add_row(part, f"{bits / 8:,.0f}", f"{own / weights:.4f}" if own else "")
-    table.add_row("headers", f"{sums['bytes']['headers']:,}", "", end_section=True)
-    per_weight = f"{sums['bits_per_quantized_weight']:.4f}" if weights else ""
-    table.add_row("weight files", f"{ledger.num_bytes:,}", per_weight)
-    console.print(table)
-    console.print(
-        f"{sums['parameters']:,} parameters, {weights:,} of them quantized; {sums['bits_per_parameter']:.4f} bits per "
-        "parameter over all",
-        soft_wrap=True,
-    )
 
 
 def megabytes(count: float) -> str:

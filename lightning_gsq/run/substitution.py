@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -51,18 +51,32 @@ def installed(
 
 @contextmanager
 def replaced(network: PreTrainedModel, name: str, value: Tensor) -> Iterator[None]:
-    """Another parameter under this name, and under no other name that shared the original."""
-    owner, _, last = name.rpartition(".")
-    module, config = network.get_submodule(owner), network.config
-    original, tied = getattr(module, last), config.tie_word_embeddings
-    setattr(module, last, nn.Parameter(value.to(original.device, original.dtype), requires_grad=False))
-    if network.get_output_embeddings() is module:
-        config.tie_word_embeddings = False
+    """Another parameter under this name, inside the context; see :func:`replace`."""
+    undo = replace(network, name, value)
     try:
         yield
     finally:
+        undo()
+
+
+def replace(network: PreTrainedModel, name: str, value: Tensor) -> Callable[[], None]:
+    """Puts another parameter under this name, and under no other name that shared the original.
+
+    Returns:
+        What puts the original back.
+    """
+    owner, _, last = name.rpartition(".")
+    module, config = network.get_submodule(owner), network.config
+    original, tied = getattr(module, last), config.tie_word_embeddings
+
+    def undo() -> None:
         setattr(module, last, original)
         config.tie_word_embeddings = tied
+
+    setattr(module, last, nn.Parameter(value.to(original.device, original.dtype), requires_grad=False))
+    if network.get_output_embeddings() is module:
+        config.tie_word_embeddings = False
+    return undo
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 seeding              generators keyed by what they are for
 compiling            torch.compile and the C++ compiler, where there is one
 memory               freed memory given back; the most that was used
+console              what is printed is text, with no markup in it
 files                files that are there whole or not at all
 safetensors_headers  the weight files of a folder, looked at before anything is loaded
 processes            several processes that share the sequences

@@ -10,6 +10,7 @@ from lightning_gsq.callbacks import BlockProgress, GumbelAnnealing, HardRounding
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from lightning_gsq.cli.defaults import QUIET_TRAINER
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.linear_weights import find_linear_sites
@@ -18,13 +19,7 @@ from lightning_gsq.training import BlockQuantization
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.tiny import FAMILIES
 
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-}
+QUIET = QUIET_TRAINER | {"logger": False, "accelerator": "cpu"}
 
 
 class Regression(LightningModule):

@@ -10,6 +10,7 @@ from lightning_gsq.callbacks import GumbelAnnealing, HardRounding, SaliencyThres
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_gsq.cli.defaults import QUIET_TRAINER
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import DualMode, GumbelOptions, Matrix
 from lightning_gsq.quantizers.salient import MixedQuantizer
@@ -63,9 +64,7 @@ def _trainer(tmp_path: Any, callback: SaliencyThreshold, **options: Any) -> Trai
         max_epochs=1,
         logger=CSVLogger(tmp_path),
         callbacks=[callback, GumbelAnnealing(), HardRounding()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET_TRAINER,
         **options,
     )
 

@@ -107,7 +107,7 @@ def test_output_elsewhere_and_small_shards(new_run: MakeRun, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["--run", "/no/run", "--format", "native"], "/no/run is not a run folder"),
-        (["--run", "RUN", "--format", "nativ"], "there is no format 'nativ'; choose from"),
+        (["--run", "RUN", "--format", "nativ"], "there is no format 'nativ' (did you mean native?); choose from"),
         (["--run", "RUN"], "format"),
         (["--run", "RUN", "--format", "native", "--shard_size_gb", "0"], "shard_size_gb must be positive"),
         (["--run", "RUN", "--format", "native", "dequantized", "--push_to_hub", "me/x"], "cannot share the repository"),

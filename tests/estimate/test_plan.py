@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 import lightning_gsq.estimate as plan
 from lightning_gsq.cli import main
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.estimate import limits, simulate
-from lightning_gsq.estimate import terms as memory
+from lightning_gsq.estimate import limits, quantities, simulate
+from lightning_gsq.estimate.block_terms import block_terms
+from lightning_gsq.estimate.perplexity_terms import by_block as runs_by_block
+from lightning_gsq.estimate.perplexity_terms import perplexity_terms
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import find_blocks, run_block, trace
@@ -91,9 +93,9 @@ def test_terms_of_training_are_the_tensors_of_a_block(bits: object) -> None:
     optimizer = settings.optimizer([{"params": trained, "name": "logits"}])
     module.loss((traced.inputs_BTD[0], traced.inputs_BTD[1]), module.sampled_weights(0)).backward()
     optimizer.step()
-    around = memory.Surroundings(False, memory.optimizer_state(settings), 0, None, False, True)
+    around = quantities.Surroundings(False, quantities.optimizer_state(settings), 0, None, False, True)
     data = CalibrationDataModule(sequence_length=16)
-    terms = memory._block_terms(settings, data, 32, skeleton.blocks[0], dict.fromkeys(sites, scheme), around).training
+    terms = block_terms(settings, data, 32, skeleton.blocks[0], dict.fromkeys(sites, scheme), around).training
     by_kind = {name.split()[0]: count for name, count in terms.items()}
     assert by_kind["logits"] == sum(p.nbytes for p in trained)
     assert by_kind["their"] == sum(p.grad.nbytes for p in trained if p.grad is not None)
@@ -103,13 +105,13 @@ def test_terms_of_training_are_the_tensors_of_a_block(bits: object) -> None:
     started = sum(q.start_codes.nbytes + q.start_scales.nbytes for q in own.values())
     assert by_kind["start:"] == started
     tensors = [BitsLedger.of(quantized(start, scheme, torch.float16)) for start in starts.values()]
-    assert memory.ledger_of(((s, scheme) for s in sites), 2) == sum(tensors, BitsLedger())
+    assert quantities.ledger_of(((s, scheme) for s in sites), 2) == sum(tensors, BitsLedger())
 
 
 def test_optimizer_state() -> None:
     for optimizer, expected in ((torch.optim.Adam, 2.0), (torch.optim.SGD, 0.0)):
         model = ModelQuantization("x", optimizer=lambda groups, make=optimizer: make(groups, lr=1.0))
-        assert memory.optimizer_state(model) == expected
+        assert quantities.optimizer_state(model) == expected
 
 
 def _estimate(pretrained: Path, folder: Path, **trainer: object) -> plan.Estimate:
@@ -226,15 +228,15 @@ def test_terms_of_perplexity(choice: bool | str) -> None:
     skeleton = _skeleton(network)
     evaluation = PerplexityData(sequence_length=64, num_windows=7, by_block=choice)  # type: ignore[arg-type]
     for room, accelerated in ((None, False), (10**12, True), (100_000, True)):
-        around = memory.Surroundings(False, 0, 0, room, accelerated, True)
-        way, host, device = memory._evaluation(evaluation, ActivationOptions(), skeleton, around)
+        around = quantities.Surroundings(False, 0, 0, room, accelerated, True)
+        way, host, device = perplexity_terms(evaluation, ActivationOptions(), skeleton, around)
         by_block = choice is True or (choice == "auto" and room == 100_000)
-        assert memory.by_block(evaluation, skeleton, around) == by_block == (way == ", block by block")
+        assert runs_by_block(evaluation, skeleton, around) == by_block == (way == ", block by block")
         assert host == ({"hidden states of the windows": 7 * 64 * 32 * 4} if by_block else {})
         assert ("model" in device) == (accelerated and not by_block)
         block = sum(p.nbytes for p in find_blocks(network)[1][0].parameters())
         assert device.get("largest block", block) == block
-        mapped = memory._evaluation(evaluation, ActivationOptions(memory_limit_gb=0), skeleton, around)
+        mapped = perplexity_terms(evaluation, ActivationOptions(memory_limit_gb=0), skeleton, around)
         assert mapped[1] == {}
 
 

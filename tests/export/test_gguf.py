@@ -7,8 +7,8 @@ import pytest
 from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.contract import CheckFailedError, ExportOptions
 from lightning_gsq.export.formats import gguf_check
-from lightning_gsq.export.formats.base import CheckFailedError, ExportOptions
 from lightning_gsq.export.formats.gguf import FILE, GGUFFormat, source_file
 from lightning_gsq.export.readers import packages
 from lightning_gsq.gguf.blocks import BLOCK_TYPES

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_gsq.export.formats.base import ExportOptions
-from lightning_gsq.export.formats.gptq import GPTQFormat, encode, quantization_config
-from lightning_gsq.export.linear import linear_bits
+from lightning_gsq.export.contract import ExportOptions
+from lightning_gsq.export.formats.gptq import GPTQFormat, quantization_config
+from lightning_gsq.export.formats.linear import linear_bits
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import quantize, save_model
 from tests.support.weights import random_tensor
@@ -29,7 +29,7 @@ def unpack_column(words: list[int], bits: int, count: int) -> list[int]:
 def test_layout(bits: object, group_size: int) -> None:
     """weight = scales[g_idx] * (q - (stored zero + 1)), everything packed along the longer axis of its matrix."""
     tensor = random_tensor(bits, group_size, 96, rows=32)
-    parts, stored = encode(tensor), linear_bits(tensor.scheme)
+    parts, stored = FORMAT.encode(tensor), linear_bits(tensor.scheme)
     q_IO = torch.tensor([unpack_column(column, stored, 96) for column in parts["qweight"].T.tolist()]).T
     zeros_GO = torch.tensor([unpack_column(row, stored, 32) for row in parts["qzeros"].tolist()]) + 1
     groups_I = parts["g_idx"].long()
@@ -57,7 +57,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-
 
 def test_ledger_counts_the_files(mixed) -> None:  # type: ignore[no-untyped-def]
     run, folder, ledger = mixed
-    assert FORMAT.refuse(list(run.weights.values())) is None
+    assert FORMAT.refuse(run) is None
     assert ledger.num_bytes == (folder / "model.safetensors").stat().st_size
     assert ledger.total("padding") == 0 and ledger.total("redundant") > 0
 
@@ -73,5 +73,5 @@ def test_gptqmodel_computes_with_the_same_weights(mixed) -> None:  # type: ignor
 @pytest.mark.parametrize(("bits", "message"), [(5, "no kernels for 5 bits"), (3, "multiples of 32")])
 def test_what_gptq_cannot_hold(tiny_llama: Path, tmp_path: Path, bits: int, message: str) -> None:
     run = quantize(tiny_llama, tmp_path / "run", bits, 16)
-    refusal = FORMAT.refuse(list(run.weights.values())) or ""
+    refusal = FORMAT.refuse(run) or ""
     assert message in refusal and "compressed-tensors holds" in refusal

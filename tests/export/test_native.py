@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import lightning_gsq
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import ExportOptions, open_run
-from lightning_gsq.export.check import compare_model, encode
+from lightning_gsq.export.check import compare_model, token_ids
 from lightning_gsq.export.formats.dequantized import DequantizedFormat
 from lightning_gsq.export.formats.native import NativeFormat
 from lightning_gsq.packed.layers import PackedExperts, PackedWeight, QuantLinear
@@ -109,7 +109,7 @@ def native(llama_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_loaded_model_generates_compiles_moves_and_saves(native: Path, llama_run: Path, tmp_path: Path) -> None:
     model = lightning_gsq.load(native, dtype=torch.float32)
     assert all(module.scales.dtype == torch.float16 for module in _packed(model))
-    ids = encode(open_run(llama_run).tokenizer, "The line")
+    ids = token_ids(open_run(llama_run).tokenizer, "The line")
     logits = model(ids).logits
     text = model.generate(ids, do_sample=False, max_new_tokens=8)
     assert text.shape[1] > ids.shape[1]

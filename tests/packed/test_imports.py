@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lightning_gsq.export.formats.base import ExportOptions
+from lightning_gsq.export.contract import ExportOptions
 from lightning_gsq.export.formats.native import NativeFormat
-from lightning_gsq.export.source import open_run
+from lightning_gsq.export.opening import open_run
 from tests.support.finished import make_run
 
 SHOW = """

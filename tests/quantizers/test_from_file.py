@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.formats.base import ExportOptions
+from lightning_gsq.export.contract import ExportOptions
 from lightning_gsq.export.formats.gguf import FILE, GGUFFormat
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.quantizers import FromFile

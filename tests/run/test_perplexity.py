@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GraniteConfig, PreTrainedModel
 
 from lightning_gsq.cli import main
+from lightning_gsq.cli.defaults import QUIET_TRAINER
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.quantizers import RTN
@@ -30,8 +31,7 @@ from tests.support.tiny import COMMON, FAMILIES, deep_llama, random_model
 
 
 def _trainer(precision: str = "32-true") -> Callable[[], Trainer]:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return lambda: Trainer(accelerator="cpu", precision=precision, logger=False, inference_mode=False, **quiet)  # type: ignore[arg-type]
+    return lambda: Trainer(accelerator="cpu", precision=precision, logger=False, inference_mode=False, **QUIET_TRAINER)
 
 
 def _measures(

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from lightning_gsq.cli import main
-from lightning_gsq.export.source import FinishedRun, open_run
+from lightning_gsq.export import FinishedRun, open_run
 from tests.support.tiny import COMMON, random_model
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "i")]

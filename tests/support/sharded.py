@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_gsq.cli.defaults import QUIET_TRAINER
 from lightning_gsq.quantizers import GumbelOptions
 from lightning_gsq.system.sharding import is_sharded, local, private_copy
 from lightning_gsq.training import EndToEndOptions, EndToEndQuantization
@@ -95,12 +96,10 @@ def run(case: str, strategy: str, rank: int, folder: Path) -> None:
         gradient_clip_val=0.05,
         logger=False,
         callbacks=[sizes],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         inference_mode=False,
         use_distributed_sampler=False,
+        **QUIET_TRAINER,
     )
     batches = DataLoader(own, batch_size=options.batch_size)
     validation = DataLoader(TensorDataset(held_out[rank::2]), batch_size=options.batch_size)

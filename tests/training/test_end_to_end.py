@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
+from lightning_gsq.cli.defaults import QUIET_TRAINER
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.head import find_head, last_hidden
@@ -31,10 +32,8 @@ def _fit(module: EndToEndQuantization, epochs: int = 2) -> tuple[float, float]:
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         inference_mode=False,
+        **QUIET_TRAINER,
     )
     held_out = DataLoader(TensorDataset(ids[:8]), batch_size=4)
     (found,) = trainer.validate(module, held_out, verbose=False)

@@ -14,7 +14,7 @@ def test_every_code_survives_storing_and_fits_its_bits(bits: Bits) -> None:
     grid = grid_of(bits)
     codes = torch.tensor(grid.levels, dtype=torch.int8)
     stored = grid.store(codes)
-    assert 0 <= int(stored.min()) and int(stored.max()) < 2**grid.storage_bits
+    assert int(stored.min()) >= 0 and int(stored.max()) < 2**grid.storage_bits
     assert torch.equal(grid.restore(stored), codes)
 
 

@@ -1,9 +1,20 @@
-"""One file a format.
+"""One file a format; importing this package registers them all.
 
-base                what a format is, and the list of all
 native              this package's own, packed
 dequantized         an ordinary Hugging Face folder
-gguf, gguf_check    llama.cpp
+linear              what formats made of linear layers have in common
 compressed_tensors  vLLM and transformers
 gptq                GPTQModel and what reads its files
+gguf                llama.cpp
+gguf_storage        how a run lies in such a file: types, rows, the file it came from
+gguf_tensors        its tensors before they are written
+gguf_check          is the file what the run computes?
 """
+
+from lightning_gsq.export.formats.compressed_tensors import CompressedTensorsFormat
+from lightning_gsq.export.formats.dequantized import DequantizedFormat
+from lightning_gsq.export.formats.gguf import GGUFFormat
+from lightning_gsq.export.formats.gptq import GPTQFormat
+from lightning_gsq.export.formats.native import NativeFormat
+
+__all__ = ["CompressedTensorsFormat", "DequantizedFormat", "GGUFFormat", "GPTQFormat", "NativeFormat"]

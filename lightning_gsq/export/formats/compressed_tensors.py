@@ -25,27 +25,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare_model
-from lightning_gsq.export.formats.base import CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.linear import linear_bits, other_linear_layers, refuse_other_than_linear, write_layers
+from lightning_gsq.export.companions import write_companions
+from lightning_gsq.export.contract import CheckReport, ExportOptions, Runtime
+from lightning_gsq.export.formats.linear import LinearFormat, linear_bits, other_linear_layers
+from lightning_gsq.export.planned import ExportedWeight
 from lightning_gsq.export.readers.packages import not_checked
-from lightning_gsq.export.source import ExportedWeight, FinishedRun
-from lightning_gsq.export.writer import ShardWriter, write_companions
+from lightning_gsq.export.registry import register
+from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.export.writer import ShardWriter
 from lightning_gsq.weights.ledger import Ledger
 from lightning_gsq.weights.packing import pack
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
 PACKAGE = "compressed-tensors"
-
-
-def encode(tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """``weight_packed``, ``weight_scale`` and ``weight_shape`` of one layer."""
-    bits = linear_bits(tensor.scheme)
-    return {
-        "weight_packed": pack(tensor.codes_OI.to(torch.int16) + 2 ** (bits - 1), bits),
-        "weight_scale": tensor.scales_OG.cpu().contiguous(),
-        "weight_shape": torch.tensor(tensor.shape),
-    }
 
 
 def quantization_config(layers: Mapping[str, tuple[QuantScheme, int]], ignore: Sequence[str]) -> dict[str, Any]:
@@ -84,26 +77,37 @@ def quantization_config(layers: Mapping[str, tuple[QuantScheme, int]], ignore: S
     }
 
 
-class CompressedTensorsFormat(ExportFormat):
+@register
+class CompressedTensorsFormat(LinearFormat):
     """``pack-quantized`` safetensors."""
 
     name: ClassVar[str] = PACKAGE
+    codes: ClassVar[str] = "weight_packed"
+    scales: ClassVar[str] = "weight_scale"
 
-    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
-        """Refuses fused experts, transposed weights, and rows that end inside a group."""
-        for weight in weights:
-            in_features = weight.site.in_features
-            if in_features % weight.group_length:
-                return (
-                    f"{self.name} needs rows of whole groups, and {weight.name} has {in_features} weights a row in "
-                    f"groups of {weight.scheme.group_size}; native holds it"
-                )
-        return refuse_other_than_linear(self.name, weights)
+    def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """``weight_packed``, ``weight_scale`` and ``weight_shape`` of one layer."""
+        bits = self.bits(tensor.scheme)
+        return {
+            "weight_packed": pack(tensor.codes_OI.to(torch.int16) + 2 ** (bits - 1), bits),
+            "weight_scale": tensor.scales_OG.cpu().contiguous(),
+            "weight_shape": torch.tensor(tensor.shape),
+        }
+
+    def refuse_weight(self, weight: ExportedWeight) -> str | None:
+        """Refuses rows that end inside a group."""
+        in_features = weight.site.in_features
+        if in_features % weight.group_length == 0:
+            return None
+        return (
+            f"{self.name} needs rows of whole groups, and {weight.name} has {in_features} weights a row in groups of "
+            f"{weight.scheme.group_size}; native holds it"
+        )
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes safetensors, config and tokenizer."""
         writer = ShardWriter(folder, options.shard_size)
-        write_layers(run, writer, encode, "weight_packed", "weight_scale", run.scale_dtype)
+        self.write_layers(run, writer, run.scale_dtype)
         layers = {weight.stem: (weight.scheme, weight.site.in_features) for weight in run.weights.values()}
         write_companions(run, folder, quantization_config(layers, other_linear_layers(run)), run.scale_dtype)
         return writer.finish()

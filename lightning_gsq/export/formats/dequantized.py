@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import ClassVar
 
 from lightning_gsq.export.check import compare_model
-from lightning_gsq.export.formats.base import CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.source import ExportedWeight, FinishedRun
-from lightning_gsq.export.writer import ShardWriter, file_names, write_companions
+from lightning_gsq.export.companions import file_names, write_companions
+from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Runtime
+from lightning_gsq.export.planned import ExportedWeight, PlannedRun
+from lightning_gsq.export.registry import register
+from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.export.writer import ShardWriter
 from lightning_gsq.weights.ledger import Ledger
 
 
+@register
 class DequantizedFormat(ExportFormat):
     """Plain safetensors."""
 
     name: ClassVar[str] = "dequantized"
     salient: ClassVar[bool] = True
 
-    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
+    def refuse(self, run: PlannedRun) -> str | None:
         """Holds everything."""
         return None
 

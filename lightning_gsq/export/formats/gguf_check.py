@@ -15,12 +15,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-from lightning_gsq.export.check import LOGIT_TOLERANCE, NEW_TOKENS, PROMPTS, encode, greedy, perplexity, short_text
-from lightning_gsq.export.formats.base import CheckFailedError, CheckReport
-from lightning_gsq.export.formats.gguf import F16, ROTARY, SUPPORTED_BY_TRANSFORMERS, Storage
+from lightning_gsq.export.check import LOGIT_TOLERANCE, NEW_TOKENS, PROMPTS, greedy, perplexity, short_text, token_ids
+from lightning_gsq.export.contract import CheckFailedError, CheckReport
+from lightning_gsq.export.formats.gguf_storage import (
+    F16,
+    ROTARY,
+    SUPPORTED_BY_TRANSFORMERS,
+    Storage,
+    in_model_order,
+)
 from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.readers.packages import not_checked
 from lightning_gsq.export.source import FinishedRun
@@ -94,7 +99,7 @@ def _compare_values(
         if stored_name not in file.tensors:
             raise CheckFailedError(f"{file.path} has no tensor {stored_name}")
         stored = file.tensors[stored_name]
-        value = _in_model_order(layout, stored_name, dequantize(file.raw(stored_name), stored.number))
+        value = in_model_order(layout, stored_name, dequantize(file.raw(stored_name), stored.number))
         parameter = network.get_parameter(name)
         if value.numel() != parameter.numel() or stored.shape != tuple(parameter.shape):
             raise CheckFailedError(f"{file.path}: {stored_name} has the shape {stored.shape}")
@@ -118,15 +123,6 @@ def _compare_values(
     return exact, worst
 
 
-def _in_model_order(layout: Layout, name: str, value: Tensor) -> Tensor:
-    rows = layout.rows_of(name, len(value))
-    if rows is None:
-        return value
-    restored = torch.empty_like(value)
-    restored[rows] = value
-    return restored
-
-
 def _compare_with_transformers(run: FinishedRun, network: PreTrainedModel, path: Path) -> float:
     """Largest difference of a logit between transformers' reading of the file and the network with its values."""
     try:
@@ -142,7 +138,7 @@ def _compare_with_transformers(run: FinishedRun, network: PreTrainedModel, path:
         raise CheckFailedError(f"transformers cannot load {path}: {error}") from error
     difference = largest = 0.0
     for prompt in PROMPTS:
-        ids_BT = encode(run.tokenizer, prompt)
+        ids_BT = token_ids(run.tokenizer, prompt)
         own, other = (model(ids_BT, use_cache=False).logits.float() for model in (network, loaded))
         difference = max(difference, float((own - other).abs().max()))
         largest = max(largest, float(own.abs().max()))
@@ -155,7 +151,7 @@ def _compare_with_llama_cpp(run: FinishedRun, network: PreTrainedModel, answer: 
     """Largest difference of a log-probability among llama.cpp's most probable tokens; how many texts are the same."""
     difference, same = 0.0, 0
     for prompt, text, top, ids in zip(PROMPTS, answer.texts, answer.tops, answer.ids, strict=True):
-        ids_BT = encode(run.tokenizer, prompt)
+        ids_BT = token_ids(run.tokenizer, prompt)
         if ids != ids_BT[0].tolist():
             raise CheckFailedError(f"llama.cpp splits {prompt!r} into the tokens {ids}, expected {ids_BT[0].tolist()}")
         logprobs_V = network(ids_BT, use_cache=False).logits[0, -1].float().log_softmax(-1)

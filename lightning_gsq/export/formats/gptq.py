@@ -27,11 +27,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare
-from lightning_gsq.export.formats.base import CheckFailedError, CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.linear import linear_bits, other_linear_layers, refuse_other_than_linear, write_layers
+from lightning_gsq.export.companions import write_companions
+from lightning_gsq.export.contract import CheckFailedError, CheckReport, ExportOptions, Runtime
+from lightning_gsq.export.formats.linear import LinearFormat, linear_bits, other_linear_layers
+from lightning_gsq.export.planned import ExportedWeight
 from lightning_gsq.export.readers.packages import not_checked
-from lightning_gsq.export.source import ExportedWeight, FinishedRun
-from lightning_gsq.export.writer import ShardWriter, write_companions
+from lightning_gsq.export.registry import register
+from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.export.writer import ShardWriter
 from lightning_gsq.gguf.blocks import fp16_scales
 from lightning_gsq.weights.ledger import Ledger
 from lightning_gsq.weights.packing import pack
@@ -44,23 +47,6 @@ DTYPE = torch.float16
 """Of the scales, and what readers compute in."""
 BLOCK = 32
 """3-bit kernels unpack 32 codes from three words at once."""
-
-
-def encode(tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of one layer.
-
-    Raises:
-        ConfigurationError: a scale is no fp16 number.
-    """
-    bits, (rows, columns) = linear_bits(tensor.scheme), tensor.shape
-    zero, groups = 2 ** (bits - 1), tensor.scales_OG.shape[1]
-    length = tensor.scheme.group_length(columns)
-    return {
-        "qweight": pack(tensor.codes_OI.to(torch.int16) + zero, bits).T.contiguous(),
-        "qzeros": pack(torch.full((groups, rows), zero - 1), bits),
-        "scales": fp16_scales(tensor.scales_OG).T.contiguous(),
-        "g_idx": torch.arange(columns, dtype=torch.int32) // length,
-    }
 
 
 def quantization_config(layers: Mapping[str, QuantScheme], others: Sequence[str], writer: str) -> dict[str, Any]:
@@ -91,28 +77,46 @@ def quantization_config(layers: Mapping[str, QuantScheme], others: Sequence[str]
     }
 
 
-class GPTQFormat(ExportFormat):
+@register
+class GPTQFormat(LinearFormat):
     """GPTQ safetensors."""
 
     name: ClassVar[str] = "gptq"
+    codes: ClassVar[str] = "qweight"
+    scales: ClassVar[str] = "scales"
 
-    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
-        """Refuses bits without a kernel, 3-bit matrices that are not made of blocks of 32, and fused experts."""
-        for weight in weights:
-            bits = linear_bits(weight.scheme)
-            if bits not in BITS:
-                return f"{self.name} has no kernels for {bits} bits ({weight.name}); compressed-tensors holds them"
-            if bits == 3 and any(size % BLOCK for size in weight.shape):
-                return (
-                    f"{self.name} at 3 bits needs sizes that are multiples of {BLOCK}, and {weight.name} is "
-                    f"{weight.shape}; compressed-tensors holds it"
-                )
-        return refuse_other_than_linear(self.name, weights)
+    def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of one layer.
+
+        Raises:
+            ConfigurationError: a scale is no fp16 number.
+        """
+        bits, (rows, columns) = self.bits(tensor.scheme), tensor.shape
+        zero, groups = 2 ** (bits - 1), tensor.scales_OG.shape[1]
+        length = tensor.scheme.group_length(columns)
+        return {
+            "qweight": pack(tensor.codes_OI.to(torch.int16) + zero, bits).T.contiguous(),
+            "qzeros": pack(torch.full((groups, rows), zero - 1), bits),
+            "scales": fp16_scales(tensor.scales_OG).T.contiguous(),
+            "g_idx": torch.arange(columns, dtype=torch.int32) // length,
+        }
+
+    def refuse_weight(self, weight: ExportedWeight) -> str | None:
+        """Refuses bits without a kernel, and 3-bit matrices that are not made of blocks of 32."""
+        bits = self.bits(weight.scheme)
+        if bits not in BITS:
+            return f"{self.name} has no kernels for {bits} bits ({weight.name}); compressed-tensors holds them"
+        if bits == 3 and any(size % BLOCK for size in weight.shape):
+            return (
+                f"{self.name} at 3 bits needs sizes that are multiples of {BLOCK}, and {weight.name} is "
+                f"{weight.shape}; compressed-tensors holds it"
+            )
+        return None
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes safetensors, config, quantize_config.json and tokenizer."""
         writer = ShardWriter(folder, options.shard_size)
-        write_layers(run, writer, encode, "qweight", "scales", DTYPE)
+        self.write_layers(run, writer, DTYPE)
         layers = {weight.stem: weight.scheme for weight in run.weights.values()}
         config = quantization_config(layers, other_linear_layers(run), f"lightning-gsq:{version('lightning-gsq')}")
         write_companions(run, folder, config, DTYPE)

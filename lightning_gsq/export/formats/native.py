@@ -24,27 +24,31 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare_model
-from lightning_gsq.export.formats.base import CheckReport, ExportFormat, ExportOptions, Runtime
-from lightning_gsq.export.source import ExportedWeight, FinishedRun
-from lightning_gsq.export.writer import ShardWriter, file_names, write_companions
+from lightning_gsq.export.companions import file_names, write_companions
+from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Runtime
+from lightning_gsq.export.planned import ExportedWeight, PlannedRun
+from lightning_gsq.export.registry import register
+from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.export.writer import ShardWriter
 from lightning_gsq.packed.config import GSQConfig
 from lightning_gsq.packed.layers import PackedWeight
 from lightning_gsq.packed.salient_linear import SageLinear
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 
 
+@register
 class NativeFormat(ExportFormat):
     """Packed safetensors for :func:`lightning_gsq.load`."""
 
     name: ClassVar[str] = "native"
     salient: ClassVar[bool] = True
 
-    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
+    def refuse(self, run: PlannedRun) -> str | None:
         """Holds everything but salient parts of fused experts."""
-        fused = next((weight.name for weight in weights if weight.scheme.mixed and weight.site.experts), None)
-        if fused is None:
-            return None
-        return f"native has no salient weights in fused experts ({fused}); use dequantized"
+        for weight in run.weights.values():
+            if weight.scheme.mixed and weight.site.experts:
+                return f"native has no salient weights in fused experts ({weight.name}); use dequantized"
+        return None
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes ``model.safetensors`` (or shards), config and tokenizer."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_gsq.export.formats.base import CheckFailedError
+from lightning_gsq.export.contract import CheckFailedError
 
 PACKAGE = "xllamacpp"
 SECONDS = 1800

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from lightning_gsq.export.formats.base import CheckReport
+from lightning_gsq.export.contract import CheckReport
 
 INSTALLATION = {
     "compressed-tensors": "pip install compressed-tensors",

@@ -1,8 +1,8 @@
 """The specification of the packed ops, in plain PyTorch, on any device.
 
 Value ``i`` of a row starts at bit ``i * bits`` of the row's little-endian stream of int32 words
-(:mod:`lightning_gsq.weights.packing`) and may straddle two words. A stored value ``q`` means the level ``2 q - 1`` at 1
-bit and ``q - 2^(bits - 1)`` above (ternary is stored in 2 bits); the weight is the level times its group's scale.
+(:mod:`lightning_gsq.weights.packing`) and may straddle two words. A stored value ``q`` means the level ``2 q - 1`` at
+1 bit and ``q - 2^(bits - 1)`` above (ternary is stored in 2 bits); the weight is the level times its group's scale.
 """
 
 from __future__ import annotations

@@ -1,18 +1,15 @@
-"""The formats a run can be exported to: what each one does, and the list of them.
-
-A format is a class with a ``name`` and four methods. :func:`formats` is the registry; a new format is one more entry.
-"""
+"""What a format is: a class with a ``name`` and five methods, registered by :func:`~.registry.register`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.source import ExportedWeight, FinishedRun
+from lightning_gsq.export.planned import ExportedWeight, PlannedRun
+from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.weights.ledger import Ledger
 
 
@@ -96,8 +93,8 @@ class ExportFormat(ABC):
     """Whether it holds weights of which some have more bits."""
 
     @abstractmethod
-    def refuse(self, weights: Sequence[ExportedWeight]) -> str | None:
-        """Why the format cannot hold these weights, naming one that can; None if it can."""
+    def refuse(self, run: PlannedRun) -> str | None:
+        """Why the format cannot hold the run, naming one that can; None if it can. Asked before anything is trained."""
 
     @abstractmethod
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
@@ -132,27 +129,3 @@ class ExportFormat(ABC):
     def weight_files(self, folder: Path) -> list[Path]:
         """The files that the ledger counts."""
         return sorted(folder.glob("*.safetensors"))
-
-
-def formats() -> Mapping[str, ExportFormat]:
-    """All formats by name."""
-    from lightning_gsq.export.formats.compressed_tensors import CompressedTensorsFormat
-    from lightning_gsq.export.formats.dequantized import DequantizedFormat
-    from lightning_gsq.export.formats.gguf import GGUFFormat
-    from lightning_gsq.export.formats.gptq import GPTQFormat
-    from lightning_gsq.export.formats.native import NativeFormat
-
-    known = (NativeFormat(), CompressedTensorsFormat(), GPTQFormat(), GGUFFormat(), DequantizedFormat())
-    return {own.name: own for own in known}
-
-
-def format_of(name: str) -> ExportFormat:
-    """The format of that name.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
-    known = formats()
-    if name not in known:
-        raise ConfigurationError(f"format: there is no format {name!r}; choose from {', '.join(known)}")
-    return known[name]

@@ -1,0 +1,48 @@
+"""What ``plan`` does: what ``fit`` would take, without doing it."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from rich.console import Console
+
+from lightning_gsq.commands.tables import print_estimate
+from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from lightning_gsq.estimate import Estimate, estimate, limits
+from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.training import EndToEndOptions, ModelQuantization
+
+
+def plan(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    evaluation: PerplexityData,
+    activations: ActivationOptions,
+    end_to_end: EndToEndOptions,
+    trainer: Trainer,
+    console: Console,
+    probe: bool = True,
+    host_memory_gb: float | None = None,
+    device_memory_gb: float | None = None,
+) -> Estimate:
+    """Says what ``fit`` would take with the same options: sizes, memory, disk, steps, time.
+
+    Args:
+        model: The model, not loaded, and its settings.
+        data: Calibration text.
+        evaluation: Text for perplexity.
+        activations: How hidden states are kept.
+        end_to_end: The end-to-end phase.
+        trainer: A Trainer with the user's settings.
+        console: Where to print.
+        probe: Measure a few steps on one block of random weights, for an estimate of the time.
+        host_memory_gb: Plan for a machine with this much memory, in gigabytes (10^9 bytes); null for this one.
+        device_memory_gb: Plan for an accelerator with this much memory; null for this machine's.
+
+    Raises:
+        ConfigurationError: it does not fit.
+    """
+    host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
+    planned = estimate(model, data, evaluation, activations, end_to_end, trainer, probe, host, device)
+    print_estimate(console, planned, data, model.pretrained)
+    limits.refuse(planned.problems)
+    return planned

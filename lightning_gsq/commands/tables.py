@@ -1,0 +1,142 @@
+"""Plans, summaries and ledgers as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_gsq.data import CalibrationDataModule
+from lightning_gsq.estimate import Estimate
+from lightning_gsq.estimate.phases import Phase
+from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
+
+
+def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:
+    """Prints the result as a table."""
+    table = Table(title="Quantized: " + summary["scheme"]["name"], show_header=False, title_justify="left")
+    for key, value in summary["perplexity"].items():
+        table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
+    phase = summary.get("end_to_end")
+    if phase is not None:
+        losses = f"{phase['start']:.4f} → {phase['final']:.4f}"
+        table.add_row(
+            "held-out loss, end to end", losses + (", rejected: the blocks stand" if phase["rejected"] else "")
+        )
+    bits = summary["bits_per_weight"]
+    table.add_row(
+        "true bits per weight",
+        f"{bits['total']:.3f}  ({bits['codes']:.3f} codes + {bits['scales']:.3f} scales"
+        + (f" + {bits['positions']:.3f} positions)" if bits["positions"] else ")"),
+    )
+    sizes = summary["bytes"]
+    table.add_row(
+        "size before",
+        f"{megabytes(sizes['original'])} as loaded from, {megabytes(sizes['dense'])} at 16 bits",
+    )
+    table.add_row(
+        "size after",
+        f"{megabytes(sizes['quantized'])}: blocks {megabytes(sizes['blocks'])} + "
+        f"{megabytes(sizes['quantized'] - sizes['blocks'])} left at 16 bits (embedding, norms, head)",
+    )
+    table.add_row(
+        "time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s of training a block"
+    )
+    table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
+    table.add_row("run folder", folder)
+    console.print(table)
+
+
+def print_estimate(console: Console, plan: Estimate, data: CalibrationDataModule, pretrained: str) -> None:
+    """Prints model, memory, disk and time."""
+    skeleton = plan.skeleton
+    console.print(f"Plan for {pretrained}; nothing was loaded, read or written", soft_wrap=True)
+    table = _table("Model", "", "")
+    weights = sum(ledger.weights for ledger in plan.ledgers.values())
+    packed = sum(ledger.num_bytes for ledger in plan.ledgers.values())
+    size, dtype = skeleton.parameters * skeleton.dtype.itemsize, str(skeleton.dtype).removeprefix("torch.")
+    table.add_row("parameters", f"{skeleton.parameters:,}, {_size(size)} in {dtype}")
+    table.add_row("blocks", f"{len(plan.plan)} of {len(skeleton.blocks)} to quantize")
+    table.add_row("weights to quantize", f"{weights:,} ({weights / skeleton.parameters:.1%} of the parameters)")
+    for scheme, ledger in plan.ledgers.items():
+        bits = ledger.per_weight()
+        table.add_row(
+            str(scheme),
+            f"{ledger.weights:,} weights, {bits['total']:.3f} bits each ({bits['codes']:.3f} codes + "
+            f"{bits['scales']:.3f} scales), {_size(ledger.num_bytes)}",
+        )
+    kept = 2 * (skeleton.parameters - weights)
+    table.add_row("result", f"{_size(packed + kept)}, {_size(kept)} of it at 16 bits")
+    console.print(table)
+    console.print(_memory(plan))
+    table = _table("Disk", "", "")
+    for name, count in plan.run_folder.items():
+        table.add_row(f"run folder: {name}", _size(count))
+    where = "in memory-mapped files" if plan.mapped else "in memory, none on disk"
+    table.add_row("hidden states", f"{_size(plan.streams)}, {where}")
+    if plan.windows:
+        table.add_row("hidden states of the evaluation windows", f"{_size(plan.windows)}, in memory-mapped files")
+    console.print(table)
+    table = _table("Work", "", "")
+    tokens = plan.steps * data.batch_size * data.sequence_length
+    table.add_row("steps", f"{plan.steps:,} a block, {plan.steps * len(plan.plan):,} in all")
+    table.add_row("tokens that train a block", f"{tokens:,}")
+    if plan.timing is None or plan.seconds is None:
+        table.add_row("time", f"not estimated: {plan.probed}")
+    else:
+        timing = plan.timing
+        table.add_row(
+            "measured on one block of random weights",
+            f"{timing.step * 1e3:,.0f} ms a step, {timing.forward * 1e3:,.0f} ms a forward pass, warm start about "
+            f"{timing.rounding:,.1f} s",
+        )
+        table.add_row("time", f"about {_duration(plan.seconds)} without measuring perplexity")
+    console.print(table)
+    if not plan.problems:
+        console.print("fits")
+
+
+def _memory(plan: Estimate) -> Table:
+    table = _table("Peak memory, phase by phase", "", "host and device" if plan.on_host else "host")
+    if not plan.on_host:
+        table.add_column("device", justify="right")
+    worst = plan.peak
+    for phase in plan.phases:
+        for host, device, name in _terms(phase):
+            cells = [_size(host + device)] if plan.on_host else [_size(host), _size(device)]
+            table.add_row(f"  {name}", *cells)
+        totals = phase.total(plan.on_host)
+        marks = ["  <- peak" if total == most and total else "" for total, most in zip(totals, worst, strict=True)]
+        cells = [f"{_size(totals[0])}{marks[0]}"]
+        if not plan.on_host:
+            cells.append(f"{_size(totals[1])}{marks[1]}")
+        table.add_row(*(Text(cell, style="bold") for cell in (phase.name, *cells)), end_section=True)
+    return table
+
+
+def _terms(phase: Phase) -> list[tuple[int, int, str]]:
+    return [(count, 0, name) for name, count in phase.host.items()] + [
+        (0, count, name) for name, count in phase.device.items()
+    ]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and any(columns) else "left")
+    return table
+
+
+def _size(count: float) -> str:
+    if count == 0:
+        return ""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 5400:
+        return f"{seconds / 60:,.0f} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"

@@ -1,0 +1,54 @@
+"""What ``validate`` does: the perplexity of any model that can be loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from lightning.pytorch import Trainer
+from rich.console import Console
+
+from lightning_gsq.data import PerplexityData
+from lightning_gsq.estimate import limits
+from lightning_gsq.models import loading
+from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.run.perplexity import make_measure
+from lightning_gsq.system.console import make_console
+from lightning_gsq.system.processes import Ranks, check_shares
+from lightning_gsq.training import ModelQuantization
+
+
+def validate(
+    model: ModelQuantization,
+    evaluation: PerplexityData,
+    activations: ActivationOptions,
+    make_trainer: Callable[[], Trainer],
+    console: Console,
+) -> float:
+    """Measures and prints the perplexity of a model, or of the model in a finished run folder.
+
+    Args:
+        model: The model, not loaded yet.
+        evaluation: Text.
+        activations: How hidden states are kept, where the model passes block by block.
+        make_trainer: Makes a Trainer that only evaluates.
+        console: Where to print.
+
+    Raises:
+        ConfigurationError: the model cannot be loaded, or the text is too short.
+    """
+    source = loading.resolve(loading.finished_model(model.pretrained), model.revision, model.trust_remote_code)
+    evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
+    model.load(source, quantized=True)
+    evaluation.tokenize(model.tokenizer)
+    trainer = make_trainer()
+    room = limits.device_bytes(trainer.strategy.root_device)
+    check_shares(trainer.world_size, evaluation__num_windows=len(evaluation.ids_NT))
+    if trainer.global_rank:
+        console = make_console(quiet=True)
+    say = functools.partial(console.print, soft_wrap=True)
+    with Ranks.joined(trainer) as ranks:
+        perplexity = make_measure(model, evaluation, activations, make_trainer, room, say, ranks)()
+    windows, length = evaluation.ids_NT.shape
+    console.print(f"perplexity {perplexity:.3f}  ({windows} windows of {length} tokens)")
+    return perplexity

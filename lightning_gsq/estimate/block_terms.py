@@ -1,0 +1,112 @@
+"""Memory that one block takes while it is rounded and while it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_gsq.data import CalibrationDataModule
+from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates
+from lightning_gsq.estimate.simulate import activation_bytes
+from lightning_gsq.estimate.skeleton import BlockSkeleton, Skeleton
+from lightning_gsq.quantizers import GPTQ
+from lightning_gsq.run.blocks import FORWARD_TOKENS
+from lightning_gsq.run.perplexity import FP32
+from lightning_gsq.training import ModelQuantization
+
+CHOLESKY_COPIES = 6
+"""Matrices ``I I`` alive at once while a Hessian is damped, factored and inverted."""
+ROUNDING_COPIES = 3
+"""fp32 matrices ``O I`` beside the weight while it is rounded: working copy, codes, positions."""
+
+
+@dataclass
+class BlockTerms:
+    """Bytes on the device, by what they are.
+
+    Args:
+        start: During the warm start of the block.
+        training: During its training.
+    """
+
+    start: dict[str, int]
+    training: dict[str, int]
+
+
+def worst_block(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    skeleton: Skeleton,
+    plan: dict[int, Weights],
+    around: Surroundings,
+) -> BlockTerms:
+    """Terms of the most expensive block; blocks of equal structure are looked at once."""
+    terms: dict[object, BlockTerms] = {}
+    for index, weights in plan.items():
+        block = skeleton.blocks[index]
+        key = (block.parameters, tuple(weights.items()))
+        if key not in terms:
+            terms[key] = block_terms(model, data, skeleton.width, block, weights, around)
+    starts, trainings = [t.start for t in terms.values()], [t.training for t in terms.values()]
+    return BlockTerms(max(starts, key=lambda t: sum(t.values())), max(trainings, key=lambda t: sum(t.values())))
+
+
+def block_terms(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    width: int,
+    block: BlockSkeleton,
+    weights: Weights,
+    around: Surroundings,
+) -> BlockTerms:
+    """Terms of one block."""
+    tokens, sequences = data.sequence_length, max(1, FORWARD_TOKENS // data.sequence_length)
+    forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False).peak
+    backward = activation_bytes(block, width, data.batch_size, tokens, around.bf16, training=True).peak
+    count = sum(site.rows * site.in_features for site in weights)
+    groups = sum(site.rows * scheme.num_groups(site.in_features) for site, scheme in weights.items())
+    copy = {"block in fp32": FP32 * block.parameters}
+    working = {"codes and positions of the starts": 5 * count}
+    working |= _rounding_terms(model, weights, forward, sequences * tokens)
+    starts = {"start: codes (int8) and scales": count + FP32 * groups}
+    training = _training_terms(model, weights, around.optimizer_state, forward, backward)
+    return BlockTerms(copy | working, copy | starts | training)
+
+
+def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, tokens: int) -> dict[str, int]:
+    """The Hessians, and the larger of what gathers them and what rounds with them; ``tokens`` of a forward pass."""
+    needs_hessian = model.warm_start.needs_hessian
+    squares = {site: max(site.experts, 1) * site.in_features**2 * FP32 for site in weights}
+    matrices = {site: site.out_features * site.in_features * FP32 for site in weights}
+    factors = CHOLESKY_COPIES if isinstance(model.warm_start, GPTQ) else 0
+    rounding = max(
+        squares[site] * needs_hessian + factors * site.in_features**2 * FP32 + ROUNDING_COPIES * matrices[site]
+        for site in weights
+    )
+    terms: dict[str, int] = {}
+    gathering = 0
+    if needs_hessian:
+        terms["Hessians"] = sum(squares.values())
+        gathering = forward + max(site.in_features for site in weights) * tokens * FP32
+    if gathering > rounding:
+        return terms | {"activations of a forward pass": gathering}
+    return terms | {"largest matrix: factors and rounding": rounding}
+
+
+def _training_terms(
+    model: ModelQuantization, weights: Weights, optimizer_state: float, forward: int, backward: int
+) -> dict[str, int]:
+    count = sum(site.rows * site.in_features for site in weights)
+    groups = sum(site.rows * scheme.num_groups(site.in_features) for site, scheme in weights.items())
+    logits = sum(
+        candidates(scheme, model.gumbel.shifts) * site.rows * site.in_features for site, scheme in weights.items()
+    )
+    trained = FP32 * (logits + groups)
+    terms = {
+        f"logits (fp32, {logits / count:.3g} a weight) and scales": trained,
+        "their gradients": trained,
+        "optimizer state": round(optimizer_state * trained),
+    }
+    # A step holds one sample of the weights and what its backward pass needs; a validation pass, two sets of weights.
+    if FP32 * count + backward >= 2 * FP32 * count + forward:
+        return terms | {"sampled weights": FP32 * count, "activations of a step": backward}
+    return terms | {"two sets of weights (validation)": 2 * FP32 * count, "activations of a forward pass": forward}

@@ -1,0 +1,53 @@
+"""Memory that measuring perplexity takes, with the whole model on the device or block by block."""
+
+from __future__ import annotations
+
+from lightning_gsq.data import PerplexityData
+from lightning_gsq.estimate.quantities import Surroundings, window_bytes
+from lightning_gsq.estimate.simulate import activation_bytes
+from lightning_gsq.estimate.skeleton import Skeleton
+from lightning_gsq.run.blocks import FORWARD_TOKENS
+from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.run.perplexity import runs_by_block, whole_model_terms
+
+
+def by_block(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> bool:
+    """Whether ``fit`` will measure perplexity block by block."""
+    return runs_by_block(evaluation.by_block, _whole_model(evaluation, skeleton, around), around.device_room)
+
+
+def _whole_model(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
+    weights = skeleton.parameters * skeleton.dtype.itemsize
+    itemsize = 2 if around.bf16 else skeleton.dtype.itemsize
+    return whole_model_terms(weights, skeleton.vocabulary, evaluation.sequence_length, itemsize)
+
+
+def perplexity_terms(
+    evaluation: PerplexityData, options: ActivationOptions, skeleton: Skeleton, around: Surroundings
+) -> tuple[str, dict[str, int], dict[str, int]]:
+    """How perplexity is measured, in words, and its terms on the host and on the device."""
+    tokens, vocabulary, itemsize = evaluation.sequence_length, skeleton.vocabulary, skeleton.dtype.itemsize
+    whole = _whole_model(evaluation, skeleton, around)
+    cast = vocabulary * skeleton.width * 2 if around.bf16 and itemsize > 2 else 0
+
+    def activations(windows: int) -> int:
+        block = skeleton.blocks[0]
+        return activation_bytes(block, skeleton.width, windows, tokens, around.bf16, training=False).peak
+
+    if not by_block(evaluation, skeleton, around):
+        device = whole | {"head in bfloat16, activations of a block": cast + activations(1)}
+        if not around.accelerated:
+            device.pop("model")
+        return ", whole model" if around.accelerated else "", {}, device
+    counted = evaluation.num_windows is not None
+    windows = window_bytes(evaluation, options, skeleton.width)
+    name = "hidden states of the windows" if counted else "hidden states of each window (all are taken)"
+    host = {} if windows > options.memory_limit_gb * 1e9 else {name: windows}
+    through = {"activations of some windows": activations(max(1, FORWARD_TOKENS // tokens))}
+    some = "log-probabilities of some positions"
+    last = {some: whole[some]}
+    if around.accelerated:  # else the block is used where it is, and the head too unless it is cast
+        through = {"largest block": max(block.parameters for block in skeleton.blocks) * itemsize} | through
+    if around.accelerated or cast:
+        last = {"head": cast or vocabulary * skeleton.width * itemsize} | last
+    return ", block by block", host, max(through, last, key=lambda terms: sum(terms.values()))

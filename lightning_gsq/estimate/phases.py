@@ -1,0 +1,96 @@
+"""The memory of a run, phase by phase.
+
+Every term is a product of sizes that the configuration gives, or measured in this process (what Python and the
+libraries take), or simulated (activations); nothing is scaled to fit. A phase's peak is the sum of its terms. Terms
+of the ``device`` lie on the accelerator; without one, host and device are the same memory and everything counts there.
+
+What is not modelled: the allocator's fragmentation, and what libraries cache (packed weights, kernels).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from lightning_gsq.estimate.block_terms import worst_block
+from lightning_gsq.estimate.end_to_end_terms import end_to_end_terms
+from lightning_gsq.estimate.perplexity_terms import perplexity_terms
+from lightning_gsq.estimate.quantities import Surroundings, Weights, ledger_of, num_streams, stream_bytes
+from lightning_gsq.estimate.skeleton import Skeleton
+from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.run.perplexity import FP32
+from lightning_gsq.training import EndToEndOptions, ModelQuantization
+
+MAPPED_MODEL = "model (mapped files)"
+
+
+@dataclass
+class Phase:
+    """Terms of one phase, in bytes, by what they are.
+
+    Args:
+        name: The phase.
+        host: Terms in the host's memory.
+        device: Terms in the accelerator's memory.
+    """
+
+    name: str
+    host: dict[str, int] = field(default_factory=dict)
+    device: dict[str, int] = field(default_factory=dict)
+
+    def total(self, on_host: bool) -> tuple[int, int]:
+        """Bytes on the host and on the device; ``on_host``: the device is the host, so the second is 0."""
+        host, device = sum(self.host.values()), sum(self.device.values())
+        return (host + device, 0) if on_host else (host, device)
+
+    def needed(self, on_host: bool) -> int:
+        """Bytes on the host without what the system can drop."""
+        return self.total(on_host)[0] - self.host.get(MAPPED_MODEL, 0)
+
+
+def phases_of(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    evaluation: PerplexityData,
+    options: ActivationOptions,
+    end_to_end: EndToEndOptions,
+    skeleton: Skeleton,
+    plan: dict[int, Weights],
+    around: Surroundings,
+) -> list[Phase]:
+    """The phases of ``fit`` with these settings, in order, without what the process takes by itself."""
+    held = {MAPPED_MODEL if around.mapped else "model": skeleton.parameters * skeleton.dtype.itemsize}
+    quantized = sum(site.rows * site.in_features for weights in plan.values() for site in weights)
+    pairs = [pair for weights in plan.values() for pair in weights.items()]
+    ledger = ledger_of(pairs, model.scale_dtype.itemsize)
+    results = {"codes and scales of all blocks": quantized + ledger.scale_bits // 8}
+    installed = {"quantized weights beside the originals": quantized * skeleton.dtype.itemsize}
+    stream = stream_bytes(data, options, skeleton.width)
+    hessian = min(model.hessian_sequences, data.num_sequences) if model.warm_start.needs_hessian else 0
+    worst = worst_block(model, data, skeleton, plan, around)
+    way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, around)
+
+    phases = [_loading(held, skeleton, around), Phase(f"perplexity{way}", held | windows, evaluate)]
+    if "init" in model.phases:
+        states = {"hidden states": stream * hessian // data.wanted}
+        phases.append(Phase("warm start", held | states | results, worst.start))
+        phases.append(Phase(f"perplexity of the warm start{way}", held | results | installed | windows, evaluate))
+    if "blocks" in model.phases:
+        streams = num_streams(model) * stream
+        mapped = streams > options.memory_limit_gb * 1e9
+        states = {} if mapped else {f"hidden states, {num_streams(model)} streams": streams}
+        phases.append(Phase("blocks: warm start of a block", held | states, worst.start))
+        phases.append(Phase("blocks: training of a block", held | states, worst.training))
+    if "end_to_end" in model.phases:
+        terms = end_to_end_terms(model, data, end_to_end, skeleton, plan, ledger, around)
+        phases.append(Phase("end to end", dict(held), terms))
+    output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
+    return [*phases, Phase("save", held | results | installed | output)]
+
+
+def _loading(held: dict[str, int], skeleton: Skeleton, around: Surroundings) -> Phase:
+    """The model comes; a GGUF file is mapped beside it, and its largest tensor unpacked."""
+    if around.file_bytes == 0:
+        return Phase("load", dict(held))
+    largest = max(p.numel() for p in skeleton.model.parameters())
+    return Phase("load", held | {"file and largest tensor": around.file_bytes + 2 * FP32 * largest})

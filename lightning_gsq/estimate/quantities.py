@@ -1,0 +1,87 @@
+"""Sizes that several phases of a run share, each a product of what the configuration and the model's structure say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.saliency.budget import planned_ledger
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.packing import packed_words
+from lightning_gsq.weights.quantized import BitsLedger
+from lightning_gsq.weights.scheme import QuantScheme
+
+Weights = dict[LinearSite, QuantScheme]
+"""The weights of a block that are quantized, with their schemes."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What this machine and the settings add to the model's sizes.
+
+    Args:
+        bf16: Matrix products in bfloat16.
+        optimizer_state: Bytes of optimizer state for each byte of parameters.
+        file_bytes: Size of a GGUF file, which is mapped while the model loads; 0 for safetensors.
+        device_room: Bytes of the accelerator; None if the device is the host or does not say.
+        accelerated: The device has a memory of its own.
+        mapped: The model's weights are a mapping of their files, which the system can drop and read again.
+        spread: Devices that share the model in the end-to-end phase; 1 for a copy on each.
+    """
+
+    bf16: bool
+    optimizer_state: float
+    file_bytes: int
+    device_room: int | None
+    accelerated: bool
+    mapped: bool
+    spread: int = 1
+
+
+def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:
+    """Hidden states of all sequences at one depth."""
+    return data.wanted * data.sequence_length * width * getattr(torch, options.dtype).itemsize
+
+
+def num_streams(model: ModelQuantization) -> int:
+    """How many of them the blocks phase holds."""
+    return 3 if model.target == "stream" else 2
+
+
+def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: int) -> int:
+    """Hidden states of the evaluation windows at one depth; of one window where their number depends on the text."""
+    count = evaluation.num_windows or 1
+    return count * evaluation.sequence_length * width * getattr(torch, options.dtype).itemsize
+
+
+def candidates(scheme: QuantScheme, shifts: int) -> int:
+    """Logits of one weight, ``L``."""
+    return scheme.grid.candidates(shifts).logits
+
+
+def optimizer_state(model: ModelQuantization) -> float:
+    """Bytes of state for each byte of parameters, found by one step of the user's optimizer on a small tensor."""
+    parameter = torch.nn.Parameter(torch.zeros(4096))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = model.optimizer([{"params": [parameter], "name": "logits"}])
+    optimizer.step()
+    state = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.numel() > 1]
+    return sum(value.nbytes for value in state) / parameter.nbytes
+
+
+def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_bytes: int) -> BitsLedger:
+    """What quantized weights will cost, without quantizing them."""
+    total = BitsLedger()
+    for site, scheme in weights:
+        if scheme.mixed:
+            total += planned_ledger(site.rows, site.in_features, scheme, 8 * scale_bytes)
+            continue
+        words = site.rows * packed_words(site.in_features, scheme.storage_bits)
+        scales = site.rows * scheme.num_groups(site.in_features)
+        total += BitsLedger(site.rows * site.in_features, 32 * words, 8 * scale_bytes * scales)
+    return total

@@ -1,0 +1,50 @@
+"""What stands beside the weights in a folder: configuration, tokenizer, recipe; and the names of weights in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from lightning_gsq.export.source import FinishedRun
+
+
+def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters under the names, and in the pieces, that the model's family uses in files.
+
+    In memory some families differ from their files, for example by fusing experts into one parameter.
+
+    Args:
+        run: The run.
+        tensors: By name in the model; all parameters of a block have to come together.
+    """
+    named: dict[str, Tensor] = revert_weight_conversion(run.network, tensors)
+    return named
+
+
+def write_companions(
+    run: FinishedRun, folder: Path, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None
+) -> None:
+    """Writes what stands beside the weights: config.json, generation_config.json, the tokenizer, recipe.yaml.
+
+    Args:
+        run: The run.
+        folder: The folder.
+        quantization: ``quantization_config`` of config.json; None for a model without one.
+        dtype: The dtype that config.json asks readers to compute in; None for the parameters' own.
+    """
+    config = run.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(run.network).__name__]
+    config["dtype"] = str(dtype or run.dtype).removeprefix("torch.")
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    run.config.__class__.from_dict(config).save_pretrained(folder)
+    if run.generation_config is not None:
+        run.generation_config.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")

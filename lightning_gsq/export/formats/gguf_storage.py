@@ -1,0 +1,95 @@
+"""How a run lies in a GGUF file: the type of each matrix, the order of its rows, the file that the run came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.planned import PlannedRun
+from lightning_gsq.gguf.blocks import BLOCK_TYPES, BlockType, exact_type
+from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.gguf.names import Layout
+from lightning_gsq.models import loading
+from lightning_gsq.weights.scheme import QuantScheme
+
+FILE = "model.gguf"
+F32, F16 = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.F16)
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+ROTARY = "rope_freqs.weight"
+SUPPORTED_BY_TRANSFORMERS = {int(kind) for kind in gguf.quants._type_traits} | {F32, F16}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a quantized matrix is stored.
+
+    Args:
+        kind: Its block type; None for F16.
+        exact: Whether the file's values are the run's.
+    """
+
+    kind: BlockType | None
+    exact: bool
+
+    @classmethod
+    def of(cls, scheme: QuantScheme, in_features: int, projected: str) -> Storage:
+        """The smallest exact type; else the type to project to, or F16 for rows that are no whole blocks."""
+        kind = exact_type(scheme, in_features)
+        if kind is not None:
+            return cls(kind, True)
+        other = BLOCK_TYPES[projected]
+        return cls(None if in_features % other.length else other, False)
+
+    @property
+    def name(self) -> str:
+        """llama.cpp's name of the type."""
+        return "F16" if self.kind is None else self.kind.name
+
+    @property
+    def number(self) -> int:
+        """ggml's number of the type."""
+        return F16 if self.kind is None else self.kind.number
+
+
+def source_file(run: PlannedRun) -> GGUFFile | None:
+    """The GGUF file whose remaining contents an export keeps; None for a run that has none.
+
+    That is the file whose codes the run started from (``FromFile``), or the one that holds its original model.
+
+    Raises:
+        ConfigurationError: the file is not there or cannot be read.
+    """
+    start = run.settings.get("warm_start")
+    if isinstance(start, dict) and str(start.get("class_path", "")).rpartition(".")[2] == "FromFile":
+        return GGUFFile(Path(start["init_args"]["file"]).expanduser())
+    source = loading.resolve(run.address, run.model.revision, run.model.trust_remote_code)
+    if source.gguf_file is None:
+        return None
+    if not source.files:
+        raise ConfigurationError(
+            f"format: gguf: download {run.address} first and start the run from the local file, whose key-values are "
+            "copied"
+        )
+    return GGUFFile(source.files[0])
+
+
+def in_file_order(layout: Layout, name: str, value: Tensor) -> Tensor:
+    """A tensor of the model with its rows in the order of the file."""
+    rows = layout.rows_of(name, len(value))
+    return value if rows is None else value[rows]
+
+
+def in_model_order(layout: Layout, name: str, value: Tensor) -> Tensor:
+    """Inverse of :func:`in_file_order`."""
+    rows = layout.rows_of(name, len(value))
+    if rows is None:
+        return value
+    restored = torch.empty_like(value)
+    restored[rows] = value
+    return restored

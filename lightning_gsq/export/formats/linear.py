@@ -1,0 +1,123 @@
+"""What the formats made of ``nn.Linear`` layers have in common: which layers, at how many bits, tensor by tensor."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.contract import ExportFormat
+from lightning_gsq.export.planned import ExportedWeight, PlannedRun
+from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.export.writer import ShardWriter
+from lightning_gsq.weights.ledger import LedgerEntry
+from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme
+
+NARROWEST = 2
+"""Bits of the narrowest grid -2^(b-1) ... 2^(b-1) - 1 that holds -1 and +1."""
+
+
+class LinearFormat(ExportFormat):
+    """A format that stores each quantized ``nn.Linear`` as a few tensors, and everything else as plain numbers."""
+
+    codes: ClassVar[str]
+    """Which of a layer's tensors holds the codes."""
+    scales: ClassVar[str]
+    """Which of them holds the scales."""
+
+    @abstractmethod
+    def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """The tensors of one layer, by the part's name.
+
+        Raises:
+            ConfigurationError: the format cannot hold a value.
+        """
+
+    @abstractmethod
+    def refuse_weight(self, weight: ExportedWeight) -> str | None:
+        """Why the format cannot hold the grid or the groups of a plain linear layer; None if it can."""
+
+    def bits(self, scheme: QuantScheme) -> int:
+        """Bits of a stored code."""
+        return linear_bits(scheme)
+
+    def refuse(self, run: PlannedRun) -> str | None:
+        """Refuses fused experts, transposed weights, and what :meth:`refuse_weight` names."""
+        weights = list(run.weights.values())
+        reasons = [*map(self.refuse_weight, weights), refuse_other_than_linear(self.name, weights)]
+        return next((reason for reason in reasons if reason), None)
+
+    def write_layers(self, run: FinishedRun, writer: ShardWriter, dtype: torch.dtype) -> None:
+        """Adds every parameter of a run: quantized layers as the format encodes them, the others as plain numbers.
+
+        Args:
+            run: The run.
+            writer: Where to.
+            dtype: What readers compute in: plain numbers have to fit it.
+
+        Raises:
+            ConfigurationError: a parameter does not.
+        """
+        for names in run.units():
+            for name in names:
+                if name in run.weights:
+                    weight, tensor = run.weights[name], run.tensor(name)
+                    parts = self.encode(tensor)
+                    tensors = {f"{weight.stem}.{part}": value for part, value in parts.items()}
+                    writer.add(tensors, self._entry(name, tensor, parts))
+                else:
+                    writer.add_plain(name, fits_dtype(name, run.parameter(name), dtype))
+
+    def _entry(self, name: str, tensor: QuantizedTensor, parts: Mapping[str, Tensor]) -> LedgerEntry:
+        """What a layer's tensors cost."""
+        weights = tensor.codes_OI.numel()
+        code_bits = weights * self.bits(tensor.scheme)
+        return LedgerEntry(
+            name,
+            weights,
+            codes=code_bits,
+            scales=8 * parts[self.scales].nbytes,
+            padding=8 * parts[self.codes].nbytes - code_bits,
+            redundant=8 * sum(part.nbytes for key, part in parts.items() if key not in (self.codes, self.scales)),
+        )
+
+
+def linear_bits(scheme: QuantScheme) -> int:
+    """Bits of a code in a format whose grids are -2^(b-1) ... 2^(b-1) - 1: 1 bit and ternary take two."""
+    return max(NARROWEST, scheme.storage_bits)
+
+
+def other_linear_layers(run: PlannedRun) -> list[str]:
+    """Names of the model's linear layers that are not quantized."""
+    quantized = {weight.stem for weight in run.weights.values()}
+    modules = run.network.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and name not in quantized]
+
+
+def refuse_other_than_linear(format_name: str, weights: Sequence[ExportedWeight]) -> str | None:
+    """Why a format made of linear layers cannot hold these weights; None if it can."""
+    for weight in weights:
+        if weight.site.experts or weight.site.transposed:
+            what = "fuses several experts" if weight.site.experts else "is stored transposed"
+            return f"{format_name} holds plain linear layers, and {weight.name} {what}; native and dequantized hold it"
+    return None
+
+
+def fits_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value as it is, if a reader can load it in ``dtype`` without overflow.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if value.is_floating_point() and not bool(torch.isfinite(value.to(dtype)).all()):
+        raise ConfigurationError(
+            f"export: {name} reaches {float(value.abs().max()):.3g}, more than {dtype} holds, in which a reader loads "
+            "the folder because the scales are stored in it; quantize with --model.scale_dtype bfloat16, or export to "
+            "native"
+        )
+    return value

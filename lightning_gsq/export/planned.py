@@ -1,0 +1,105 @@
+"""What will be exported, as far as it is known before a run has trained: the model, and which weights at how many bits.
+
+A format looks at this to say whether it can hold the run; :class:`~lightning_gsq.export.source.FinishedRun` adds the
+values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.run.block_plan import BlockPlan
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class ExportedWeight:
+    """A quantized parameter of the model.
+
+    Args:
+        name: Its full name, such as ``model.layers.3.mlp.down_proj.weight``.
+        scheme: Its grid and group size.
+        site: Its shape and orientation; ``site.name`` is the name inside the block.
+        block: The number of its block.
+    """
+
+    name: str
+    scheme: QuantScheme
+    site: LinearSite
+    block: int
+
+    @property
+    def stem(self) -> str:
+        """The name that parts of the weight are stored under: without the ending ``.weight``."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)`` of its codes; ``O`` counts the rows of all experts."""
+        return self.site.rows, self.site.in_features
+
+    @property
+    def group_length(self) -> int:
+        """Weights that share a scale."""
+        return self.scheme.group_length(self.site.in_features)
+
+
+class PlannedRun:
+    """A run before, while and after it trains.
+
+    Args:
+        model: The original model, loaded, with the settings of the run.
+        plan: The quantized weights of every block.
+        settings: The run's settings of the model, as plain data.
+    """
+
+    def __init__(self, model: ModelQuantization, plan: list[BlockPlan], settings: Mapping[str, Any]) -> None:
+        self.model, self.settings = model, settings
+        self.plans = {block.index: block for block in plan}
+        self.weights = {
+            f"{block.name}.{site.name}": ExportedWeight(f"{block.name}.{site.name}", scheme, site, block.index)
+            for block in plan
+            for site, scheme in block.weights.items()
+        }
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The original model: for its names and structure."""
+        return self.model.network
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the exported model."""
+        return self.network.config
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The original model's settings for generation."""
+        return self.network.generation_config
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The original model's tokenizer."""
+        return self.model.tokenizer
+
+    @property
+    def address(self) -> str:
+        """Where the original model came from."""
+        return self.model.pretrained
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Stored dtype of the scales."""
+        return self.model.scale_dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Stored dtype of every parameter that is not quantized."""
+        return self.model.output_dtype

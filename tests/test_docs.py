@@ -1,0 +1,65 @@
+"""What the pages show works: the examples of docs/extending.md in a run of a few seconds; links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_gsq.cli import main
+from tests.support.runs import summary_of, write_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the page's examples as one module, on Python's path."""
+    folder = tmp_path_factory.mktemp("examples")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    (folder / "gsq_examples.py").write_text("\n\n".join(blocks))
+    return folder
+
+
+def test_the_examples_of_extending_take_part_in_a_run(
+    examples: Path,
+    tiny_llama: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(examples))
+    callbacks = [
+        {"class_path": path} for path in ("lightning_gsq.callbacks.GumbelAnnealing", "gsq_examples.CountCodes")
+    ]
+    config = write_config(
+        tiny_llama,
+        corpus,
+        tmp_path,
+        trainer__callbacks=callbacks,
+        model__warm_start={"class_path": "gsq_examples.AbsMax"},
+        data__source={"class_path": "gsq_examples.Numbers", "init_args": {"count": 400}},
+    )
+    assert main(["fit", "--config", str(config)]) == 0
+    assert set(summary_of(tmp_path)["perplexity"]) == {"full_precision", "warm_start", "blocks"}
+    said = re.findall(r"model\.layers\.(\d): (\d+) codes moved", capsys.readouterr().out)
+    assert [block for block, _ in said] == ["0", "1"]
+    assert all(int(moved) > 0 for _, moved in said)
+    sys.modules.pop("gsq_examples", None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = set(re.findall(r"`((?:lightning_gsq|callbacks|data|tests|scripts|docs)/[\w./-]+\.\w+)`", page.read_text()))
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
