@@ -253,7 +253,7 @@ class GSQCLI(LightningCLI):
         source = loading.resolve(loading.finished_model(model.pretrained), model.revision, model.trust_remote_code)
         evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
         model.load(source, quantized=True)
-        evaluation.tokenize(model.tokenizer)
+        evaluation.tokenize(model.tokenizer, model.network)
         trainer = self.evaluation_trainer()
         room = limits.device_bytes(trainer.strategy.root_device)
         check_shares(trainer.world_size, evaluation__num_windows=len(evaluation.ids_NT))
@@ -263,7 +263,8 @@ class GSQCLI(LightningCLI):
         with Ranks.joined(trainer) as ranks:
             perplexity = make_measure(model, evaluation, activations, self.evaluation_trainer, room, say, ranks)()
         windows, length = evaluation.ids_NT.shape
-        console.print(f"perplexity {perplexity:.3f}  ({windows} windows of {length} tokens)")
+        started = "" if evaluation.start is None else ", the first of them BOS"
+        console.print(f"perplexity {perplexity:.3f}  ({windows} windows of {length} tokens{started})")
 
     def plan(
         self,

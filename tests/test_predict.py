@@ -78,7 +78,7 @@ def test_chat_template() -> None:
         ({"top_p": 0.0}, "top_p must lie between 0 and 1"),
         ({"device": "nonsense"}, "device: 'nonsense' cannot be used"),
         ({"file": "x.txt"}, "prompt, file: give one of them"),
-        ({"prompt": None, "file": "/no/such/file"}, "/no/such/file cannot be read"),
+        ({"prompt": None, "file": "/no/such/file"}, "file: cannot read /no/such/file"),
         ({"max_new_tokens": 1000}, "exceed the model's limit of 128"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
