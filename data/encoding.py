@@ -30,11 +30,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> list[in
     Raises:
         ConfigurationError: the tokenizer fails on it.
     """
-    try:
+    with tokenizer_errors(place):
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    except Exception as error:  # the tokenizers library raises plain Exception, and a model's own code anything
-        raise ConfigurationError(f"{place}: the tokenizer fails with {type(error).__name__}: {error}") from error
     return ids
+
+
+@contextmanager
+def tokenizer_errors(place: str, way_out: str = "") -> Iterator[None]:
+    """Names what a tokenizer raises inside.
+
+    Raises:
+        ConfigurationError: with the tokenizer's own words.
+    """
+    try:
+        yield
+    except Exception as error:  # the tokenizers library raises plain Exception, and a model's own code anything
+        raise ConfigurationError(
+            f"{place}: the tokenizer fails with {type(error).__name__}: {error}{way_out}"
+        ) from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, document: Document, option: str, place: str) -> str:
@@ -113,7 +126,8 @@ def start_token(tokenizer: PreTrainedTokenizerBase, wanted: StartToken, option: 
         raise ConfigurationError(f"{option}: the tokenizer has no BOS token; set it to auto or false")
     if wanted == "auto":
         # Asked of the tokenizer itself: its settings say it in a dozen ways, some of them without effect.
-        first: list[int] = tokenizer("a", verbose=False).input_ids[:1]
+        with tokenizer_errors(option, "; set it to true or false"):
+            first: list[int] = tokenizer("a", verbose=False).input_ids[:1]
         return bos if first == [bos] else None
     return bos if wanted else None
 

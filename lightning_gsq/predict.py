@@ -13,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq import loading
 from lightning_gsq.data.documents import without_surrogates
-from lightning_gsq.data.encoding import check_ids, template_errors
+from lightning_gsq.data.encoding import check_ids, template_errors, tokenizer_errors
 from lightning_gsq.data.files import local_path, read_text
 from lightning_gsq.errors import ConfigurationError
 
@@ -100,10 +100,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat_template: bool) -
         ConfigurationError: tokenizer or template fail on it.
     """
     if not (chat_template and tokenizer.chat_template):
-        try:
+        with tokenizer_errors("prompt"):
             return tokenizer(text, return_tensors="pt")
-        except Exception as error:  # the tokenizers library raises plain Exception, and a model's own code anything
-            raise ConfigurationError(f"prompt: the tokenizer fails with {type(error).__name__}: {error}") from error
     with template_errors("prompt", repr(text[:60]), "try --chat_template false"):
         encoded: BatchEncoding = tokenizer.apply_chat_template(  # type: ignore[assignment]
             [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -13,8 +13,9 @@ from lightning_gsq.export import ExportOptions, open_run
 from lightning_gsq.export.native import NativeFormat
 from lightning_gsq.loading import load_tokenizer, resolve
 from lightning_gsq.predict import encode, predict
+from tests.data.odd import BOS, larger_tokenizer, starting_tokenizer
 from tests.export.conftest import llama_run  # noqa: F401 - a fixture
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, save_tiny_model
 
 
 def _greedy(model: Path, prompt: str) -> str:
@@ -68,6 +69,57 @@ def test_chat_template() -> None:
     tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     assert tokenizer.decode(encode(tokenizer, "Hi", chat_template=True)["input_ids"][0]) == "[Hi]"
     assert torch.equal(encode(tokenizer, "Hi", chat_template=False)["input_ids"], plain)
+
+
+def test_prompts_start_as_texts_do() -> None:
+    tokenizer = starting_tokenizer()
+    assert (
+        encode(tokenizer, "Hi", chat_template=False)["input_ids"].tolist()
+        == tokenizer("Hi", return_tensors="pt")["input_ids"].tolist()
+    )
+    assert encode(tokenizer, "Hi", chat_template=False)["input_ids"][0, 0] == BOS
+
+
+def test_a_template_that_refuses() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('A system message must come first') }}"
+    message = "prompt: 'Hi': the chat template refuses it: A system message must come first; try --chat_template false"
+    with pytest.raises(ConfigurationError, match=message):
+        encode(tokenizer, "Hi", chat_template=True)
+
+
+def test_ids_beyond_the_embedding(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    larger_tokenizer().save_pretrained(folder)
+    with pytest.raises(ConfigurationError, match=r"prompt: it has the token 259 .* embedding has 258 rows"):
+        predict(str(folder), ["<tool>x</tool>"])
+    assert predict(str(folder), ["Line 1"], max_new_tokens=1)
+
+
+def test_half_surrogate_pairs(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a shell hands over where an argument is not UTF-8."""
+    predict(str(tiny_llama), ["Gr\udcfc\udcdfe"], max_new_tokens=1)
+    assert "> Gr\ufffd\ufffde" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "prompt: the standard input holds none; give one with --prompt or --file"),
+        (b"\n \n", "prompt: the standard input holds none"),
+        ("Größe".encode("latin-1"), "prompt: the standard input is not utf-8 text"),
+    ],
+)
+def test_bad_standard_input(content: bytes, message: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    with pytest.raises(ConfigurationError, match=message):
+        predict(str(tiny_llama))
+
+
+def test_prompts_in_another_encoding(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("Line 1\n".encode("utf-16"))
+    with pytest.raises(ConfigurationError, match=r"file: cannot read .*prompts.txt: it is UTF-16 text"):
+        predict(str(tiny_llama), file=str(tmp_path / "prompts.txt"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from lightning_gsq.data import (
 )
 
 from lightning_gsq.errors import ConfigurationError
+from tests.data.odd import FromTheModel, Listed
 from tests.tiny import FAMILIES, byte_tokenizer
 
 
@@ -73,6 +75,40 @@ def test_samples_of_the_model_are_kept_per_run(
             tokenized("two")
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_source_of_ones_own_that_needs_the_model(mixed: bool, tmp_path: Path) -> None:
+    own = FromTheModel()
+    data = CalibrationDataModule(Mixture([Mixture([own])]) if mixed else own, 16, 5, 2)
+    data.run_folder = tmp_path
+    data.check(None)
+    data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
+    assert own.attached == 258
+    assert "258 rows, line" in "".join(byte_tokenizer().batch_decode(data.train_ids_NT))
+
+
+def test_a_source_that_needs_the_model_and_does_not_take_it() -> None:
+    source = Listed(["text"])
+    source.needs_model = True
+    with pytest.raises(ConfigurationError, match=r"Listed: needs_model is true, and there is no attach\(model, token"):
+        CalibrationDataModule(source).tokenize(byte_tokenizer(), FAMILIES["llama"]())
+
+
+@pytest.mark.parametrize("make", [CalibrationDataModule, PerplexityData, lambda source: Mixture([source])])
+def test_what_is_no_source(make: Callable[[object], object]) -> None:
+    with pytest.raises(ConfigurationError, match=r"expected a TextSource, such as TextFile\('text.txt'\), got str"):
+        make("text.txt")
+
+
+def test_cache_folder_that_cannot_be(corpus: Path) -> None:
+    for folder, message in ((corpus, "is no folder"), (corpus / "below", "is no folder"), ("x" * 300, "too long")):
+        with pytest.raises(ConfigurationError, match=f"data.cache_folder: .*{message}"):
+            _data(corpus, cache_folder=str(folder)).check(None)
+    data = _data(corpus)
+    data.run_folder = corpus / "below"
+    with pytest.raises(ConfigurationError, match=r"data.cache_folder: cannot make the folder .*corpus.txt/below"):
+        data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
+
+
 def test_too_little_text_says_how_much_there_is(corpus: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"take 3,200,096 tokens, the source has 4\d,\d{3} \(\d+ sequences\)"):
         _data(corpus, num_sequences=100_000).tokenize(byte_tokenizer(), FAMILIES["llama"]())
@@ -101,11 +137,13 @@ def test_chat_template(corpus: Path) -> None:
 
 def test_perplexity_windows(corpus: Path) -> None:
     data = PerplexityData(TextFile(str(corpus)), sequence_length=50, num_windows=4)
-    data.tokenize(byte_tokenizer())
+    data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
     text = corpus.read_text()
     assert byte_tokenizer().decode(data.ids_NT.flatten()) == text[:200]
     with pytest.raises(ConfigurationError, match=r"9999 windows of 50 tokens were asked for"):
-        PerplexityData(TextFile(str(corpus)), sequence_length=50, num_windows=9999).tokenize(byte_tokenizer())
+        PerplexityData(TextFile(str(corpus)), sequence_length=50, num_windows=9999).tokenize(
+            byte_tokenizer(), FAMILIES["llama"]()
+        )
 
 
 def test_store_in_memory_and_in_files(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def _jsonl(text: str = TEXT) -> str:
         (TEXT.encode("utf-16-le"), "many of its bytes are 0, so it is UTF-16 without a mark"),
         (
             ("Größe\n" + TEXT).encode("latin-1"),
-            r"it is not UTF-8 text \(byte 2.*if it is Latin-1 with `iconv -f latin1",
+            r"is not UTF-8 text \(byte 2.*if it is Latin-1 with `iconv -f latin1",
         ),
         (b"PAR1" + bytes(range(256)), "it is a Parquet file; LocalShards reads those"),
         (gzip.compress(TEXT.encode()), "it is compressed"),
@@ -61,7 +61,7 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path) -> None:
     [
         (
             '[{"text": "a"}, {"text": "b"}]',
-            r"array.json holds one JSON array.*`jq -c '.\[\]' array.json > array.jsonl`",
+            r"array.json holds one JSON array.*`jq -c '.\[\]' array.json > arr",
         ),
         ('\n[\n {"text": "a"}\n]\n', "holds one JSON array"),
         ("{\n" + '"text": "a"\n}', "line 1 of .* is not JSON"),
