@@ -80,11 +80,11 @@ class CalibrationDataModule(LightningDataModule):
             ("num_validation_sequences", num_validation_sequences),
             ("batch_size", batch_size),
         ):
-            if value < 1:
-                raise ConfigurationError(f"data.{name} must be at least 1, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"data.{name} must be at least 1, got {value!r}")
         for name, number in (("retries", retries), ("retry_pause", retry_pause)):
-            if not 0 <= number < math.inf:
-                raise ConfigurationError(f"data.{name} must not be negative, got {number}")
+            if not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+                raise ConfigurationError(f"data.{name} must not be negative, got {number!r}")
         check_start_token("data.bos", bos)
         self.source = PythonDocumentation() if source is None else source
         check_sources("data.source", self.source)
@@ -118,7 +118,7 @@ class CalibrationDataModule(LightningDataModule):
         if self.cache_folder is not None:
             _check_folder(self.cache_folder)
         name, folder = self._source_name(), self._folder
-        if folder is None or name is None or not any(folder.glob(f"{name}-*.safetensors")):
+        if folder is None or name is None or not self._has_tokens(folder, name):
             self.source.check()
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -161,10 +161,12 @@ class CalibrationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of token ids ``B T``."""
+        self._check_tokenized()
         return DataLoader(TensorDataset(self.train_ids_NT), batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of held-out token ids ``B T``."""
+        self._check_tokenized()
         return DataLoader(TensorDataset(self.validation_ids_NT), batch_size=self.batch_size)
 
     def _open_stream(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TokenStream:
@@ -198,6 +200,18 @@ class CalibrationDataModule(LightningDataModule):
     def _folder(self) -> Path | None:
         """Where the tokens of this source are kept."""
         return self.run_folder if self.source.needs_model else self.cache_folder or self.run_folder
+
+    def _has_tokens(self, folder: Path, name: str) -> bool:
+        """Whether there is a file of this source's tokens, of whichever tokenizer."""
+        try:
+            return any(folder.glob(f"{name}-*.safetensors"))
+        except OSError as error:
+            option = "trainer.default_root_dir" if self.cache_folder is None else "data.cache_folder"
+            raise ConfigurationError(f"{option}: {folder} cannot be read: {error.strerror}") from error
+
+    def _check_tokenized(self) -> None:
+        if not hasattr(self, "train_ids_NT"):
+            raise ConfigurationError("CalibrationDataModule: there are no sequences yet; call tokenize first")
 
     def _source_name(self) -> str | None:
         """Stands for the text and how it is prepared; None if the source cannot say what its text depends on."""

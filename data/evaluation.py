@@ -59,10 +59,10 @@ class PerplexityData(LightningDataModule):
         by_block: ByBlock = "auto",
     ) -> None:
         super().__init__()
-        if sequence_length < 2:
-            raise ConfigurationError(f"evaluation.sequence_length must be at least 2, got {sequence_length}")
-        if num_windows is not None and num_windows < 1:
-            raise ConfigurationError(f"evaluation.num_windows must be at least 1, or null for all, got {num_windows}")
+        if not isinstance(sequence_length, int) or sequence_length < 2:
+            raise ConfigurationError(f"evaluation.sequence_length must be at least 2, got {sequence_length!r}")
+        if num_windows is not None and (not isinstance(num_windows, int) or num_windows < 1):
+            raise ConfigurationError(f"evaluation.num_windows must be at least 1, or null for all, got {num_windows!r}")
         check_start_token("evaluation.bos", bos)
         self.source = PythonDocumentation("evaluation") if source is None else source
         check_sources("evaluation.source", self.source)
@@ -130,4 +130,6 @@ class PerplexityData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Windows of token ids, ``1 T``."""
+        if not hasattr(self, "ids_NT"):
+            raise ConfigurationError("PerplexityData: there are no windows yet; call tokenize first")
         return DataLoader(self.ids_NT, batch_size=1)  # type: ignore[arg-type]

@@ -215,7 +215,7 @@ class HuggingFaceDataset(ShardedSource):
         """See :meth:`ShardedSource.open_shard`."""
         return _DatasetReader(self, self._dataset.shard(self.num_shards(), index), row)
 
-    @property
+    @functools.cached_property
     def is_local(self) -> bool:
         """Whether it is a folder of this machine."""
         return local_path(self.path, "path").is_dir()

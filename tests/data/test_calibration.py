@@ -125,6 +125,28 @@ def test_numbers_out_of_range(corpus: Path, name: str) -> None:
         _data(corpus, **{name: 0})
 
 
+def test_numbers_that_are_none(corpus: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.sequence_length must be at least 1, got '512'"):
+        _data(corpus, sequence_length="512")
+    with pytest.raises(ConfigurationError, match=r"data\.num_sequences must be at least 1, got 1\.5"):
+        _data(corpus, num_sequences=1.5)
+    with pytest.raises(ConfigurationError, match=r"evaluation\.num_windows must be at least 1, or null .*, got 'x'"):
+        PerplexityData(num_windows="x")  # type: ignore[arg-type]
+
+
+def test_batches_before_there_are_any(corpus: Path) -> None:
+    for batches in (_data(corpus).train_dataloader, _data(corpus).val_dataloader, PerplexityData().val_dataloader):
+        with pytest.raises(ConfigurationError, match="call tokenize first"):
+            batches()
+
+
+def test_a_run_folder_whose_name_is_too_long(corpus: Path, tmp_path: Path) -> None:
+    data = _data(corpus)
+    data.run_folder = tmp_path / ("x" * 300) / "calibration"
+    with pytest.raises(ConfigurationError, match=r"trainer.default_root_dir: .* cannot be read: File name too long"):
+        data.check(None)
+
+
 def test_chat_template(corpus: Path) -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(ConfigurationError, match="has no chat template"):

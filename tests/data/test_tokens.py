@@ -298,6 +298,17 @@ def test_damaged_files_are_refused(shards: Path, tmp_path: Path, damage: str) ->
         _ids(_data(TextFile(str(shards)), tmp_path / "cache"))
 
 
+def test_a_state_that_contradicts_itself(shards: Path) -> None:
+    data = _data(TextFile(str(shards)))
+    _ids(data)
+    state = data.state_dict()
+    for change in ({"position": 5}, {"characters": -1}, {"ends": -state["ends"]}, {"tokens": state["tokens"].long()}):
+        again = _data(TextFile(str(shards)))
+        again.load_state_dict({**state, **change})
+        with pytest.raises(ConfigurationError, match="data: the state to go on from cannot be used"):
+            _ids(again)
+
+
 def test_a_source_of_unknown_identity_leaves_no_file(tmp_path: Path) -> None:
     _ids(_data(Fixed(), tmp_path / "cache", sequence_length=4))
     assert not (tmp_path / "cache").exists()
