@@ -93,7 +93,7 @@ def fit(
     if "end_to_end" in model.phases:
         check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
     folder.check_room(_bytes_to_write(model))
-    evaluation.tokenize(model.tokenizer)
+    evaluation.tokenize(model.tokenizer, model.network)
     plan = make_plan(model)
     _check_layouts(model, plan)
     model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
