@@ -20,7 +20,7 @@ from lightning_gsq.export import ExportFormat, ExportOptions, FinishedRun, Plann
 from lightning_gsq.export.engine import check_possible, export_run
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
-from lightning_gsq.run.block_plan import BlockPlan, make_plan
+from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
 from lightning_gsq.run.end_to_end import check_end_to_end
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -93,8 +93,10 @@ def fit(
     if "end_to_end" in model.phases:
         check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
     folder.check_room(_bytes_to_write(model))
-    evaluation.tokenize(model.tokenizer)
+    evaluation.tokenize(model.tokenizer, model.network)
     plan = make_plan(model)
+    for line in not_quantized(model, plan):
+        console.print(line, soft_wrap=True)
     _check_layouts(model, plan)
     model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
     check_possible(exports, PlannedRun(model, plan, settings["model"]))

@@ -26,12 +26,13 @@ from lightning_gsq.estimate.quantities import (
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
-from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.models.linear_weights import LinearSite, to_quantize
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
+from lightning_gsq.weights.assignment import assign_schemes
 from lightning_gsq.weights.quantized import BitsLedger
-from lightning_gsq.weights.scheme import QuantScheme, assign_schemes
+from lightning_gsq.weights.scheme import QuantScheme
 
 SPARE_DISK = 50_000_000
 """Room for the recipe, TensorBoard events and the summary."""
@@ -180,8 +181,9 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
         for index in model.selected_blocks(len(skeleton.blocks))
         for site in skeleton.blocks[index].sites
     }
+    names = to_quantize({name: site for name, (_, site) in sites.items()}, model.include)
     plan: dict[int, Weights] = defaultdict(dict)
-    for name, scheme in assign_schemes(sites, model.scheme, model.include, model.exclude, model.overrides).items():
+    for name, scheme in assign_schemes(names, model.scheme, model.include, model.exclude, model.overrides).items():
         index, site = sites[name]
         plan[index][site] = scheme
     return dict(plan)

@@ -8,7 +8,7 @@ blocks use again, indices that an indexer hands on). Those are bound to a call s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,24 +101,21 @@ class BlockCall:
     from_blocks: dict[str, Carried] = field(default_factory=dict)
     gives: dict[str, Carried] = field(default_factory=dict)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> BlockCall:
-        """A copy on ``device``, its floating-point tensors in ``dtype``."""
-
-        def move(_: str, value: Tensor) -> Tensor:
-            return value.to(device, dtype if value.is_floating_point() else None)
-
-        return self._mapped(move)
+    def to(self, device: torch.device) -> BlockCall:
+        """A copy on ``device``."""
+        return self.mapped(lambda _, value: value.to(device))
 
     @property
     def bound(self) -> tuple[str, ...]:
         """Names of the tensors that :meth:`bind` takes, in order: arguments from ids by path, then those of blocks."""
         return (*(carried.path for carried in self.from_ids), *self.from_blocks)
 
-    def bind(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> BlockCall:
-        """The call with the arguments of these sequences.
+    def bind(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> BlockCall:
+        """The call with the arguments of these sequences, on its device.
 
         Args:
-            tensors: One for each of ``bound``, sequences first, on the call's device.
+            tensors: One for each of ``bound``, sequences first.
+            dtype: Dtype of those that are floating-point numbers: that of the hidden states; None leaves them.
         """
         if not self.bound:
             return self
@@ -128,9 +125,12 @@ class BlockCall:
         }
 
         def put(path: str, value: Tensor) -> Tensor:
-            return values[path].to(value.dtype) if path in values else value
+            tensor = values.get(path)
+            if tensor is None:
+                return value
+            return tensor.to(value.device, dtype if tensor.is_floating_point() else value.dtype)
 
-        return self._mapped(put)
+        return self.mapped(put)
 
     def for_batch(self, size: int) -> BlockCall:
         """The call for ``size`` sequences: what does not broadcast is repeated.
@@ -147,7 +147,21 @@ class BlockCall:
                 return value
             return value.repeat([size if d == dim else 1 for d in range(value.ndim)])
 
-        return self._mapped(repeat)
+        return self.mapped(repeat)
+
+    def repeating(self, *dimensions: int) -> BlockCall:
+        """The call whose tensors of two and more dimensions are repeated along the first, if it has one of these sizes.
+
+        Args:
+            dimensions: The sizes; none for any.
+        """
+        bound = {carried.path for carried in (*self.from_ids, *self.from_blocks.values())}
+        first = {
+            path: 0
+            for path, tensor in leaves({"args": self.args, "kwargs": self.kwargs})
+            if path not in bound and tensor.ndim > 1 and (not dimensions or tensor.shape[0] in dimensions)
+        }
+        return replace(self, repeated=first | self.repeated)
 
     def given(self, output: Any, call: BlockCall) -> dict[str, Tensor]:
         """What a run of the block gives to blocks after it, sequences first.
@@ -160,16 +174,26 @@ class BlockCall:
         return {name: there[carried.path].movedim(carried.batch, 0) for name, carried in self.gives.items()}
 
     def like(self, other: BlockCall) -> BlockCall:
-        """These arguments, with what is known of the other's by their paths."""
+        """These arguments, recorded from longer sequences, with what is known of the other's by their paths.
+
+        A container that blocks before fill, and that is empty here, is taken over from the other.
+        """
+        there = {path for path, _ in leaves({"args": self.args, "kwargs": self.kwargs})}
+        empty = {carried.path.split(".")[1] for carried in other.from_blocks.values() if carried.path not in there}
+        args = tuple(other.args[i] if str(i) in empty else value for i, value in enumerate(self.args))
+        kwargs = {key: other.kwargs[key] if key in empty else value for key, value in self.kwargs.items()}
         return replace(
             self,
+            args=args,
+            kwargs=kwargs,
             repeated=other.repeated,
             from_ids=other.from_ids,
             from_blocks=other.from_blocks,
             gives=other.gives,
         )
 
-    def _mapped(self, function: Callable[[str, Tensor], Tensor]) -> BlockCall:
+    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> BlockCall:
+        """The call with ``function(path, tensor)`` in the place of each tensor, and containers of its own."""
         args, kwargs = mapped(self.args, function, "args"), mapped(self.kwargs, function, "kwargs")
         return replace(self, args=args, kwargs=kwargs)
 
@@ -203,4 +227,4 @@ def mapped(value: Any, function: Callable[[str, Tensor], Tensor], path: str = ""
 
 def with_containers(call: BlockCall) -> BlockCall:
     """The call with containers of its own: a block may write to those that it is given."""
-    return call._mapped(lambda _, tensor: tensor)
+    return call.mapped(lambda _, tensor: tensor)

@@ -146,7 +146,7 @@ COMPARABLE = 0.25
 """Share of the largest list's parameters above which another list of as many modules is a stack of blocks as well."""
 
 
-class _Stop(Exception):  # noqa: N818 - no error
+class Reached(Exception):  # noqa: N818 - no error
     """Ends a forward pass as soon as what was wanted has been recorded."""
 
 
@@ -199,6 +199,24 @@ def trace(model: PreTrainedModel, ids_BT: Tensor) -> Trace:
     return Trace(calls, inputs, outputs[-1])
 
 
+@torch.no_grad()
+def fitting(block: nn.Module, hidden_BTD: Tensor, call: BlockCall) -> BlockCall:
+    """The call with which a block takes several sequences: as it is, or with its tensors repeated for each.
+
+    For sizes alone: an argument that belongs to its sequence is repeated as well.
+
+    Args:
+        block: The block.
+        hidden_BTD: Any input of one sequence.
+        call: Its call for that.
+    """
+    try:
+        run_block(block, torch.cat([hidden_BTD, hidden_BTD]), call)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # shapes that do not broadcast, or a check of shapes
+        return call.repeating()
+    return call
+
+
 def check_count(model: PreTrainedModel, blocks: int, calls: int) -> None:
     """Refuses a model that does not run each block once.
 
@@ -221,7 +239,7 @@ def running(model: PreTrainedModel, how: str) -> Iterator[None]:
     """
     try:
         yield
-    except (_Stop, ConfigurationError, MemoryError, torch.OutOfMemoryError):
+    except (Reached, ConfigurationError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model's code may raise anything
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -230,9 +248,7 @@ def running(model: PreTrainedModel, how: str) -> Iterator[None]:
         ) from error
 
 
-def split_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], ids_BT: Tensor
-) -> tuple[Tensor, BlockCall]:
+def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], ids_BT: Tensor) -> tuple[Tensor, BlockCall]:
     """Separates the hidden states from a block's other arguments, without the key-value cache.
 
     Args:
@@ -267,12 +283,12 @@ def embed(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(split_hidden(args, kwargs, ids_BT)[0])
-        raise _Stop
+        raise Reached
 
     handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(ids_BT, use_cache=False)
-    except _Stop:
+    except Reached:
         pass
     finally:
         handle.remove()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,35 +13,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.models.calls import BlockCall, leaves
-from lightning_gsq.models.chain import find_blocks, split_hidden
+from lightning_gsq.models.chain import Reached, find_blocks, split_hidden
 
 
-class _Reached(Exception):  # noqa: N818 - no error
-    """Ends a forward pass at the block that was asked for."""
-
-
+@dataclass(frozen=True)
 class Forms:
     """What each block returns beside its hidden states, so that something else can return the same.
 
     Args:
-        model: The model.
-        ids_BT: A few tokens to run it on.
+        outputs: What each block returned for a few tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, ids_BT: Tensor) -> None:
-        self._outputs: dict[nn.Module, Any] = {}
-
-        def note(block: nn.Module, _: Any, output: Any) -> None:
-            self._outputs[block] = output
-
-        with torch.no_grad(), ExitStack() as hooks:
-            for block in find_blocks(model)[1]:
-                hooks.callback(block.register_forward_hook(note).remove)
-            model(ids_BT, use_cache=False)
+    outputs: Mapping[nn.Module, Any]
 
     def like(self, block: nn.Module, hidden: Tensor) -> Any:
         """``hidden`` in the form in which the block returns its hidden states."""
-        output = self._outputs[block]
+        output = self.outputs[block]
         if isinstance(output, (tuple, list)):
             return type(output)([hidden, *output[1:]])
         return hidden
@@ -75,9 +64,11 @@ def calls_without_blocks(model: PreTrainedModel, forms: Forms, ids_BT: Tensor) -
 
     def note(_: int, hidden_BTD: Tensor, call: BlockCall) -> Tensor:
         calls.append(call)
+        if len(calls) == len(forms.outputs):
+            raise Reached  # what follows the last block needs no call
         return hidden_BTD
 
-    with instead_of_blocks(model, forms, ids_BT, note):
+    with contextlib.suppress(Reached), instead_of_blocks(model, forms, ids_BT, note):
         model(ids_BT, use_cache=False)
     return calls
 
@@ -103,13 +94,10 @@ def arguments_from_ids(
     def stop(number: int, hidden_BTD: Tensor, here: BlockCall) -> Tensor:
         if number == index:
             reached.append(here)
-            raise _Reached
+            raise Reached
         return hidden_BTD
 
-    try:
-        with instead_of_blocks(model, forms, ids_BT, stop):
-            model(ids_BT, use_cache=False)
-    except _Reached:
-        pass
+    with contextlib.suppress(Reached), instead_of_blocks(model, forms, ids_BT, stop):
+        model(ids_BT, use_cache=False)
     there = dict(leaves({"args": reached[0].args, "kwargs": reached[0].kwargs}))
     return [there[carried.path].movedim(carried.batch, 0) for carried in call.from_ids]

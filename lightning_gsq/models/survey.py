@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,14 @@ class Survey:
         inputs_BTD: Hidden states that entered each block.
         outputs_BTD: What left it, as the next block or the head took it.
         bound: Tensors that each call takes for the two sequences, in the order of ``call.bound``.
+        forms: What each block returns beside its hidden states.
     """
 
     calls: list[BlockCall]
     inputs_BTD: list[Tensor]
     outputs_BTD: list[Tensor]
     bound: list[tuple[Tensor, ...]]
+    forms: Forms
 
     def bound_call(self, index: int) -> BlockCall:
         """The call of a block for the two sequences."""
@@ -60,6 +62,7 @@ class _Visit:
     """Its arguments when it began."""
     after: dict[str, Any]
     """Arguments and output when it had ended, containers as the block left them."""
+    output: Any
     output_BTD: Tensor
 
     def arguments(self) -> dict[str, Tensor]:
@@ -81,9 +84,10 @@ def survey(model: PreTrainedModel) -> Survey:
     ids_BT = probe_pair(model)
     with running(model, "on a few tokens"):
         one, both = _visits(model, ids_BT[:1]), _visits(model, ids_BT)
-        calls, bound = _arguments(model, ids_BT, one, both)
+        forms = Forms({block: visit.output for block, visit in zip(find_blocks(model)[1], both, strict=True)})
+        calls, bound = _arguments(model, forms, ids_BT, one, both)
     outputs = [*(visit.hidden_BTD for visit in both[1:]), both[-1].output_BTD]
-    surveyed = Survey(calls, [visit.hidden_BTD for visit in both], outputs, bound)
+    surveyed = Survey(calls, [visit.hidden_BTD for visit in both], outputs, bound, forms)
     return check_chain(model, surveyed)
 
 
@@ -138,10 +142,9 @@ def _visits(model: PreTrainedModel, ids_BT: Tensor) -> list[_Visit]:
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden, (entered_BTD, call) = hidden_of(output), begun[-1]
-        _, left = split_hidden(args, kwargs, ids_BT)
-        left = with_containers(left)  # as they are now: the next block may write to the same
+        left = with_containers(split_hidden(args, kwargs, ids_BT)[1])  # as it is now: the next block may write to it
         ended = {"args": left.args, "kwargs": left.kwargs, "output": _rest(output)}
-        visits.append(_Visit(entered_BTD, call, ended, Layout.of(hidden, ids_BT).pack(hidden)))
+        visits.append(_Visit(entered_BTD, call, ended, output, Layout.of(hidden, ids_BT).pack(hidden)))
 
     with ExitStack() as hooks:
         for block in blocks:
@@ -158,7 +161,7 @@ def _rest(output: Any) -> dict[str, Any]:
 
 
 def _arguments(
-    model: PreTrainedModel, ids_BT: Tensor, one: list[_Visit], both: list[_Visit]
+    model: PreTrainedModel, forms: Forms, ids_BT: Tensor, one: list[_Visit], both: list[_Visit]
 ) -> tuple[list[BlockCall], list[tuple[Tensor, ...]]]:
     """The calls, each with which of its arguments belong to their sequence, and those of the two sequences."""
     without: list[BlockCall] | None = None
@@ -177,7 +180,7 @@ def _arguments(
                 _refuse(model, index, path)
             carried = Carried(path, batch)
             if without is None:
-                without = calls_without_blocks(model, Forms(model, ids_BT), ids_BT)
+                without = calls_without_blocks(model, forms, ids_BT)
             apart = dict(leaves({"args": without[index].args, "kwargs": without[index].kwargs})).get(path)
             source = sources.get(_identity(tensor))
             if apart is not None and apart.shape == tensor.shape and torch.allclose(apart, tensor):
@@ -220,32 +223,24 @@ def _identity(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _refuse(model: PreTrainedModel, index: int, path: str) -> None:
+def _refuse(model: PreTrainedModel, index: int, path: str) -> NoReturn:
     raise ConfigurationError(
-        f"model: block {index} of {type(model).__name__} is called with an argument ({path}) that depends on the tokens "
-        "and is neither computed from their ids nor what another block gives: it cannot be quantized block by block"
+        f"model: block {index} of {type(model).__name__} is called with an argument ({path}) that depends on the "
+        "tokens and is neither computed from their ids nor what another block gives: it cannot be quantized block by "
+        "block"
     )
 
 
 @torch.no_grad()
-def _run_alone(
-    model: PreTrainedModel, block: nn.Module, surveyed: Survey, index: int
-) -> tuple[Tensor, BlockCall]:
+def _run_alone(model: PreTrainedModel, block: nn.Module, surveyed: Survey, index: int) -> tuple[Tensor, BlockCall]:
     """A block's output on both sequences, and its call, all of whose masks are repeated if the block wants that."""
     call, hidden_BTD = surveyed.calls[index], surveyed.inputs_BTD[index]
     try:
         return run_block(block, hidden_BTD, surveyed.bound_call(index)), call
     except (RuntimeError, ValueError, TypeError, IndexError):  # shapes that do not broadcast, or a check of shapes
-        call = replace(call, repeated=call.repeated | _with_batch(surveyed, index))
+        call = call.repeating(1)
     with running(model, f"block by block (block {index})"):
         return run_block(block, hidden_BTD, call.bind(surveyed.bound[index])), call
-
-
-def _with_batch(surveyed: Survey, index: int) -> dict[str, int]:
-    """Arguments of two and more dimensions whose first has room for one sequence, as masks have."""
-    call, token = surveyed.calls[index], set(surveyed.calls[index].bound)
-    arguments = leaves({"args": call.args, "kwargs": call.kwargs})
-    return {path: 0 for path, tensor in arguments if path not in token and tensor.ndim > 1 and tensor.shape[0] == 1}
 
 
 def _not_finite(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> str:

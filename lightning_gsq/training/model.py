@@ -18,7 +18,8 @@ from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training.target import TARGETS, TargetName
-from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.weights.assignment import SchemeOverride
+from lightning_gsq.weights.scheme import QuantScheme
 
 LOSS_POSITIONS = 128
 """Positions whose fp32 log-probabilities are held at once: a vocabulary of 128,000 takes half a megabyte each."""
