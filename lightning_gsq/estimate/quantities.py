@@ -61,9 +61,7 @@ def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: 
 
 def candidates(scheme: QuantScheme, shifts: int) -> int:
     """Logits of one weight, ``L``."""
-    if scheme.bits == 1:
-        return 1
-    return len(scheme.levels) if len(scheme.levels) <= 4 else 2 * shifts + 1
+    return scheme.grid.candidates(shifts).logits
 
 
 def optimizer_state(model: ModelQuantization) -> float:

@@ -23,7 +23,8 @@ from lightning_gsq.saliency.budget import MAX_RATIO, Menu, Option, column_errors
 from lightning_gsq.saliency.graph import GraphOptions, graph_group_count
 from lightning_gsq.saliency.threshold import adaptive_ratio
 from lightning_gsq.weights.quantized import QuantizedWeight
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 SAMPLE_ROWS = 128
 """Rows of a matrix that the search for an element-wise ratio looks at."""
@@ -127,7 +128,7 @@ def _structured(matrix: Matrix, part: SalientPart, options: SettleOptions) -> Ch
     w_OI, scheme = matrix.w_OI, matrix.scheme
     (rows, columns), moment_I = w_OI.shape, _moment(matrix)
     few_I = column_errors(w_OI, moment_I, scheme.plain)
-    many_I = column_errors(w_OI, moment_I, part.scheme)
+    many_I = column_errors(w_OI, moment_I, scheme.salient_scheme)
     score_I = few_I - many_I if part.score == "error" else _scores(matrix, part).square().sum(0)
     order_I = score_I.argsort(descending=True, stable=True)
     saved_I = torch.cat([few_I.new_zeros(1), (few_I - many_I)[order_I].cumsum(0)])
@@ -207,7 +208,12 @@ def _element(matrix: Matrix, part: SalientPart, options: SettleOptions) -> Choic
 
 
 def _scores(matrix: Matrix, part: SalientPart) -> Tensor:
-    if part.score == "hessian" and matrix.hessians is not None:
+    if part.score == "hessian":
+        if matrix.hessians is None:
+            raise ConfigurationError(
+                f"model.scheme.salient.score hessian: {matrix.name} has no second moments of its inputs, because the "
+                "warm start asks for none. Use RTN with weighted true, GPTQ or DualMode, or score magnitude"
+            )
         return torch.cat([saliency.hessian_score(w, h) for w, h in matrix.parts() if h is not None])
     return saliency.magnitude_score(matrix.w_OI)
 

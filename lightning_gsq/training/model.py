@@ -15,7 +15,8 @@ from lightning_gsq.system.slices import slices
 from lightning_gsq.training import settings
 from lightning_gsq.training.losses import LOSS_POSITIONS, loss_mean, refuse_non_finite
 from lightning_gsq.training.target import TargetName
-from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.weights.assignment import SchemeOverride
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 class ModelQuantization(LightningModule):

@@ -15,7 +15,8 @@ from lightning_gsq.models import loading
 from lightning_gsq.quantizers import GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.training.target import TARGETS, Target, TargetName
-from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride, assign_schemes
+from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes
+from lightning_gsq.weights.scheme import QuantScheme
 
 Phase = Literal["init", "blocks", "end_to_end"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]

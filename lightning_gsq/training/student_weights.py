@@ -11,8 +11,8 @@ from lightning_gsq.ops.scaled_codes import scaled_codes
 from lightning_gsq.quantizers import GumbelOptions, GumbelQuantizer, Start
 from lightning_gsq.quantizers.salient_start import mixed_tensor
 from lightning_gsq.system.seeding import seed_of
+from lightning_gsq.weights.mixed import MixedTensor, merge_order
 from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, expand_groups
-from lightning_gsq.weights.salient import MixedTensor, merge_order
 
 NEARLY_HARD = 1e-4
 """Temperature at which a sample is its most probable level up to rounding."""

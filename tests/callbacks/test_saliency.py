@@ -16,8 +16,9 @@ from lightning_gsq.quantizers import DualMode, GumbelOptions, Matrix
 from lightning_gsq.quantizers.salient import MixedQuantizer
 from lightning_gsq.saliency import Menu, settle
 from lightning_gsq.saliency.choose import SettleOptions, settled_start, settled_tensor
-from lightning_gsq.weights.salient import MixedTensor
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.mixed import MixedTensor
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 def _inputs(count: int, outliers: int = 4) -> Tensor:
