@@ -33,6 +33,9 @@ class QuantizationMonitor(Callback):
         histograms: Log histograms and the figure at the end of each block.
     """
 
+    watches_only = True
+    blocks_only = True
+
     def __init__(self, every_n_steps: int = 20, histograms: bool = True) -> None:
         self.every_n_steps, self.histograms = max(0, every_n_steps), histograms
 

@@ -50,7 +50,7 @@ def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width:
 
 def num_streams(model: ModelQuantization) -> int:
     """How many of them the blocks phase holds."""
-    return 3 if model.target == "stream" else 2
+    return model.target.streams
 
 
 def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: int) -> int:

@@ -148,7 +148,7 @@ def spend(menus: Sequence[list[Option]], limit: int) -> list[Option]:
     if cheapest > limit:
         raise ConfigurationError(
             f"model.scheme.budget: {limit} bits do not hold even the cheapest choice, {cheapest} bits; raise it "
-            f"by {cheapest / limit - 1:.1%} or allow larger groups in SaliencyThreshold.menu"
+            f"by {cheapest / limit - 1:.1%} or allow larger groups in model.saliency.menu"
         )
     tables = [
         (torch.tensor([o.error for o in menu]).double(), torch.tensor([o.bits for o in menu]).double())

@@ -41,12 +41,21 @@ class SettleOptions:
         max_ratio: Largest salient ratio of that search.
         graph: How groups are counted.
         menu: What a budget may be spent on.
+
+    Raises:
+        ConfigurationError: a value out of range.
     """
 
     price: float = 0.1
     max_ratio: float = MAX_RATIO
     graph: GraphOptions = field(default_factory=GraphOptions)
     menu: Menu = field(default_factory=Menu)
+
+    def __post_init__(self) -> None:
+        if not self.price > 0:
+            raise ConfigurationError(f"model.saliency.price must be positive, got {self.price}")
+        if not 0 < self.max_ratio < 1:
+            raise ConfigurationError(f"model.saliency.max_ratio must lie between 0 and 1, got {self.max_ratio}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.grid import Bits
@@ -39,8 +40,10 @@ class SchemeOverride:
 
     def apply(self, scheme: QuantScheme) -> QuantScheme:
         """The scheme with this override's settings in place."""
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changes = {name: None if value is False else value for name, value in settings.items() if value is not None}
+        settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changes: dict[str, Any] = {
+            name: None if value is False else value for name, value in settings.items() if value is not None
+        }
         return dataclasses.replace(scheme, **changes)
 
 

@@ -20,7 +20,7 @@ class SalientPart:
         layout: "structured": whole input columns are salient, and positions cost next to nothing; "element": any
             weight may be, as published, and the positions of all of them are stored.
         bits: Bits of a salient weight, 2 to 8.
-        ratio: Share of the weights that are salient; null searches it for each matrix (callback SaliencyThreshold).
+        ratio: Share of the weights that are salient; null searches it for each matrix (model.saliency).
         score: What makes a weight salient: "magnitude", its distance from the mean; "hessian", that times its input's
             second moment; "error", how much of the output's error its bits take away (structured only).
         group_size: Salient weights of a row that share one scale; -1 for one scale a row.
