@@ -17,8 +17,9 @@ from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
-from lightning_gsq.export import ExportFormat, ExportOptions, FinishedRun, PlannedRun, format_of
-from lightning_gsq.export.engine import check_possible, export_run
+from lightning_gsq.export import FinishedRun, PlannedRun, format_of
+from lightning_gsq.export.engine import bring_up_to_date
+from lightning_gsq.export.preflight import refuse_exports
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan
@@ -90,7 +91,8 @@ def fit(
     evaluation.tokenize(model.tokenizer)
     plan = make_plan(model)
     model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
-    check_possible(exports, PlannedRun(model, plan, settings["model"]))
+    planned = PlannedRun(model, plan, settings["model"])
+    refuse_exports(exports, planned, folder.root / "export", reserved=_bytes_to_write(model))
     data.tokenize(model.tokenizer, model.network)
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
@@ -113,7 +115,7 @@ def fit(
         summary = _phases(run, measure, end_to_end, settings, recipe, source, kind, console)
     if folder.rank:
         return summary
-    _export(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+    bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
     return folder.summary
 
 
@@ -204,17 +206,6 @@ def _phases(
     board.log_result(run.trainer.loggers, recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]})
     print_summary(console, summary, str(folder.root))
     return summary
-
-
-def _export(run: FinishedRun, exports: list[ExportFormat], console: Console) -> None:
-    """Exports the finished run, except to what an earlier start has exported already."""
-    done = run.folder.progress.get("exports", {})
-    for own in exports:
-        folder = run.folder.root / "export" / own.name
-        if done.get(own.name) != run.kind or not folder.is_dir():
-            export_run(run, [own], folder.parent, ExportOptions(), check=True, console=console)
-            done = {**done, own.name: run.kind}
-            run.folder.update_progress(exports=done)
 
 
 def _last_kind(model: ModelQuantization, plan: list[BlockPlan], folder: RunFolder) -> str:
