@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import lightning_gsq
 import lightning_gsq.commands.export as export_command
 from lightning_gsq.cli import main
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import CheckFailedError, preflight
 from lightning_gsq.export.formats.native import NativeFormat
 from lightning_gsq.run.folder import RunFolder
@@ -225,6 +226,10 @@ def test_a_recipe_does_not_decide_what_code_runs(new_run: MakeRun, capsys: pytes
     output = capsys.readouterr().out
     assert "--trust_remote_code: running Python code that comes with the model" in output
     assert (run / "it ran").exists() and output.count("14 of 14 quantized weights bit-identical") == 2
+    native = run / "export" / "native"
+    with pytest.raises(ConfigurationError, match="trust_remote_code=True"):
+        lightning_gsq.load(native)
+    assert type(lightning_gsq.load(native, trust_remote_code=True)).__name__ == "OwnLlama"
 
 
 def test_a_recipe_that_stands_for_gigabytes_is_refused(new_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

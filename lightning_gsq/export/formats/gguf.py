@@ -38,9 +38,9 @@ from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.gguf.file import write_gguf
 from lightning_gsq.gguf.metadata import fields_of_model, storage_fields
 from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.write import write_gguf
 from lightning_gsq.weights.ledger import Ledger
 
 WORTH_SAYING = 0.6
