@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.models import loading
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import model_fingerprint
@@ -47,20 +46,20 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
     recipe = _read_recipe(root)
     run_folder = RunFolder(root, create=False)
     model = _model_of(recipe, root, trust_remote_code)
-    source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
     try:
-        model.load(source)
+        model.load(model.address.source())
     except ConfigurationError as error:
         if trust_remote_code or not recipe["settings"]["model"].get("trust_remote_code"):
             raise
         raise ConfigurationError(
-            f"{error}\nThe run was trained with Python code that comes with {model.pretrained}. That is never run "
-            "because a recipe says so: read the code, then add --trust_remote_code"
+            f"{error}\nThe run was trained with Python code that comes with {model.address.pretrained}. That is never "
+            "run because a recipe says so: read the code, then add --trust_remote_code"
         ) from error
     recorded = recipe.get("fingerprints", {}).get("model")
     if recorded is not None and recorded != model_fingerprint(model):
         raise ConfigurationError(
-            f"run: {model.pretrained} is no longer the model that the run in {root} quantized; put the original back"
+            f"run: {model.address.pretrained} is no longer the model that the run in {root} quantized; put the "
+            "original back"
         )
     return FinishedRun(run_folder, recipe, run_folder.summary, model, make_plan(model))
 
@@ -93,4 +92,4 @@ def _model_of(recipe: Mapping[str, Any], root: Path, trust_remote_code: bool) ->
 
 def _with_salient(fields: Mapping[str, Any]) -> dict[str, Any]:
     salient = fields.get("salient")
-    return {**fields, "salient": SalientPart(**salient) if salient else None}
+    return {**fields, "salient": SalientPart(**salient) if salient else salient}

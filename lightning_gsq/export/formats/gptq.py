@@ -143,7 +143,7 @@ class GPTQFormat(LinearFormat):
         if report is not None:
             return report
         try:
-            loaded = _load(folder, run.model.trust_remote_code)
+            loaded = _load(folder, run.model.address.trust_remote_code)
         except Exception as error:  # whatever the package raises, the file is not what it should be
             raise CheckFailedError(f"{PACKAGE} cannot load {folder}: {error}") from error
         return compare(run, loaded.float().eval(), f"{PACKAGE} {version(PACKAGE)}", _dense)
