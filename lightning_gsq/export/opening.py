@@ -46,9 +46,8 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
     recipe = _read_recipe(root)
     run_folder = RunFolder(root, create=False)
     model = _model_of(recipe, root, trust_remote_code)
-    source = model.address.source()
     try:
-        model.load(source)
+        model.load(model.address.source())
     except ConfigurationError as error:
         if trust_remote_code or not recipe["settings"]["model"].get("trust_remote_code"):
             raise

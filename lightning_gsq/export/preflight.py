@@ -11,7 +11,6 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import folders
 from lightning_gsq.export.contract import ExportFormat
 from lightning_gsq.export.planned import PlannedRun
-from lightning_gsq.models import loading
 
 MARGIN = 1.02
 """What names, alignment and tokenizers add to the numbers."""
@@ -74,7 +73,7 @@ def folder_obstacle(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) 
 
 def inputs_of(run: PlannedRun) -> list[Path]:
     """Files and folders that an export reads: the original model, the file that the run started from."""
-    source = loading.resolve(run.address, run.model.address.revision, run.model.address.trust_remote_code)
+    source = run.model.address.source()
     paths = [Path(source.path), *source.files] if Path(source.path).exists() else []
     return paths + ([run.start_file] if run.start_file is not None else [])
 

@@ -15,7 +15,6 @@ from lightning_gsq.gguf.blocks import BLOCK_TYPES, exact_type
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.names import Layout
 from lightning_gsq.gguf.types.table import GgmlType
-from lightning_gsq.models import loading
 from lightning_gsq.quantizers.from_file import SCHEMES
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -83,7 +82,7 @@ def source_file(run: PlannedRun) -> GGUFFile | None:
     """
     if run.start_file is not None:
         return GGUFFile(run.start_file)
-    source = loading.resolve(run.address, run.model.address.revision, run.model.address.trust_remote_code)
+    source = run.model.address.source()
     if source.gguf_file is None:
         return None
     if not source.files:

@@ -82,7 +82,6 @@ class LinearFormat(ExportFormat):
         Raises:
             ConfigurationError: a plain number does not fit the dtype that readers compute in.
         """
-        dtype = self.compute_dtype(run)
         for names in run.units():
             for name in names:
                 if name in run.weights:
@@ -91,7 +90,15 @@ class LinearFormat(ExportFormat):
                     tensors = {f"{weight.stem}.{part}": value for part, value in parts.items()}
                     writer.add(tensors, self._entry(name, tensor, parts))
                 else:
-                    writer.add_plain(name, fits_dtype(name, run.parameter(name), dtype))
+                    writer.add_plain(name, self.plain(name, run))
+
+    def plain(self, name: str, run: FinishedRun) -> Tensor:
+        """A parameter that is not quantized, as it is stored.
+
+        Raises:
+            ConfigurationError: it does not fit the dtype that readers compute in.
+        """
+        return fits_dtype(name, run.parameter(name), self.compute_dtype(run))
 
     def _entry(self, name: str, tensor: QuantizedTensor, parts: Mapping[str, Tensor]) -> LedgerEntry:
         """What a layer's tensors cost."""
