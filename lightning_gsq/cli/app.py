@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lightning_gsq.cli.defaults import TRAINER_DEFAULTS, native_precision
 from lightning_gsq.cli.parser import PROGRAM, GSQArgumentParser
+from lightning_gsq.cli.verbs import SUMMARIES
 from lightning_gsq.commands.export import export
 from lightning_gsq.commands.fit import fit
 from lightning_gsq.commands.plan import plan
@@ -22,17 +23,16 @@ from lightning_gsq.commands.predict import predict
 from lightning_gsq.commands.validate import validate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.run.hidden_states import ActivationOptions
-from lightning_gsq.system import sharding
+from lightning_gsq.system import sharding, signals
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A subcommand.
+    """What a subcommand takes.
 
     Args:
-        summary: One line for ``--help``.
         run: The function whose remaining arguments and docstring are its options; None if there are none.
         given: Arguments of ``run`` that are no options.
         repeated: Options that can be given several times, with several values each.
@@ -40,7 +40,6 @@ class Verb:
         trains: Takes the model, the data and a Trainer, with all their options.
     """
 
-    summary: str
     run: Callable[..., Any] | None = None
     given: tuple[str, ...] = ("console",)
     repeated: tuple[str, ...] = ()
@@ -50,13 +49,11 @@ class Verb:
 
 PARTS = ("model", "data", "evaluation", "activations", "end_to_end", "trainer", "console")
 VERBS = {
-    "fit": Verb("Quantize a model into a run folder (--trainer.default_root_dir).", trains=True),
-    "validate": Verb("Measure the perplexity of a model, a finished run folder or an exported one.", trains=True),
-    "plan": Verb("Say what fit would take with the same options, without doing it.", plan, PARTS, trains=True),
-    "export": Verb(
-        "Write a finished run as files that other programs load.", export, repeated=("format",), flags=("overwrite",)
-    ),
-    "predict": Verb("Write text from prompts.", predict, repeated=("prompt",)),
+    "fit": Verb(trains=True),
+    "validate": Verb(trains=True),
+    "plan": Verb(plan, PARTS, trains=True),
+    "export": Verb(export, repeated=("format",), flags=("overwrite",)),
+    "predict": Verb(predict, repeated=("prompt",)),
 }
 
 
@@ -94,14 +91,14 @@ class GSQCLI(LightningCLI):
         self._subcommand_parsers = {}
         subcommands = parser.add_subcommands()
         for name, verb in VERBS.items():
-            options = self.init_parser(prog=f"{parser.prog} {name}", description=verb.summary)
+            options = self.init_parser(prog=f"{parser.prog} {name}", description=SUMMARIES[name])
             assert isinstance(options, GSQArgumentParser)  # as asked for above
             if verb.trains:
                 self._add_arguments(options)
             if verb.run is not None:
                 options.add_signature(verb.run, set(verb.given), verb.repeated, verb.flags)
             self._subcommand_parsers[name] = options
-            subcommands.add_subcommand(name, options, help=verb.summary)
+            subcommands.add_subcommand(name, options, help=SUMMARIES[name])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the groups that are not Lightning's."""
@@ -114,6 +111,10 @@ class GSQCLI(LightningCLI):
             help="Formats that fit exports the finished run to, into its folder export; as of the command export.",
         )
         parser.add_class_arguments(EndToEndOptions, "end_to_end")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Reads the arguments that ``main`` was given; Lightning's own warns that they are not those of the process."""
+        self.config = parser.parse_args(args)
 
     # -- objects
 
@@ -158,7 +159,9 @@ class GSQCLI(LightningCLI):
             config["logger"] = self._logger
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Trainer(**config)
+            trainer = Trainer(**config)
+        signals.leave_to_us(trainer)
+        return trainer
 
     def evaluation_trainer(self) -> Trainer:
         """A Trainer that only evaluates: neither logger nor callbacks."""
