@@ -6,6 +6,9 @@ phase_progress  the end-to-end phase in the console
 progress        the blocks in the console
 rounding        every weight takes its most probable level
 saliency        the salient part of each weight
+
+A callback that only looks at a training and changes no result says ``watches_only = True``: a run may be resumed with
+or without it. One that has nothing to do in the end-to-end phase says ``blocks_only = True``.
 """
 
 from lightning_gsq.callbacks.annealing import GumbelAnnealing

@@ -33,6 +33,9 @@ class QuantizationMonitor(Callback):
         histograms: Log histograms and the figure at the end of each block.
     """
 
+    watches_only = True
+    blocks_only = True
+
     def __init__(self, every_n_steps: int = 20, histograms: bool = True) -> None:
         self.every_n_steps, self.histograms = max(0, every_n_steps), histograms
 
@@ -69,7 +72,7 @@ class QuantizationMonitor(Callback):
     def _histograms(self, writer: SummaryWriter, module: BlockQuantization) -> None:
         for name, quantizer in module.named_quantizers():
             codes = _sample(quantizer.codes_OI().float())
-            levels = torch.tensor(quantizer.scheme.levels, dtype=torch.float32)
+            levels = torch.tensor(quantizer.scheme.grid.levels, dtype=torch.float32)
             edges = torch.cat([levels - 0.5, levels[-1:] + 0.5]).tolist()
             writer.add_histogram(f"levels/{name}", codes.numpy(), module.index, bins=edges)
             writer.add_histogram(f"entropy_bits/{name}", _sample(quantizer.entropy_OI()).numpy(), module.index)

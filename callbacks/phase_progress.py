@@ -20,6 +20,8 @@ class EndToEndProgress(Callback):
         Trainer(callbacks=[EndToEndProgress()]).fit(EndToEndQuantization(...), batches, held_out)
     """
 
+    watches_only = True
+
     def __init__(self) -> None:
         self.console = make_console(stderr=True)
         self._bar: Progress | None = None

@@ -32,6 +32,9 @@ class BlockProgress(Callback):
         refresh_every: Steps between updates of the shown loss.
     """
 
+    watches_only = True
+    blocks_only = True
+
     def __init__(self, refresh_every: int = 5) -> None:
         self.refresh_every = max(1, refresh_every)
         self.console = make_console(stderr=True)

@@ -45,6 +45,9 @@ class HardRounding(Callback):
         max_gap: Warn when the gap exceeds this share of the soft loss; null never warns.
     """
 
+    watches_only = True
+    blocks_only = True
+
     report: RoundingReport
 
     def __init__(

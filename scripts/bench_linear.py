@@ -150,7 +150,7 @@ def tune(bits: list[int], device: str) -> None:
                 i: int, case: Case = case, x: torch.Tensor = x, tile: tuning.Tile = tile, width: int = width
             ) -> object:
                 words, scales = case.packed[i % len(case.packed)]
-                return kernels.linear(x, words[None], scales[None], None, None, bits=width, group_length=128, tile=tile)
+                return kernels.linear(x, words, scales, None, bits=width, group_length=128, tile=tile)
 
             try:
                 replay = graphed(call, 20)

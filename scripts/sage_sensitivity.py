@@ -32,7 +32,8 @@ from lightning_gsq.saliency.choose import settled_tensor
 from lightning_gsq.saliency.graph import graph_group_count
 from lightning_gsq.saliency.scores import magnitude_score, salient_mask
 from lightning_gsq.weights.quantized import BitsLedger, QuantizedWeight
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 PUBLISHED = SalientPart("element", bits=4, ratio=0.01)
 COLUMNS = SalientPart("structured", bits=4, ratio=0.06)

@@ -9,7 +9,7 @@ from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import BlockSkeleton, Skeleton
 from lightning_gsq.quantizers import GPTQ
-from lightning_gsq.run.blocks import FORWARD_TOKENS
+from lightning_gsq.run.forward_passes import sequences_at_once
 from lightning_gsq.run.perplexity import FP32
 from lightning_gsq.training import ModelQuantization
 
@@ -59,7 +59,7 @@ def block_terms(
     around: Surroundings,
 ) -> BlockTerms:
     """Terms of one block."""
-    tokens, sequences = data.sequence_length, max(1, FORWARD_TOKENS // data.sequence_length)
+    tokens, sequences = data.sequence_length, sequences_at_once(data.sequence_length)
     forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False).peak
     backward = activation_bytes(block, width, data.batch_size, tokens, around.bf16, training=True).peak
     count = sum(site.rows * site.in_features for site in weights)

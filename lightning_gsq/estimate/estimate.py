@@ -30,8 +30,9 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
+from lightning_gsq.weights.assignment import assign_schemes
 from lightning_gsq.weights.quantized import BitsLedger
-from lightning_gsq.weights.scheme import QuantScheme, assign_schemes
+from lightning_gsq.weights.scheme import QuantScheme
 
 SPARE_DISK = 50_000_000
 """Room for the recipe, TensorBoard events and the summary."""

@@ -6,7 +6,7 @@ from lightning_gsq.data import PerplexityData
 from lightning_gsq.estimate.quantities import Surroundings, window_bytes
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
-from lightning_gsq.run.blocks import FORWARD_TOKENS
+from lightning_gsq.run.forward_passes import sequences_at_once
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import runs_by_block, whole_model_terms
 
@@ -43,7 +43,7 @@ def perplexity_terms(
     windows = window_bytes(evaluation, options, skeleton.width)
     name = "hidden states of the windows" if counted else "hidden states of each window (all are taken)"
     host = {} if windows > options.memory_limit_gb * 1e9 else {name: windows}
-    through = {"activations of some windows": activations(max(1, FORWARD_TOKENS // tokens))}
+    through = {"activations of some windows": activations(sequences_at_once(tokens))}
     some = "log-probabilities of some positions"
     last = {some: whole[some]}
     if around.accelerated:  # else the block is used where it is, and the head too unless it is cast

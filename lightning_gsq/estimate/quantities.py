@@ -50,7 +50,7 @@ def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width:
 
 def num_streams(model: ModelQuantization) -> int:
     """How many of them the blocks phase holds."""
-    return 3 if model.target == "stream" else 2
+    return model.target.streams
 
 
 def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: int) -> int:
@@ -61,9 +61,7 @@ def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: 
 
 def candidates(scheme: QuantScheme, shifts: int) -> int:
     """Logits of one weight, ``L``."""
-    if scheme.bits == 1:
-        return 1
-    return len(scheme.levels) if len(scheme.levels) <= 4 else 2 * shifts + 1
+    return scheme.grid.candidates(shifts).logits
 
 
 def optimizer_state(model: ModelQuantization) -> float:

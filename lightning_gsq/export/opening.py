@@ -15,7 +15,9 @@ from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import model_fingerprint
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart, SchemeOverride
+from lightning_gsq.weights.assignment import SchemeOverride
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 _MODEL_SETTINGS = (
     # settings of a run that say what its weights are; the others say how they were trained

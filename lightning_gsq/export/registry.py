@@ -53,7 +53,7 @@ def format_of(name: str) -> ExportFormat:
     if name in _FORMATS:
         return _FORMATS[name]
     module, _, attribute = name.rpartition(".")
-    if module:
+    if module and all(part.isidentifier() for part in name.split(".")):
         return _imported(name, module, attribute)
     nearest = difflib.get_close_matches(name, _FORMATS, n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""

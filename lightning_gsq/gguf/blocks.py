@@ -1,14 +1,15 @@
 """Quantized tensors as ggml blocks: which block type holds a scheme exactly, and the bytes.
 
-A ggml block is an fp16 scale ``d`` and the codes of some consecutive weights of a row:
+Of ggml's types (:mod:`lightning_gsq.gguf.types.table`), these have one fp16 scale ``d`` a block and evenly spaced
+levels, as a scheme with flat groups has:
 
-| type | number | weights | bytes | value of code q          | where element j lies                                   |
-|------|--------|---------|-------|--------------------------|--------------------------------------------------------|
-| Q1_0 | 41     | 128     | 18    | +d if q else -d          | bit j % 8 of byte j / 8                                |
-| Q2_0 | 42     | 64      | 18    | (q - 1) d, q in 0 ... 3  | bits 2 (j % 4) of byte j / 4                           |
-| Q4_0 | 2      | 32      | 18    | (q - 8) d, q in 0 ... 15 | low half of byte j, and high half of byte j - 16       |
-| Q5_0 | 6      | 32      | 22    | (q - 16) d, q in 0 ... 31| as Q4_0, the fifth bit in bit j of a word before them  |
-| Q8_0 | 8      | 32      | 34    | q d, q signed            | byte j                                                 |
+| type | weights | value of a weight |
+|------|---------|-------------------|
+| Q1_0 | 128     | -d, d             |
+| Q2_0 | 64      | -d ... 2 d        |
+| Q4_0 | 32      | -8 d ... 7 d      |
+| Q5_0 | 32      | -16 d ... 15 d    |
+| Q8_0 | 32      | -128 d ... 127 d  |
 
 Nothing is rounded: where the group size is a multiple of the block's length (or one group covers the row), every block
 lies within one group and ``d`` is the group's scale. Q2_0 reaches from -1 to 2 and a 2-bit weight from -2 to 1, so that
@@ -17,57 +18,25 @@ its codes and its scale change sign. Where no block type fits, a :func:`projecti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.gguf.types.codec import decode as decode_stored
+from lightning_gsq.gguf.types.level_bytes import encode_levels
+from lightning_gsq.gguf.types.levels import GRIDS, LevelBlocks
+from lightning_gsq.gguf.types.table import TYPES, GgmlType
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
-Q2_0_NUMBER = 42
-"""The ``gguf`` package does not know this type."""
-SCALE_BYTES = 2
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """A ggml block type.
-
-    Args:
-        name: As llama.cpp calls it.
-        number: As it stands in a file.
-        length: Weights in a block.
-        num_bytes: Bytes of a block.
-        low: Smallest multiple of ``d``.
-        high: Largest multiple of ``d``.
-    """
-
-    name: str
-    number: int
-    length: int
-    num_bytes: int
-    low: int
-    high: int
-
-    def row_bytes(self, in_features: int) -> int:
-        """Bytes of a row of ``in_features`` weights, which are whole blocks."""
-        return in_features // self.length * self.num_bytes
-
-
-Q1_0 = BlockType("Q1_0", 41, 128, 18, -1, 1)
-Q2_0 = BlockType("Q2_0", Q2_0_NUMBER, 64, 18, -1, 2)
-Q4_0 = BlockType("Q4_0", 2, 32, 18, -8, 7)
-Q5_0 = BlockType("Q5_0", 6, 32, 22, -16, 15)
-Q8_0 = BlockType("Q8_0", 8, 32, 34, -128, 127)
+Q1_0, Q2_0, Q4_0, Q5_0, Q8_0 = (TYPES[name] for name in ("Q1_0", "Q2_0", "Q4_0", "Q5_0", "Q8_0"))
 BLOCK_TYPES = {kind.name: kind for kind in (Q1_0, Q2_0, Q4_0, Q5_0, Q8_0)}
 """From the smallest to the largest."""
 
 
-def exact_type(scheme: QuantScheme, in_features: int) -> BlockType | None:
+def exact_type(scheme: QuantScheme, in_features: int) -> GgmlType | None:
     """The smallest block type that holds such a weight without rounding, or None."""
     for kind in BLOCK_TYPES.values():
         if kind is Q1_0 and scheme.bits != 1:
@@ -76,12 +45,13 @@ def exact_type(scheme: QuantScheme, in_features: int) -> BlockType | None:
         low, high = (-scheme.high, -scheme.low) if mirrored else (scheme.low, scheme.high)
         whole = in_features % kind.length == 0
         aligned = scheme.num_groups(in_features) == 1 or scheme.group_length(in_features) % kind.length == 0
-        if kind.low <= low and high <= kind.high and whole and aligned:
+        levels = GRIDS[kind.name].levels
+        if levels[0] <= low and high <= levels[-1] and whole and aligned:
             return kind
     return None
 
 
-def encode(tensor: QuantizedTensor, kind: BlockType) -> np.ndarray:
+def encode(tensor: QuantizedTensor, kind: GgmlType) -> np.ndarray:
     """The bytes of a weight in a type that holds it exactly.
 
     Args:
@@ -95,23 +65,21 @@ def encode(tensor: QuantizedTensor, kind: BlockType) -> np.ndarray:
         ConfigurationError: a scale is no fp16 number.
         ValueError: the type does not hold this scheme.
     """
-    rows, columns = tensor.shape
+    columns = tensor.shape[1]
     if exact_type(tensor.scheme, columns) is None or columns % kind.length:
         raise ValueError(f"{kind.name} does not hold rows of {columns} weights at {tensor.scheme}")
-    codes = tensor.codes_OI.cpu().numpy().astype(np.int16)
-    scales = fp16_scales(tensor.scales_OG).numpy()
+    codes_OI, scales_OG = tensor.codes_OI.cpu().to(torch.int16), fp16_scales(tensor.scales_OG)
     if kind is Q2_0 and tensor.scheme.bits == 2:
-        codes, scales = -codes, -scales
-    if codes.min(initial=0) < kind.low or codes.max(initial=0) > kind.high:
-        raise ValueError(f"{kind.name} holds {kind.low} ... {kind.high}, got codes of {tensor.scheme}")
+        codes_OI, scales_OG = -codes_OI, -scales_OG
+    low, step, high = _spacing(kind)
+    if codes_OI.numel() and not (low <= int(codes_OI.min()) and int(codes_OI.max()) <= high):
+        raise ValueError(f"{kind.name} holds {low} ... {high}, got codes of {tensor.scheme}")
     blocks_per_group = max(1, tensor.scheme.group_length(columns) // kind.length)
-    d = np.repeat(scales, blocks_per_group, axis=1)[:, : columns // kind.length]
-    q = codes.reshape(rows, -1, kind.length)
-    parts = [np.ascontiguousarray(d, "<f2")[..., None].view(np.uint8), *_pack(q, kind)]
-    return np.concatenate(parts, axis=-1).reshape(rows, -1)
+    d_OB = scales_OG.repeat_interleave(blocks_per_group, dim=1)[:, : columns // kind.length]
+    return encode_levels(LevelBlocks(kind, (codes_OI - low) // step, d_OB))
 
 
-def decode(raw: np.ndarray, kind: BlockType) -> tuple[Tensor, Tensor]:
+def decode(raw: np.ndarray, kind: GgmlType) -> tuple[Tensor, Tensor]:
     """Inverse of :func:`encode`, up to the sign of a mirrored grid.
 
     Args:
@@ -124,32 +92,13 @@ def decode(raw: np.ndarray, kind: BlockType) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the rows are no whole blocks.
     """
-    if raw.dtype != np.uint8 or raw.ndim != 2 or raw.shape[1] % kind.num_bytes:
-        raise ValueError(
-            f"expected rows of {kind.num_bytes}-byte {kind.name} blocks, got {raw.dtype} of shape {raw.shape}"
-        )
-    blocks = raw.reshape(len(raw), -1, kind.num_bytes)
-    d = np.ascontiguousarray(blocks[..., :SCALE_BYTES]).view("<f2")[..., 0].astype(np.float16)
-    q = _unpack(blocks[..., SCALE_BYTES:], kind)
-    return torch.from_numpy(q.reshape(len(raw), -1)), torch.from_numpy(d)
+    stored = decode_stored(raw, kind)
+    assert isinstance(stored, LevelBlocks)
+    low, step, _ = _spacing(kind)
+    return stored.codes_OI.to(torch.int16) * step + low, stored.d_OB
 
 
-def dequantize(raw: np.ndarray, number: int) -> Tensor:
-    """The dense fp32 values ``O I`` of the bytes of any type that this module or the ``gguf`` package knows.
-
-    Args:
-        raw: uint8, ``O row_bytes``.
-        number: ggml's number of the type.
-    """
-    for kind in BLOCK_TYPES.values():
-        if kind.number == number:
-            q_OI, d_OG = decode(raw, kind)
-            return q_OI.float() * d_OG.float().repeat_interleave(kind.length, dim=1)
-    values = gguf.quants.dequantize(np.ascontiguousarray(raw), gguf.GGMLQuantizationType(number))
-    return torch.from_numpy(np.array(values, np.float32))
-
-
-def projection(w_OI: Tensor, kind: BlockType) -> np.ndarray:
+def projection(w_OI: Tensor, kind: GgmlType) -> np.ndarray:
     """The bytes of a dense weight rounded to a type's own grid, with llama.cpp's rounding.
 
     Args:
@@ -178,35 +127,7 @@ def fp16_scales(scales: Tensor) -> Tensor:
     return half
 
 
-def _pack(q: np.ndarray, kind: BlockType) -> list[np.ndarray]:
-    """Codes ``O G length`` as the bytes after the scale."""
-    half = kind.length // 2
-    if kind is Q1_0:
-        return [np.packbits(q > 0, axis=-1, bitorder="little")]
-    if kind is Q2_0:
-        fours = (q + 1).astype(np.uint8).reshape(*q.shape[:-1], -1, 4)
-        return [fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6]
-    if kind is Q8_0:
-        return [q.astype(np.int8).view(np.uint8)]
-    unsigned = (q - kind.low).astype(np.uint8)
-    low = unsigned & 15
-    nibbles = low[..., :half] | low[..., half:] << 4
-    if kind is Q4_0:
-        return [nibbles]
-    return [np.packbits(unsigned >> 4, axis=-1, bitorder="little"), nibbles]
-
-
-def _unpack(data: np.ndarray, kind: BlockType) -> np.ndarray:
-    """Inverse of :func:`_pack`: int16 multiples of ``d``, ``O G length``."""
-    if kind is Q1_0:
-        return 2 * np.unpackbits(data, axis=-1, bitorder="little").astype(np.int16) - 1
-    if kind is Q2_0:
-        fours = np.stack([data >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
-        return fours.reshape(*data.shape[:-1], -1).astype(np.int16) - 1
-    if kind is Q8_0:
-        return np.ascontiguousarray(data).view(np.int8).astype(np.int16)
-    nibbles = data[..., -kind.length // 2 :]
-    unsigned = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).astype(np.int16)
-    if kind is Q5_0:
-        unsigned |= np.unpackbits(data[..., :4], axis=-1, bitorder="little").astype(np.int16) << 4
-    return unsigned + kind.low
+def _spacing(kind: GgmlType) -> tuple[int, int, int]:
+    """The lowest level, the distance between two, and the highest."""
+    levels = GRIDS[kind.name].levels
+    return levels[0], levels[1] - levels[0], levels[-1]

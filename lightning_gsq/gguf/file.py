@@ -1,9 +1,9 @@
-"""The GGUF container: key-values, a table of tensors, their bytes.
+"""The GGUF container, read: key-values, a table of tensors, their bytes. See :mod:`lightning_gsq.gguf.write` too.
 
-Writing goes through the ``gguf`` package, tensor by tensor. Reading is our own, because that package's reader refuses
-files with a type it does not know (Q2_0), and because a file from elsewhere is not to be trusted: every count, length,
-type and offset is checked against the file's size before it is used, so that a truncated or hostile file ends in a
-:class:`ConfigurationError` and never in a large allocation or in bytes outside of the file.
+Reading is our own, because the ``gguf`` package's reader refuses files with a type it does not know (Q2_0), and because
+a file from elsewhere is not to be trusted: every count, length, type and offset is checked against the file's size
+before it is used, so that a truncated or hostile file ends in a :class:`ConfigurationError` and never in a large
+allocation or in bytes outside of the file.
 
     magic, version, number of tensors, number of key-values
     key-values      key, type, value
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,16 +24,18 @@ import numpy as np
 from gguf import GGUFValueType
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.gguf.blocks import BLOCK_TYPES
+from lightning_gsq.gguf.types.table import TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_ALIGNMENT = 4, 65535, 1 << 16
-BLOCK_SIZES = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()} | {
-    kind.number: (kind.length, kind.num_bytes) for kind in BLOCK_TYPES.values()
+BLOCK_SIZES = {
+    **{int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()},
+    **{kind.number: (kind.length, kind.num_bytes) for kind in TYPES.values()},
+    int(gguf.GGMLQuantizationType.Q8_1): (32, 36),  # two fp16 numbers; the package counts two of fp32
 }
 """Weights and bytes of a block, by the type's number."""
-_NUMBERS = {
+NUMBERS = {
     GGUFValueType.UINT8: "<B",
     GGUFValueType.INT8: "<b",
     GGUFValueType.UINT16: "<H",
@@ -81,29 +82,6 @@ class StoredTensor:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written.
-
-    Args:
-        name: Its name in the file.
-        shape: Rows first.
-        number: ggml's number of its type.
-        content: Makes its bytes, as an array of any shape; called once, when its turn comes.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    number: int
-    content: Callable[[], np.ndarray]
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size in the file."""
-        length, size = BLOCK_SIZES[self.number]
-        return math.prod(self.shape) // length * size
-
-
 class GGUFFile:
     """A file that was read: its fields and where its tensors lie.
 
@@ -146,7 +124,7 @@ class _Cursor:
         return self.data[self.position - count : self.position]
 
     def number(self, kind: GGUFValueType) -> Any:
-        form = _NUMBERS[kind]
+        form = NUMBERS[kind]
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def text(self, limit: int | None = None) -> str:
@@ -180,7 +158,7 @@ class _Cursor:
             if count > len(self.data) // 8:  # each has its length before it
                 self.fail(f"an array of {count} texts")
             return Field([self.text() for _ in range(count)], kind, element)
-        form = np.dtype(_NUMBERS[element])
+        form = np.dtype(NUMBERS[element])
         return Field(np.frombuffer(self.take(count * form.itemsize), form).tolist(), kind, element)
 
 
@@ -234,40 +212,3 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, StoredTensor]:
     if min(shape) < 1 or shape[-1] % length:
         cursor.fail(f"the tensor {name!r} of shape {shape} is no whole blocks of {length}")
     return name, StoredTensor(shape, number, offset, math.prod(shape) // length * size)
-
-
-def write_gguf(path: Path, fields: Mapping[str, Field], tensors: Iterable[NewTensor]) -> None:
-    """Writes a file, one tensor in memory at a time.
-
-    Args:
-        path: The file.
-        fields: ``general.architecture`` among them.
-        tensors: In the order in which they are to lie in the file.
-    """
-    tensors = list(tensors)
-    architecture = fields["general.architecture"].value
-    writer = gguf.GGUFWriter(path, architecture)
-    try:
-        for key, field in fields.items():
-            # The first is written by the writer itself; an empty list has no form in its files.
-            if key != "general.architecture" and field.value != []:
-                writer.add_key_value(key, field.value, field.kind, field.element)
-        for tensor in tensors:
-            # The number rather than its enum, which lacks Q2_0; any dtype other than uint8 leaves the shape as it is.
-            writer.add_tensor_info(
-                tensor.name,
-                tensor.shape,
-                np.dtype(np.int8),
-                tensor.num_bytes,
-                raw_dtype=tensor.number,  # type: ignore[arg-type]
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tensors:
-            content = np.ascontiguousarray(tensor.content())
-            if content.nbytes != tensor.num_bytes:
-                raise ValueError(f"{tensor.name} takes {tensor.num_bytes} bytes in the file, got {content.nbytes}")
-            writer.write_tensor_data(content)
-    finally:
-        writer.close()

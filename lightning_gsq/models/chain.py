@@ -30,13 +30,11 @@ class BlockCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> BlockCall:
-        """A copy on ``device``, its floating-point tensors in ``dtype``."""
+    def to(self, device: torch.device) -> BlockCall:
+        """A copy on ``device``."""
 
         def move(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(device, dtype if value.is_floating_point() else None)
+            return value.to(device) if isinstance(value, Tensor) else value
 
         return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs))
 

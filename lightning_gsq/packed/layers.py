@@ -66,7 +66,7 @@ class PackedWeight(nn.Module):
         """Keyword arguments of the packed ops."""
         in_features = self.site.in_features
         return {
-            "bits": self.scheme.bits,
+            "bits": self.scheme.storage_bits,
             "in_features": in_features,
             "group_length": self.scheme.group_length(in_features),
         }
@@ -83,12 +83,12 @@ class PackedWeight(nn.Module):
         """
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("the scales are not all finite")
-        if self.scheme.bits == "ternary":
+        if self.scheme.grid.gaps:
             # Of the four codes of two bits, 0 is no level: every code has a bit set. Tested on whole words, where
             # the mask has the lower bit of each code that is not padding.
             mask_W = pack(torch.ones(1, self.site.in_features, dtype=torch.uint8), 2)[0].to(self.codes.device)
             if not bool(((self.codes | self.codes >> 1) & mask_W == mask_W).all()):
-                raise ValueError(f"a code lies below the lowest level {self.scheme.low} of a {self.scheme} weight")
+                raise ValueError(f"a code lies below the lowest level {self.scheme.grid.low} of a {self.scheme} weight")
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

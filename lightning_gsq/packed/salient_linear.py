@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.ops.packed_linear import packed_linear
 from lightning_gsq.packed.layers import made_on_demand, new_bias
-from lightning_gsq.weights.packing import unpack
+from lightning_gsq.weights.mixed import other_columns
+from lightning_gsq.weights.packing import index_bits, unpack, unpack_flat
 from lightning_gsq.weights.quantized import QuantizedWeight
-from lightning_gsq.weights.salient import index_bits, other_columns, unpack_flat, unpack_weight
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.stored import unpack_weight
 
 PARTS = {"columns", "codes", "scales", "table", "members", "salient_codes", "salient_scales", "signs", "bitmap"}
 SCALES = {"scales", "table", "salient_scales"}
@@ -152,7 +153,7 @@ class SageLinear(nn.Module):
             return y
         assert self.scheme.salient is not None
         salient = x.index_select(-1, self.columns_K)
-        grid = self.scheme.salient.scheme
+        grid = self.scheme.salient_scheme
         return y + _product(salient, parts["salient_codes"], parts["salient_scales"], None, grid)
 
     def look_up(self) -> None:
@@ -182,6 +183,6 @@ class SageLinear(nn.Module):
 
 
 def _product(x: Tensor, words_OW: Tensor, scales_OG: Tensor, bias_O: Tensor | None, scheme: QuantScheme) -> Tensor:
-    in_features = x.shape[-1]
-    length = scheme.group_length(in_features)
-    return packed_linear(x, words_OW, scales_OG, bias_O, bits=scheme.bits, in_features=in_features, group_length=length)
+    columns = x.shape[-1]
+    bits, length = scheme.storage_bits, scheme.group_length(columns)
+    return packed_linear(x, words_OW, scales_OG, bias_O, bits=bits, in_features=columns, group_length=length)

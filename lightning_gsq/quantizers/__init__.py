@@ -1,10 +1,24 @@
-"""Quantizers: warm starts, and the Gumbel quantizer that trains from them."""
+"""Float to codes? Warm starts, and the Gumbel quantizer that trains from them.
+
+warm_start     what a warm start gets and gives
+scale_search   the scale of a group
+rtn            round to nearest
+gptq           column by column, with error feedback
+dual_mode      least-squares scales; the published quantizer of the element layout
+from_file      codes and scales of a GGUF file
+gumbel         a trainable choice of levels
+salient_start  warm start of a matrix with salient columns
+salient        both parts of such a matrix as trainable choices
+statistics     second moments of the inputs of linear weights
+"""
 
 from lightning_gsq.quantizers.dual_mode import DualMode
 from lightning_gsq.quantizers.from_file import FromFile
+from lightning_gsq.quantizers.gptq import GPTQ
 from lightning_gsq.quantizers.gumbel import GumbelOptions, GumbelQuantizer
+from lightning_gsq.quantizers.rtn import RTN
 from lightning_gsq.quantizers.statistics import InputStatistics
-from lightning_gsq.quantizers.warm_start import GPTQ, RTN, Matrix, Start, WarmStart
+from lightning_gsq.quantizers.warm_start import Matrix, Start, WarmStart
 
 __all__ = [
     "GPTQ",

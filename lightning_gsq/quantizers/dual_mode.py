@@ -16,8 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gsq.quantizers.warm_start import GPTQ, TINY, Start, nearest_level, round_groups, search_scale
-from lightning_gsq.weights.salient import ElementTensor
+from lightning_gsq.quantizers.gptq import GPTQ
+from lightning_gsq.quantizers.rtn import round_groups
+from lightning_gsq.quantizers.scale_search import TINY, search_scale
+from lightning_gsq.quantizers.warm_start import Start
+from lightning_gsq.weights.element import ElementTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
 MAX_ROUNDS = 100
@@ -93,11 +96,11 @@ def quantize_elements(
     table = groups.scalars_n
     if len(table) < scheme.salient.scale_groups:  # fewer distinct magnitudes than groups
         table = torch.cat([table, table[-1:].expand(scheme.salient.scale_groups - len(table))])
-    grid = scheme.salient.scheme
+    salient = scheme.salient_scheme
     # A zero is represented without error whatever the scale is: the other weights of a row have no say.
     salient_OI = torch.where(mask_OI, w_OI, 0)
-    s_O = fit_scale(salient_OI, grid, moment_I)
-    codes_OI = nearest_level(salient_OI / s_O[:, None], grid)
+    s_O = fit_scale(salient_OI, salient, moment_I)
+    codes_OI = salient.grid.nearest(salient_OI / s_O[:, None])
     return ElementTensor(
         mask_OI=mask_OI,
         salient_codes=codes_OI[mask_OI].to(torch.int8),
@@ -121,12 +124,12 @@ def fit_scale(w_OC: Tensor, scheme: QuantScheme, moment_C: Tensor | None = None)
         fp32 scales ``O``, never zero.
     """
     h_C = torch.ones_like(w_OC[0]) if moment_C is None else moment_C + TINY * moment_C.mean() + TINY
-    if scheme.bits == 1:
+    if scheme.grid.binary:
         return ((w_OC.abs() @ h_C) / h_C.sum()).clamp_min(TINY)
     s_O = search_scale(w_OC, scheme, h_C)
     error = torch.inf
     for _ in range(MAX_ROUNDS):
-        q_OC = nearest_level(w_OC / s_O[:, None], scheme)
+        q_OC = scheme.grid.nearest(w_OC / s_O[:, None])
         power_O = q_OC.square() @ h_C
         s_O = torch.where(power_O > 0, (w_OC * q_OC) @ h_C / power_O.clamp_min(1e-30), s_O)
         s_O = torch.where(s_O.abs() < TINY, TINY, s_O)

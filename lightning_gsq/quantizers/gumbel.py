@@ -87,9 +87,8 @@ class GumbelQuantizer(nn.Module):
         self.temperature, self.logit_scale, self.hard = 1.0, 1.0, False
         self.register_buffer("start_codes", start.codes_OI)
         self.register_buffer("start_scales", start.scales_OG.float())
-        self.local = len(scheme.levels) > 4
-        reach = range(-options.shifts, options.shifts + 1)
-        self.levels = tuple(float(level) for level in (reach if self.local else scheme.levels))
+        candidates = scheme.grid.candidates(options.shifts)
+        self.local, self.levels = candidates.local, tuple(float(level) for level in candidates.levels)
         """The candidates: levels of the grid, or shifts around the start's code."""
         self.logits = nn.Parameter(self._initial_logits(start, generator).to(getattr(torch, options.logits_dtype)))
         self.log_scale = nn.Parameter(torch.zeros_like(self.start_scales))
@@ -160,24 +159,22 @@ class GumbelQuantizer(nn.Module):
         return -torch.xlogy(p_LOI, p_LOI).sum(0) / torch.log(torch.tensor(2.0))
 
     def _initial_logits(self, start: Start, generator: torch.Generator) -> Tensor:
-        alpha = (
-            self.options.alpha if self.options.alpha is not None else (3.0 if self.scheme.bits == "ternary" else 6.0)
-        )
-        sigma = self.options.sigma
+        grid, sigma = self.scheme.grid, self.options.sigma
+        alpha = grid.confidence if self.options.alpha is None else self.options.alpha
         origin_OI = start.codes_OI.float()
         if self.options.center == "position":
             # Beyond the grid's ends a position means nothing more than the end itself.
-            origin_OI = start.position_OI.clamp(self.scheme.low - 0.5, self.scheme.high + 0.5)
+            origin_OI = start.position_OI.clamp(grid.low - 0.5, grid.high + 0.5)
         levels_LOI = torch.tensor(self.levels, device=origin_OI.device).view(-1, 1, 1)
         if self.local:
             levels_LOI = levels_LOI + start.codes_OI
-        inside_LOI = (levels_LOI >= self.scheme.low) & (levels_LOI <= self.scheme.high)
+        inside_LOI = (levels_LOI >= grid.low) & (levels_LOI <= grid.high)
         affinity_LOI = -0.5 * (levels_LOI - origin_OI).square()
         count_OI = inside_LOI.sum(0)
         affinity_LOI -= torch.where(inside_LOI, affinity_LOI, 0).sum(0) / count_OI
-        shape = (1, *origin_OI.shape) if self.scheme.bits == 1 else affinity_LOI.shape
+        shape = (1, *origin_OI.shape) if grid.binary else affinity_LOI.shape
         noise = torch.randn(shape, generator=generator).to(origin_OI.device)
-        if self.scheme.bits == 1:
+        if grid.binary:
             # One logit stands for the pair (-l, +l): half the difference of the two.
             return sigma * (noise + alpha * 0.5 * (affinity_LOI[1:] - affinity_LOI[:1]))
         return torch.where(inside_LOI, sigma * (noise + alpha * affinity_LOI), -torch.inf)

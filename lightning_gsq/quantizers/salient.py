@@ -16,7 +16,7 @@ from lightning_gsq.quantizers import GumbelOptions, GumbelQuantizer
 from lightning_gsq.quantizers.salient_start import MixedStart, mixed_tensor
 from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.system.seeding import seed_of
-from lightning_gsq.weights.salient import MixedTensor, merge_order
+from lightning_gsq.weights.mixed import MixedTensor, merge_order
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -43,10 +43,10 @@ class MixedQuantizer(nn.Module):
         self.rest = GumbelQuantizer(start.rest, scheme.plain, options, generator)
         self.salient, self.fixed = None, None
         if start.salient is not None and scheme.salient.trained:
-            self.salient = GumbelQuantizer(start.salient, scheme.salient.scheme, options, generator)
+            self.salient = GumbelQuantizer(start.salient, scheme.salient_scheme, options, generator)
         elif start.salient is not None:
             self.fixed = start.salient
-            dense = quantized(start.salient, scheme.salient.scheme, torch.float32).dequantize()
+            dense = quantized(start.salient, scheme.salient_scheme, torch.float32).dequantize()
             self.register_buffer("fixed_OK", dense)
         self.register_buffer("columns_K", start.columns_K)
         self.register_buffer("order_I", merge_order(start.columns_K, start.rest.codes_OI.shape[1]))

@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_gsq.quantizers import Start, WarmStart
 from lightning_gsq.quantizers.dual_mode import group_scalars
 from lightning_gsq.quantizers.warm_start import quantized, stack
+from lightning_gsq.weights.mixed import MixedTensor, other_columns
 from lightning_gsq.weights.quantized import QuantizedTensor
-from lightning_gsq.weights.salient import MixedTensor, other_columns
 from lightning_gsq.weights.scheme import QuantScheme
 
 Coded = tuple[Tensor, Tensor]
@@ -58,7 +58,7 @@ def mixed_start(
     rest_OR, salient_OK = w_OI[:, rest_R], w_OI[:, columns_K]
     if hessian_II is None:
         rest = warm_start(rest_OR, None, scheme.plain)
-        salient = warm_start(salient_OK, None, scheme.salient.scheme) if len(columns_K) else None
+        salient = warm_start(salient_OK, None, scheme.salient_scheme) if len(columns_K) else None
         return MixedStart(columns_K, rest, salient)
     h_RR = hessian_II[rest_R][:, rest_R]
     if not len(columns_K):
@@ -72,7 +72,7 @@ def mixed_start(
     schur_RR = torch.where(dead_R[:, None] | dead_R, 0, (schur_RR + schur_RR.T) / 2)
     rest = warm_start(rest_OR, schur_RR, scheme.plain)
     error_OR = rest_OR - quantized(rest, scheme.plain, torch.float32).dequantize()
-    salient = warm_start(salient_OK + error_OR @ transfer_RK, h_KK, scheme.salient.scheme)
+    salient = warm_start(salient_OK + error_OR @ transfer_RK, h_KK, scheme.salient_scheme)
     return MixedStart(columns_K, rest, salient)
 
 
@@ -89,7 +89,7 @@ def mixed_tensor(
     assert scheme.salient is not None
     own = None
     if salient is not None:
-        own = QuantizedTensor(salient[0], salient[1].to(scale_dtype), scheme.salient.scheme)
+        own = QuantizedTensor(salient[0], salient[1].to(scale_dtype), scheme.salient_scheme)
     count = scheme.salient.scale_groups
     if not isinstance(count, int):
         plain = QuantizedTensor(rest[0], rest[1].to(scale_dtype), scheme.plain)

@@ -9,7 +9,8 @@ from lightning_gsq.models.chain import check_chain, find_blocks, run_block, trac
 from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
 from lightning_gsq.models.probe import probe_ids
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.scheme import QuantScheme, assign_schemes
+from lightning_gsq.weights.assignment import assign_schemes
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ killed begins anew, from the blocks' result and with the teacher's stored tokens
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +21,16 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_gsq.callbacks import EndToEndProgress
-from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.head import find_head
-from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.blocks import to_cpu
-from lightning_gsq.run.folder import RunFolder, compare
-from lightning_gsq.run.recipe import WATCHERS
+from lightning_gsq.run.folder import Blocks, RunFolder, compare
+from lightning_gsq.run.matrices import to_cpu
+from lightning_gsq.run.run import Run
 from lightning_gsq.system.fingerprint import fingerprint
-from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.system.sharding import private_copy
 from lightning_gsq.training import EndToEndOptions, EndToEndQuantization, ModelQuantization
 from lightning_gsq.training.teacher import StoredTeacher
-from lightning_gsq.weights.quantized import QuantizedWeight
 
 BESIDE_THE_RESULT = {"recompute", "chunk", "strategy"}
 """Settings that change what the phase costs, not what it finds."""
@@ -113,100 +107,37 @@ def _refuse_another(
 
 
 def run_end_to_end(
-    model: ModelQuantization,
-    data: CalibrationDataModule,
-    plan: list[BlockPlan],
-    start: list[dict[str, QuantizedWeight]],
-    options: EndToEndOptions,
-    settings: dict[str, Any],
-    folder: RunFolder,
-    make_trainer: Callable[..., Trainer],
-    seed: int,
-    say: Callable[[str], None],
-    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    run: Run, start: list[Blocks], options: EndToEndOptions, settings: dict[str, Any], progress: Callback | None = None
 ) -> EndToEndResult:
     """Trains the quantized model end to end, or reads what a finished phase left.
 
     Args:
-        model: The full-precision model and the settings of its quantization.
-        data: Calibration sequences, tokenised.
-        plan: The quantized weights of each block.
-        start: Their codes and scales so far.
+        run: The run.
+        start: Codes and scales of each planned block so far.
         options: What trains and how.
         settings: The same as plain data, to be kept with the result.
-        folder: The run folder.
-        make_trainer: Makes a Trainer with the user's settings, some of them replaced.
-        seed: Seed of everything random.
-        say: Prints a line for the user.
-        ranks: This process among those that share the sequences.
+        progress: Shows how far the phase is.
 
     Raises:
         ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
     """
     settings = _kept(settings)
-    blocks = fingerprint(part for own in start for t in own.values() for part in t.parts())
-    known = folder.read_dense("end_to_end")
-    if ranks.agree(known is not None):
-        assert known is not None
-        dense, report = known
-        _refuse_another(folder, report, settings, blocks)
+    blocks = fingerprint(part for tensors in start for tensor in tensors.values() for part in tensor.parts())
+    finished = run.folder.read_dense("end_to_end")
+    if run.ranks.agree(finished is not None):
+        assert finished is not None
+        dense, report = finished
+        _refuse_another(run.folder, report, settings, blocks)
         return EndToEndResult(report, dense)
 
     began = time.perf_counter()
     # What an earlier end of this phase left behind, if its file was deleted, is not true of the coming one.
-    perplexity = folder.progress.get("perplexity", {})
-    folder.update_progress(perplexity={k: v for k, v in perplexity.items() if k != "end_to_end"}, model=None)
-    callbacks: list[Callback] = make_trainer().callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
-    quiet = [callback for callback in callbacks if not isinstance(callback, WATCHERS)]
-    own: dict[str, Any] = {}
-    if options.accumulate_grad_batches is not None:
-        own["accumulate_grad_batches"] = options.accumulate_grad_batches
-    spread = _is_spread(options, ranks.world)
-    if spread:
-        own["strategy"] = options.strategy
-    batches = max(1, data.num_sequences // ranks.world // options.batch_size)
-    trainer = make_trainer(
-        max_epochs=options.max_epochs,
-        max_steps=options.max_steps,
-        val_check_interval=max(1, batches // options.validations),
-        check_val_every_n_epoch=None,  # counts batches across passes, however few a pass has
-        callbacks=[*quiet, EndToEndProgress()],
-        **own,
-    )
-    module = EndToEndQuantization(
-        private_copy(model.network) if spread else model.network,
-        {
-            own.index: {site: tensors[site.name] for site in own.weights}
-            for own, tensors in zip(plan, start, strict=True)
-        },
-        options,
-        model.gumbel,
-        seed,
-    )
-    sequences: Dataset[Any] = TensorDataset(data.train_ids_NT)
-    if options.top_k is not None:
-        key = {
-            "text": fingerprint([data.train_ids_NT]),
-            "temperature": str(options.temperature),
-            "top_k": str(options.top_k),
-        }
-        sequences = module.stored = StoredTeacher(folder.root / "teacher", data.train_ids_NT, options.top_k, key)
-    own_numbers = ranks.share(torch.arange(data.num_sequences)).tolist()
-    loader = DataLoader(
-        Subset(sequences, own_numbers),
-        batch_size=options.batch_size,
-        shuffle=True,
-        generator=generator_of(seed, "end_to_end", "order", *([ranks.rank] if ranks.rank else [])),
-        drop_last=len(own_numbers) >= options.batch_size,
-    )
-    held_out = DataLoader(TensorDataset(ranks.share(data.validation_ids_NT, even=False)), batch_size=options.batch_size)
-    (found,) = trainer.validate(module, held_out, verbose=False)
-    start_loss = float(found["end_to_end/val_loss"])
-    trainer.fit(module, loader, held_out)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if module.validated_step != trainer.global_step:
-        trainer.validate(module, held_out, verbose=False)
+    perplexity = run.folder.progress.get("perplexity", {})
+    run.folder.update_progress(perplexity={k: v for k, v in perplexity.items() if k != "end_to_end"}, model=None)
+    trainer = _trainer(run, options, [] if progress is None else [progress])
+    module = _module(run, start, options)
+    training, held_out = _batches(run, module, options)
+    start_loss = _train(trainer, module, training, held_out)
     rejected = not module.best_loss < start_loss
     module.restore_best()
     dense = {} if rejected else module.dense()
@@ -220,13 +151,83 @@ def run_end_to_end(
         "blocks": blocks,
     }
     if rejected:
-        say(
+        run.say(
             f"The end-to-end phase did not lower the held-out loss of {start_loss:.4g} (it ended at "
             f"{module.last_loss:.4g}): the result of the blocks stands"
         )
     else:
         for index, tensors in module.tensors():
-            folder.write_block("end_to_end", index, {n: to_cpu(t) for n, t in tensors.items()})
-    folder.write_dense("end_to_end", dense, report)
-    ranks.wait()
+            run.folder.write_block("end_to_end", index, {n: to_cpu(t) for n, t in tensors.items()})
+    run.folder.write_dense("end_to_end", dense, report)
+    run.ranks.wait()
     return EndToEndResult(report, dense)
+
+
+def _trainer(run: Run, options: EndToEndOptions, watching: list[Callback]) -> Trainer:
+    """The phase's Trainer: the user's, with this phase's lengths, and without what is for blocks alone."""
+    callbacks: list[Callback] = run.make_trainer().callbacks  # type: ignore[attr-defined]  # Lightning's connector
+    replaced: dict[str, Any] = {}
+    if options.accumulate_grad_batches is not None:
+        replaced["accumulate_grad_batches"] = options.accumulate_grad_batches
+    if _is_spread(options, run.ranks.world):
+        replaced["strategy"] = options.strategy
+    batches = max(1, run.data.num_sequences // run.ranks.world // options.batch_size)
+    return run.make_trainer(
+        max_epochs=options.max_epochs,
+        max_steps=options.max_steps,
+        val_check_interval=max(1, batches // options.validations),
+        check_val_every_n_epoch=None,  # counts batches across passes, however few a pass has
+        callbacks=[*(c for c in callbacks if not getattr(c, "blocks_only", False)), *watching],
+        **replaced,
+    )
+
+
+def _module(run: Run, start: list[Blocks], options: EndToEndOptions) -> EndToEndQuantization:
+    network = run.model.network
+    return EndToEndQuantization(
+        private_copy(network) if _is_spread(options, run.ranks.world) else network,
+        {
+            plan.index: {site: tensors[site.name] for site in plan.weights}
+            for plan, tensors in zip(run.plan, start, strict=True)
+        },
+        options,
+        run.model.gumbel,
+        run.seed,
+    )
+
+
+def _batches(
+    run: Run, module: EndToEndQuantization, options: EndToEndOptions
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """This process's training batches and held-out ones; where tokens of the teacher are stored, they come along."""
+    train_ids_NT, ranks = run.data.train_ids_NT, run.ranks
+    sequences: Dataset[Any] = TensorDataset(train_ids_NT)
+    if options.top_k is not None:
+        key = {
+            "text": fingerprint([train_ids_NT]),
+            "temperature": str(options.temperature),
+            "top_k": str(options.top_k),
+        }
+        sequences = module.stored = StoredTeacher(run.folder.root / "teacher", train_ids_NT, options.top_k, key)
+    numbers = ranks.share(torch.arange(run.data.num_sequences)).tolist()
+    training: DataLoader[Any] = DataLoader(
+        Subset(sequences, numbers),
+        batch_size=options.batch_size,
+        shuffle=True,
+        generator=generator_of(run.seed, "end_to_end", "order", *([ranks.rank] if ranks.rank else [])),
+        drop_last=len(numbers) >= options.batch_size,
+    )
+    return training, DataLoader(TensorDataset(run.validation_ids_NT), batch_size=options.batch_size)
+
+
+def _train(
+    trainer: Trainer, module: EndToEndQuantization, training: DataLoader[Any], held_out: DataLoader[Any]
+) -> float:
+    """Trains; returns the held-out loss before it."""
+    (before,) = trainer.validate(module, held_out, verbose=False)
+    trainer.fit(module, training, held_out)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, held_out, verbose=False)
+    return float(before["end_to_end/val_loss"])

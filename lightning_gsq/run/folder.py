@@ -26,8 +26,9 @@ from torch import Tensor
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.system.files import write_atomically
 from lightning_gsq.weights.quantized import QuantizedWeight
-from lightning_gsq.weights.salient import unpack_weight
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.stored import unpack_weight
 
 Blocks = dict[str, QuantizedWeight]
 

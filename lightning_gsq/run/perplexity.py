@@ -32,8 +32,8 @@ from lightning_gsq.models.chain import BlockCall, check_chain, embed, find_block
 from lightning_gsq.models.head import TOLERANCE, find_head, last_hidden
 from lightning_gsq.models.probe import probe_ids
 from lightning_gsq.ops.distillation import Head
-from lightning_gsq.run.blocks import FORWARD_TOKENS
-from lightning_gsq.run.hidden_states import ActivationOptions, ActivationStore
+from lightning_gsq.run.forward_passes import embed_all, hidden_store, pass_through, sequences_at_once
+from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training import ModelQuantization
@@ -176,12 +176,12 @@ class BlockwisePerplexity:
             trainer: Gives the device and the precision.
             activations: How hidden states are kept.
         """
-        device, size = trainer.strategy.root_device, max(1, FORWARD_TOKENS // ids_NT.shape[1])
+        device, size = trainer.strategy.root_device, sequences_at_once(ids_NT.shape[1])
         metric = model.negative_log_likelihood.to(device)
-        with trainer.precision_plugin.forward_context(), self._embedded(ids_NT, activations, size) as hidden:
+        with trainer.precision_plugin.forward_context(), self._embedded(ids_NT, activations) as hidden:
             hidden_NTD, dtype = hidden
             for block, call in zip(self.blocks, self._calls(ids_NT[:1]), strict=True):
-                dtype = _pass_through(block, call, hidden_NTD, dtype, device, size)
+                dtype = _pass_through(block, call, hidden_NTD, dtype, device)
             head = self._head(device)
             for part in slices(len(ids_NT), size):
                 last_BTD = self._finish(ids_NT[part], hidden_NTD[part].to(dtype))
@@ -195,19 +195,13 @@ class BlockwisePerplexity:
         return perplexity
 
     @contextmanager
-    def _embedded(
-        self, ids_NT: Tensor, activations: ActivationOptions, size: int
-    ) -> Iterator[tuple[Tensor, torch.dtype]]:
+    def _embedded(self, ids_NT: Tensor, activations: ActivationOptions) -> Iterator[tuple[Tensor, torch.dtype]]:
         """The inputs of the first block, as they are kept, and the dtype that the model gives them."""
         first_BTD = embed(self.network, ids_NT[:1])
-        store = ActivationStore((*ids_NT.shape, first_BTD.shape[-1]), activations, streams=1)
-        try:
+        with hidden_store((*ids_NT.shape, first_BTD.shape[-1]), activations, streams=1) as store:
             hidden_NTD = store.new()
-            for part in slices(len(ids_NT), size):
-                hidden_NTD[part] = embed(self.network, ids_NT[part]).to(hidden_NTD)
+            embed_all(self.network, ids_NT, hidden_NTD)
             yield hidden_NTD, first_BTD.dtype
-        finally:
-            store.close()
 
     def _head(self, device: torch.device) -> Head:
         """The head as it is now, on the device, in the dtype that its product is computed in."""
@@ -254,7 +248,7 @@ class BlockwisePerplexity:
 
 
 def _pass_through(
-    block: nn.Module, call: BlockCall, hidden_NTD: Tensor, dtype: torch.dtype, device: torch.device, size: int
+    block: nn.Module, call: BlockCall, hidden_NTD: Tensor, dtype: torch.dtype, device: torch.device
 ) -> torch.dtype:
     """Replaces all hidden states by the block's output; returns the dtype that the block computed them in.
 
@@ -262,10 +256,9 @@ def _pass_through(
     """
     weights = {name: _fetch(t, device) for name, t in [*block.named_parameters(), *block.named_buffers()]}
     call = call.to(device)
-    for part in slices(len(hidden_NTD), size):
-        output_BTD = run_block(block, _fetch(hidden_NTD[part], device, dtype), call, weights)
-        hidden_NTD[part] = output_BTD.to(hidden_NTD)
-    return output_BTD.dtype
+    return pass_through(
+        lambda hidden: run_block(block, _fetch(hidden, device, dtype), call, weights), hidden_NTD, hidden_NTD
+    )
 
 
 def _fetch(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

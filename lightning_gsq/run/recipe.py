@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-from lightning_gsq.callbacks import BlockProgress, HardRounding, QuantizationMonitor, SaliencyThreshold
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.system.fingerprint import fingerprint
 from lightning_gsq.system.versions import versions
 from lightning_gsq.training import ModelQuantization
 
-WATCHERS = (BlockProgress, QuantizationMonitor, HardRounding)
-"""Callbacks that look at a block's training and do not change it."""
 BESIDE_THE_RECIPE: dict[str, set[str]] = {
     # settings that a resumed run may change, because they do not change its result
     "trainer": {
@@ -51,10 +49,9 @@ def make_recipe(
         dropped = BESIDE_THE_RECIPE.get(key, set())
         kept[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
     callbacks = kept["trainer"].get("callbacks") or []
-    watchers = {f"lightning_gsq.callbacks.{watcher.__name__}" for watcher in WATCHERS}
+    kept["trainer"]["callbacks"] = [c for c in callbacks if not _watches_only(c["class_path"])]
     if not has_salient_part(settings["model"]):
-        watchers.add(f"lightning_gsq.callbacks.{SaliencyThreshold.__name__}")
-    kept["trainer"]["callbacks"] = [c for c in callbacks if c.get("class_path") not in watchers]
+        kept["model"].pop("saliency", None)
     fingerprints = {
         "model": model_fingerprint(model),
         "calibration": fingerprint([data.train_ids_NT, data.validation_ids_NT]),
@@ -64,10 +61,16 @@ def make_recipe(
 
 
 def has_salient_part(settings: dict[str, Any]) -> bool:
-    """Whether any scheme in these settings leaves something to the callback that chooses salient weights."""
+    """Whether any scheme in these settings leaves something to the choice of salient weights."""
     overrides = (settings.get("overrides") or {}).values()
     schemes = [settings["scheme"], *(override or {} for override in overrides)]
     return any(scheme.get("salient") or scheme.get("budget") for scheme in schemes)
+
+
+def _watches_only(class_path: str) -> bool:
+    """Whether a callback changes no result, as its class says."""
+    module, _, name = class_path.rpartition(".")
+    return bool(getattr(getattr(import_module(module), name), "watches_only", False))
 
 
 def model_fingerprint(model: ModelQuantization) -> str:

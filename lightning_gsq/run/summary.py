@@ -9,7 +9,6 @@ import torch
 from lightning_gsq.models import loading
 from lightning_gsq.run import report
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.end_to_end import EndToEndResult
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.system.memory import peak_memory_bytes
 from lightning_gsq.training import ModelQuantization
@@ -61,7 +60,7 @@ def make_summary(
     kind: str,
     plan: list[BlockPlan],
     tensors: list[dict[str, QuantizedWeight]],
-    result: EndToEndResult | None,
+    end_to_end: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
 
@@ -73,7 +72,7 @@ def make_summary(
         kind: Whose result stands: that of the warm start, the blocks or the end-to-end phase.
         plan: The quantized weights of each block.
         tensors: Their codes and scales.
-        result: What the end-to-end phase found, if it ran.
+        end_to_end: The end-to-end phase's report, if it ran.
     """
     ledger = _ledger(model, plan, tensors, folder, kind)
     saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
@@ -110,7 +109,7 @@ def make_summary(
         "versions": recipe["versions"],
         "torch_threads": torch.get_num_threads(),
     }
-    if result is not None:
-        summary["end_to_end"] = result.report
-        seconds_of["end_to_end"] = result.report["seconds"]
+    if end_to_end is not None:
+        summary["end_to_end"] = end_to_end
+        seconds_of["end_to_end"] = end_to_end["seconds"]
     return {**summary, "seconds": sum(seconds_of.values())}

@@ -5,6 +5,7 @@ scores      what makes a weight salient
 threshold   the search of the salient ratio
 budget      true bits spent on columns, bits and groups
 graph       how many distinct scales a matrix needs
+unsettled   a place for a quantizer whose salient part is not chosen yet
 """
 
 from lightning_gsq.saliency.budget import Menu

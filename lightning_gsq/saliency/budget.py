@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers.dual_mode import fit_scale
-from lightning_gsq.quantizers.warm_start import nearest_level, round_groups
+from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.saliency.graph import GraphOptions
 from lightning_gsq.saliency.scores import column_count, column_step
-from lightning_gsq.weights.packing import WORD_BITS, packed_words
+from lightning_gsq.weights.packing import WORD_BITS, index_bits, packed_words
 from lightning_gsq.weights.quantized import BitsLedger
-from lightning_gsq.weights.salient import index_bits
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 MAX_RATIO = 0.3
 """Largest salient ratio of a search, unless asked otherwise."""
@@ -73,7 +73,7 @@ def mixed_bits(rows: int, in_features: int, scheme: QuantScheme, scale_bits: int
     """True bits of a matrix in the structured layout; equals its ledger."""
     assert scheme.salient is not None and scheme.salient.ratio is not None
     count = round(scheme.salient.ratio * in_features)
-    others, grid = in_features - count, scheme.salient.scheme
+    others, grid = in_features - count, scheme.salient_scheme
     bits = WORD_BITS * (packed_words(in_features, 1) + rows * packed_words(others, scheme.storage_bits))
     if count:
         bits += rows * (WORD_BITS * packed_words(count, grid.storage_bits) + scale_bits * grid.num_groups(count))
@@ -111,7 +111,7 @@ def column_errors(w_OI: Tensor, moment_I: Tensor, scheme: QuantScheme) -> Tensor
     start = round_groups(w_OI, scheme, moment_I, fit_scale)
     length = scheme.group_length(w_OI.shape[1])
     s_OI = start.scales_OG.repeat_interleave(length, 1)[:, : w_OI.shape[1]]
-    return (w_OI - s_OI * nearest_level(start.position_OI, scheme)).square().sum(0) * moment_I
+    return (w_OI - s_OI * scheme.grid.nearest(start.position_OI)).square().sum(0) * moment_I
 
 
 def options_of(w_OI: Tensor, moment_I: Tensor, scheme: QuantScheme, menu: Menu) -> list[Option]:
@@ -148,7 +148,7 @@ def spend(menus: Sequence[list[Option]], limit: int) -> list[Option]:
     if cheapest > limit:
         raise ConfigurationError(
             f"model.scheme.budget: {limit} bits do not hold even the cheapest choice, {cheapest} bits; raise it "
-            f"by {cheapest / limit - 1:.1%} or allow larger groups in SaliencyThreshold.menu"
+            f"by {cheapest / limit - 1:.1%} or allow larger groups in model.saliency.menu"
         )
     tables = [
         (torch.tensor([o.error for o in menu]).double(), torch.tensor([o.bits for o in menu]).double())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import Matrix, WarmStart
 from lightning_gsq.quantizers.dual_mode import quantize_elements
 from lightning_gsq.quantizers.salient_start import MixedStart, mixed_start, mixed_tensor, stack_starts
@@ -22,7 +23,8 @@ from lightning_gsq.saliency.budget import MAX_RATIO, Menu, Option, column_errors
 from lightning_gsq.saliency.graph import GraphOptions, graph_group_count
 from lightning_gsq.saliency.threshold import adaptive_ratio
 from lightning_gsq.weights.quantized import QuantizedWeight
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 SAMPLE_ROWS = 128
 """Rows of a matrix that the search for an element-wise ratio looks at."""
@@ -39,12 +41,21 @@ class SettleOptions:
         max_ratio: Largest salient ratio of that search.
         graph: How groups are counted.
         menu: What a budget may be spent on.
+
+    Raises:
+        ConfigurationError: a value out of range.
     """
 
     price: float = 0.1
     max_ratio: float = MAX_RATIO
     graph: GraphOptions = field(default_factory=GraphOptions)
     menu: Menu = field(default_factory=Menu)
+
+    def __post_init__(self) -> None:
+        if not self.price > 0:
+            raise ConfigurationError(f"model.saliency.price must be positive, got {self.price}")
+        if not 0 < self.max_ratio < 1:
+            raise ConfigurationError(f"model.saliency.max_ratio must lie between 0 and 1, got {self.max_ratio}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ def _structured(matrix: Matrix, part: SalientPart, options: SettleOptions) -> Ch
     w_OI, scheme = matrix.w_OI, matrix.scheme
     (rows, columns), moment_I = w_OI.shape, _moment(matrix)
     few_I = column_errors(w_OI, moment_I, scheme.plain)
-    many_I = column_errors(w_OI, moment_I, part.scheme)
+    many_I = column_errors(w_OI, moment_I, scheme.salient_scheme)
     score_I = few_I - many_I if part.score == "error" else _scores(matrix, part).square().sum(0)
     order_I = score_I.argsort(descending=True, stable=True)
     saved_I = torch.cat([few_I.new_zeros(1), (few_I - many_I)[order_I].cumsum(0)])
@@ -197,7 +208,12 @@ def _element(matrix: Matrix, part: SalientPart, options: SettleOptions) -> Choic
 
 
 def _scores(matrix: Matrix, part: SalientPart) -> Tensor:
-    if part.score == "hessian" and matrix.hessians is not None:
+    if part.score == "hessian":
+        if matrix.hessians is None:
+            raise ConfigurationError(
+                f"model.scheme.salient.score hessian: {matrix.name} has no second moments of its inputs, because the "
+                "warm start asks for none. Use RTN with weighted true, GPTQ or DualMode, or score magnitude"
+            )
         return torch.cat([saliency.hessian_score(w, h) for w, h in matrix.parts() if h is not None])
     return saliency.magnitude_score(matrix.w_OI)
 

@@ -46,8 +46,3 @@ def column_count(ratio: float, in_features: int) -> int:
     """Salient columns for a ratio: whole steps, and at least one step is left to the others."""
     step = column_step(in_features)
     return min(round(ratio * in_features / step), (in_features - 1) // step) * step
-
-
-def best_columns(score_I: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` columns with the highest score, rising; among equals, the first ones."""
-    return score_I.argsort(descending=True, stable=True)[:count].sort().values

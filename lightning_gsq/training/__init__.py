@@ -1,16 +1,21 @@
 """What is trained, by which loss?
 
-model          the model, with every setting that concerns it
-block          one block against its full-precision output
-end_to_end     the whole model against the original's logits
-student_block  a block of that model
-optim          Adam and Lion for fp32 and bf16 logits
-teacher        the original's most probable tokens, stored
-token_weights  how much each token counts
+model               the model, with every setting that concerns it
+target              what a block learns to output
+block               one block against its full-precision output
+token_weights       how much each token counts there
+end_to_end          the whole model against the original's logits
+end_to_end_options  what trains there, and how
+student_block       a block of that model
+student_weights     its weights, whose scales train
+teacher             the original's most probable tokens, stored
+optim               Adam and Lion for fp32 and bf16 logits
+schedule            how the learning rate falls
 """
 
 from lightning_gsq.training.block import BlockQuantization, NonFiniteLossError
-from lightning_gsq.training.end_to_end import EndToEndOptions, EndToEndQuantization
+from lightning_gsq.training.end_to_end import EndToEndQuantization
+from lightning_gsq.training.end_to_end_options import EndToEndOptions
 from lightning_gsq.training.model import ModelQuantization
 from lightning_gsq.training.optim import Adam, Lion
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,16 +9,15 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import BlockCall, BlockRunner, run_block
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelQuantizer
 from lightning_gsq.quantizers.salient import MixedQuantizer
-from lightning_gsq.saliency.unsettled import UnsettledQuantizer
 from lightning_gsq.system.seeding import seed_of
 from lightning_gsq.training.optim import Adam, Lion
+from lightning_gsq.training.schedule import cosine_to_floor
 from lightning_gsq.weights.quantized import QuantizedWeight
 
 WeightQuantizer = GumbelQuantizer | MixedQuantizer
@@ -43,8 +41,7 @@ class BlockQuantization(LightningModule):
     Args:
         block: The full-precision block; frozen here.
         call: Its arguments beside the hidden states.
-        quantizers: One quantizer for each linear weight to quantize; one that is unsettled waits for the callback
-            SaliencyThreshold.
+        quantizers: One quantizer for each linear weight to quantize.
         optimizer: Makes the optimizer from parameter groups; its learning rate is that of the logits.
         scale_learning_rate: Learning rate of the scales' logarithms; no weight decay applies to them.
         learning_rate_floor: Where the cosine schedule ends, as a share of the start.
@@ -54,13 +51,14 @@ class BlockQuantization(LightningModule):
         seed: Seed of the noise.
         position: How many blocks of this run come before this one, and how many there are.
         run: How a block is run: plainly, or compiled.
+        saliency: What was chosen for the weights with a salient part, as figures by name; for callbacks that log them.
     """
 
     def __init__(
         self,
         block: nn.Module,
         call: BlockCall,
-        quantizers: Mapping[LinearSite, WeightQuantizer | UnsettledQuantizer],
+        quantizers: Mapping[LinearSite, WeightQuantizer],
         optimizer: OptimizerCallable,
         scale_learning_rate: float = 1e-3,
         learning_rate_floor: float = 0.1,
@@ -70,6 +68,7 @@ class BlockQuantization(LightningModule):
         seed: int = 0,
         position: tuple[int, int] = (0, 1),
         run: BlockRunner = run_block,
+        saliency: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         super().__init__()
         self.block = block.requires_grad_(False).eval()
@@ -78,6 +77,7 @@ class BlockQuantization(LightningModule):
         self.optimizer, self.scale_learning_rate = optimizer, scale_learning_rate
         self.learning_rate_floor, self.target_power = learning_rate_floor, max(target_power, 1e-12)
         self.index, self.name, self.seed, self.position = index, name, seed, position
+        self.saliency = dict(saliency or {})
         self._call, self._run = call, run
         self._validated: tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -171,11 +171,8 @@ class BlockQuantization(LightningModule):
                 f"gumbel.logits_dtype=bfloat16 needs an optimizer that rounds stochastically, got {type(optimizer)}; "
                 "use lightning_gsq.training.Lion or lightning_gsq.training.Adam, or float32 logits"
             )
-        steps, floor = max(1, int(self.trainer.estimated_stepping_batches)), self.learning_rate_floor
-        schedule = LambdaLR(
-            optimizer, lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, self.learning_rate_floor)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _dense(self, tensors: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
         return {site.name: site.from_matrix(tensors[site.name].dequantize()) for site in self.sites}

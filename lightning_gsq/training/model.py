@@ -15,8 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
+from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.system.slices import slices
-from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.training.target import TARGETS, TargetName
+from lightning_gsq.weights.assignment import SchemeOverride
+from lightning_gsq.weights.scheme import QuantScheme
 
 LOSS_POSITIONS = 128
 """Positions whose fp32 log-probabilities are held at once: a vocabulary of 128,000 takes half a megabyte each."""
@@ -43,6 +46,7 @@ class ModelQuantization(LightningModule):
             that low bits get wrong; null: all tokens count alike.
         warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
         hessian_sequences: Calibration sequences whose inputs the warm start sees.
+        saliency: How the salient part of a matrix is chosen, where the scheme leaves that open.
         gumbel: How the logits start and how noisy their samples are.
         optimizer: Optimizer of the logits and scales; lr is the logits' learning rate.
         scale_learning_rate: Learning rate of the scales, relative to each scale.
@@ -65,10 +69,11 @@ class ModelQuantization(LightningModule):
         overrides: dict[str, SchemeOverride] = {},  # noqa: B006
         blocks: str | None = None,
         phases: list[Literal["init", "blocks", "end_to_end"]] = ["init", "blocks", "end_to_end"],  # noqa: B006
-        target: Literal["stream", "local"] = "stream",
+        target: TargetName = "stream",
         inherited_error: float | None = None,
         warm_start: WarmStart | None = None,
         hessian_sequences: int = 64,
+        saliency: SettleOptions = SettleOptions(),  # noqa: B008 - frozen
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=1e-3),
         scale_learning_rate: float = 3e-3,
@@ -89,7 +94,7 @@ class ModelQuantization(LightningModule):
                 raise ConfigurationError(f"model.{name} must be positive, got {number}")
         if inherited_error is not None and inherited_error <= 0:
             raise ConfigurationError(f"model.inherited_error must be positive or null, got {inherited_error}")
-        if inherited_error is not None and target != "stream":
+        if inherited_error is not None and not TARGETS[target].follows_original:
             raise ConfigurationError(
                 f"model.inherited_error={inherited_error} needs --model.target stream, got {target}, which knows no "
                 "error of the blocks before; use null"
@@ -100,10 +105,10 @@ class ModelQuantization(LightningModule):
             raise ConfigurationError(f"model.learning_rate_floor must lie between 0 and 1, got {learning_rate_floor}")
         self.pretrained, self.revision, self.trust_remote_code = pretrained, revision, trust_remote_code
         self.scheme, self.include, self.exclude, self.overrides = scheme, include, exclude, overrides
-        self.blocks, self.phases, self.target = blocks, phases, target
+        self.blocks, self.phases, self.target = blocks, phases, TARGETS[target]
         self.inherited_error = inherited_error
         self.warm_start, self.hessian_sequences = warm_start or RTN(weighted=True), hessian_sequences
-        self.gumbel, self.optimizer = gumbel, optimizer
+        self.saliency, self.gumbel, self.optimizer = saliency, gumbel, optimizer
         self.scale_learning_rate, self.learning_rate_floor = scale_learning_rate, learning_rate_floor
         self.compile_blocks = compile_blocks
         self.scale_dtype: torch.dtype = getattr(torch, scale_dtype)

@@ -1,9 +1,14 @@
 """What is a quantized weight?
 
-scheme     its grid of levels, its groups, which weights get which
-quantized  codes and scales
-salient    codes and scales of a matrix whose salient weights have more bits
-positions  where salient weights are, packed
-packing    codes as words of 32 bits
-ledger     where every bit goes
+grid          the codes of one weight, what they are worth, how they are stored
+salient_part  which weights of a matrix get more bits
+scheme        grid and groups of a matrix, and what is left to choose
+assignment    which weights of a model get which scheme
+quantized     codes and scales
+mixed         codes and scales of a matrix whose salient columns have more bits
+element       the same where any weight may be salient
+stored        from a file's tensors to either
+positions     where salient weights are, packed
+packing       codes as words of 32 bits
+ledger        where every bit goes
 """

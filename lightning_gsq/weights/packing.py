@@ -7,6 +7,8 @@ of compressed-tensors from 0.17 on, and, along the other axis, of GPTQ's ``qweig
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,3 +73,28 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
     stream = np.unpackbits(octets, axis=-1, bitorder="little")[:, : in_features * bits]
     values = np.packbits(stream.reshape(len(octets), in_features, bits), axis=-1, bitorder="little")
     return torch.from_numpy(values[..., 0])
+
+
+def index_bits(count: int) -> int:
+    """Bits of a number below ``count``."""
+    return math.ceil(math.log2(count)) if count > 1 else 0
+
+
+def pack_flat(values: Tensor, bits: int) -> Tensor:
+    """One stream for all values, whatever their shape: no row ends in padding; nothing where a value takes no bits."""
+    return pack(values.reshape(1, -1), bits) if bits else torch.zeros(1, 0, dtype=torch.int32)
+
+
+def unpack_flat(words: Tensor, bits: int, count: int) -> Tensor:
+    """``count`` values of one stream, uint8; zeros where a value takes no bits."""
+    return unpack(words, bits, count)[0] if bits else torch.zeros(count, dtype=torch.uint8)
+
+
+def expect_parts(tensors: dict[str, Tensor], names: set[str]) -> None:
+    """Checks what a weight is stored as.
+
+    Raises:
+        ValueError: other tensors than the named ones.
+    """
+    if set(tensors) != names:
+        raise ValueError(f"it is stored as {sorted(tensors)}, expected {sorted(names)}")

@@ -105,12 +105,8 @@ class QuantizedTensor:
 
     def pack(self) -> dict[str, Tensor]:
         """``{"codes": int32 words, "scales": O G}``: what a block file holds."""
-        if self.scheme.bits == 1:
-            unsigned = (self.codes_OI > 0).to(torch.uint8)
-        else:
-            unsigned = self.codes_OI.to(torch.int16) + 2 ** (self.scheme.storage_bits - 1)
         return {
-            "codes": pack(unsigned, self.scheme.storage_bits),
+            "codes": pack(self.scheme.grid.store(self.codes_OI), self.scheme.storage_bits),
             "scales": self.scales_OG.cpu().contiguous(),
         }
 
@@ -131,14 +127,8 @@ class QuantizedTensor:
             raise ValueError("the scales are not all finite")
         if tensors["codes"].ndim != 2 or tensors["codes"].shape[0] != rows:
             raise ValueError(f"expected codes with {rows} rows, got shape {tuple(tensors['codes'].shape)}")
-        unsigned = unpack(tensors["codes"], scheme.storage_bits, columns).to(torch.int16)
-        if scheme.bits == 1:
-            codes = 2 * unsigned - 1
-        else:
-            codes = unsigned - 2 ** (scheme.storage_bits - 1)
-        if codes.numel() and int(codes.min()) < scheme.low:
-            raise ValueError(f"a code lies below the lowest level {scheme.low} of a {scheme} weight")
-        return cls(codes.to(torch.int8), scales, scheme)
+        codes_OI = scheme.grid.restore(unpack(tensors["codes"], scheme.storage_bits, columns))
+        return cls(codes_OI, scales, scheme)
 
 
 @dataclass(frozen=True)

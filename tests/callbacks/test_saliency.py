@@ -1,4 +1,4 @@
-"""SaliencyThreshold alone, in a Lightning module of its own, and the choices that it makes."""
+"""Salient weights in a Lightning module of one's own, what the callback logs, and how they are chosen."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from lightning_gsq.cli.defaults import QUIET_TRAINER
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import DualMode, GumbelOptions, Matrix
 from lightning_gsq.quantizers.salient import MixedQuantizer
-from lightning_gsq.saliency import Choice, Menu, settle
+from lightning_gsq.saliency import Menu, settle
 from lightning_gsq.saliency.choose import SettleOptions, settled_start, settled_tensor
-from lightning_gsq.saliency.unsettled import UnsettledQuantizer
-from lightning_gsq.weights.salient import MixedTensor
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.mixed import MixedTensor
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 def _inputs(count: int, outliers: int = 4) -> Tensor:
@@ -41,13 +41,13 @@ class _Regression(LightningModule):
     def __init__(self, matrix: Matrix) -> None:
         super().__init__()
         self.matrix = matrix
-        self.weights = nn.ModuleList([UnsettledQuantizer("w", matrix, self._build)])
-
-    def _build(self, choice: Choice) -> MixedQuantizer:
+        choice = settle({"w": matrix}, SettleOptions())["w"]
         with torch.no_grad():
-            start = settled_start(self.matrix, choice, DualMode(feedback=False))
+            start = settled_start(matrix, choice, DualMode(feedback=False))
         options = GumbelOptions(backend="eager", center="position")
-        return MixedQuantizer(start, choice.scheme, options, torch.Generator().manual_seed(0))
+        quantizer = MixedQuantizer(start, choice.scheme, options, torch.Generator().manual_seed(0))
+        self.weights = nn.ModuleList([quantizer])
+        self.saliency = {"w": choice.figures}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         difference_OI = self.weights[0](self.global_step) - self.matrix.w_OI
@@ -69,7 +69,7 @@ def _trainer(tmp_path: Any, callback: SaliencyThreshold, **options: Any) -> Trai
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_settles_before_the_optimizer_and_logs(trained: bool, tmp_path: Any) -> None:
+def test_both_parts_train_and_the_choice_is_logged(trained: bool, tmp_path: Any) -> None:
     part = SalientPart("structured", 4, 0.1, score="error", trained=trained)
     module = _Regression(_matrix(QuantScheme(1, 20, part)))
     trainer = _trainer(tmp_path, SaliencyThreshold())
@@ -98,11 +98,6 @@ def test_a_module_without_salient_weights_is_left_alone() -> None:
     module.inner = nn.Linear(2, 2)
     SaliencyThreshold().setup(None, module, "fit")  # type: ignore[arg-type]
     assert isinstance(module.inner, nn.Linear)
-
-
-def test_nobody_chose() -> None:
-    with pytest.raises(ConfigurationError, match="SaliencyThreshold"):
-        _Regression(_matrix(QuantScheme(1, 20, SalientPart(ratio=0.1)))).weights[0](0)
 
 
 def test_a_higher_price_buys_fewer_salient_columns() -> None:
@@ -143,5 +138,11 @@ def test_budget_too_small() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("price", 0.0), ("max_ratio", 1.0)])
 def test_bad_options(name: str, value: float) -> None:
-    with pytest.raises(ConfigurationError, match=name):
-        SaliencyThreshold(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=f"model.saliency.{name} must .* got {value}"):
+        SettleOptions(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["price", "max_ratio", "graph", "menu"])
+def test_arguments_that_have_moved_name_their_new_place(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"--model.saliency.{name}"):
+        SaliencyThreshold(**{name: 0.1})  # type: ignore[arg-type]

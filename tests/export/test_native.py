@@ -14,8 +14,9 @@ from lightning_gsq.export.check import compare_model, token_ids
 from lightning_gsq.export.formats.dequantized import DequantizedFormat
 from lightning_gsq.export.formats.native import NativeFormat
 from lightning_gsq.packed.layers import PackedExperts, PackedWeight, QuantLinear
+from lightning_gsq.weights.assignment import SchemeOverride
 from lightning_gsq.weights.ledger import Ledger
-from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.finished import MakeRun
 from tests.support.tiny import FAMILIES, LINEAR_WEIGHTS
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.gguf import blocks
-from lightning_gsq.gguf.blocks import BLOCK_TYPES, Q1_0, Q2_0, Q4_0, Q5_0, Q8_0, decode, encode, exact_type
+from lightning_gsq.gguf.blocks import Q1_0, Q2_0, Q4_0, Q5_0, Q8_0, decode, encode, exact_type, projection
+from lightning_gsq.gguf.types.codec import dequantize
+from lightning_gsq.gguf.types.table import GgmlType
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.weights import random_tensor
@@ -42,22 +43,14 @@ def test_exact_types_round_trip(bits: object, group_size: int, columns: int, exp
     if kind is not None:
         raw = encode(tensor, kind)
         assert raw.shape == (6, kind.row_bytes(columns))
-        assert torch.equal(blocks.dequantize(raw, kind.number), tensor.dequantize())
+        assert torch.equal(dequantize(raw, kind.number), tensor.dequantize())
 
 
 @pytest.mark.parametrize("kind", [Q4_0, Q5_0, Q8_0])
-def test_the_gguf_package_reads_the_same_values(kind: blocks.BlockType) -> None:
+def test_the_gguf_package_reads_the_same_values(kind: GgmlType) -> None:
     tensor = random_tensor({"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}[kind.name], 64, 192)
     values = gguf.quants.dequantize(encode(tensor, kind), gguf.GGMLQuantizationType[kind.name])
     assert np.array_equal(values, tensor.dequantize().numpy())
-
-
-def test_sizes_agree_with_the_gguf_package() -> None:
-    for kind in BLOCK_TYPES.values():
-        if kind is not Q2_0:
-            number = gguf.GGMLQuantizationType(kind.number)
-            assert number.name == kind.name
-            assert gguf.GGML_QUANT_SIZES[number] == (kind.length, kind.num_bytes)
 
 
 def test_two_bit_block_by_hand() -> None:
@@ -101,5 +94,5 @@ def test_a_type_that_does_not_fit_is_refused() -> None:
 def test_projection_is_close_but_not_exact() -> None:
     tensor = random_tensor(3, 16, 64)
     dense = tensor.dequantize()
-    back = blocks.dequantize(blocks.projection(dense, Q8_0), Q8_0.number)
+    back = dequantize(projection(dense, Q8_0), Q8_0.number)
     assert 0 < float((back - dense).abs().max()) <= float(dense.abs().max()) / 127

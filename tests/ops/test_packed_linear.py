@@ -15,13 +15,13 @@ from lightning_gsq.ops.packed_linear import (
     kernels,
     op,
     packed_linear,
-    packed_linear_experts,
     tuning,
 )
 from lightning_gsq.ops.packed_linear.reference import dequantize_packed_reference, packed_linear_reference
 from lightning_gsq.ops.packed_linear.tuning import Tile
+from lightning_gsq.weights.grid import Bits
 from lightning_gsq.weights.quantized import QuantizedTensor
-from lightning_gsq.weights.scheme import Bits, QuantScheme
+from lightning_gsq.weights.scheme import QuantScheme
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)
@@ -43,7 +43,7 @@ def _poisoned() -> Iterator[None]:
 
 def make(bits: Bits, rows: int, columns: int, group_size: int) -> QuantizedTensor:
     scheme = QuantScheme(bits, group_size)
-    levels = torch.tensor(scheme.levels, dtype=torch.int8)
+    levels = torch.tensor(scheme.grid.levels, dtype=torch.int8)
     codes = levels[torch.randint(len(levels), (rows, columns))]
     return QuantizedTensor(codes, torch.randn(rows, scheme.num_groups(columns)), scheme)
 
@@ -128,11 +128,11 @@ def test_kernels(bits: Bits, shape: tuple[int, int, int], tokens: int, tile: Til
     if DEVICE == "cuda":
         tile = Tile(max(16, tile.rows), max(16, tile.units), tile.tokens, 4)
     weight = make(bits, *shape)
-    packed = {key: value.to(DEVICE)[None] for key, value in weight.pack().items()}
-    x, bias = torch.randn(tokens, shape[1]).to(DEVICE, dtype), torch.randn(1, shape[0], device=DEVICE)
+    packed = {key: value.to(DEVICE) for key, value in weight.pack().items()}
+    x, bias = torch.randn(tokens, shape[1]).to(DEVICE, dtype), torch.randn(shape[0], device=DEVICE)
     stored = {"bits": weight.scheme.storage_bits, "group_length": weight.scheme.group_length(shape[1])}
-    y = kernels.linear(x, packed["codes"], packed["scales"], bias, None, tile=tile, **stored)
-    assert_near(y, expected(weight, x, bias[0]))
+    y = kernels.linear(x, packed["codes"], packed["scales"], bias, tile=tile, **stored)
+    assert_near(y, expected(weight, x, bias))
 
 
 @pytest.mark.parametrize("tile", [Tile(2, 8, 1, 1), Tile(4, 16, 16, 1)], ids=["gemv", "batch"])
@@ -142,7 +142,7 @@ def test_kernels_read_a_transposed_stream(tile: Tile) -> None:
     qweight = weight.pack()["codes"].T.contiguous()
     scales = weight.scales_OG.T.contiguous()
     x = torch.randn(2, 256)
-    y = kernels.linear(x, qweight.T[None], scales.T[None], None, None, bits=3, group_length=64, tile=tile)
+    y = kernels.linear(x, qweight.T, scales.T, None, bits=3, group_length=64, tile=tile)
     assert_near(y, expected(weight, x))
     dense = kernels.dequantize(qweight.T, scales.T, bits=3, in_features=256, group_length=64, dtype=torch.float32)
     assert torch.equal(dense, weight.dequantize())
@@ -160,7 +160,7 @@ def test_kernels_reach_beyond_two_to_the_31(tile: Tile) -> None:
     words = torch.tensor([], dtype=torch.int32).set_(storage, 0, (2, 4), (2**31, 1))  # type: ignore[call-overload]
     words.copy_(packed["codes"])
     x = torch.randn(1, 64)
-    y = kernels.linear(x, words[None], packed["scales"][None], None, None, bits=2, group_length=32, tile=tile)
+    y = kernels.linear(x, words, packed["scales"], None, bits=2, group_length=32, tile=tile)
     assert_near(y, expected(weight, x))
     dense = kernels.dequantize(words, packed["scales"], bits=2, in_features=64, group_length=32, dtype=torch.float32)
     assert torch.equal(dense, weight.dequantize())
@@ -224,19 +224,6 @@ def test_operator_is_well_registered() -> None:
     packed = weight.pack()
     x, scales = torch.randn(3, 96, requires_grad=True), packed["scales"].requires_grad_()
     torch.library.opcheck(op.packed_linear, (x, packed["codes"], scales, torch.randn(6), 2, 32, "dense"))
-
-
-def test_experts() -> None:
-    weights = [make(2, 6, 96, 32) for _ in range(3)]
-    packed = [weight.pack() for weight in weights]
-    words, scales = (torch.stack([each[key] for each in packed]) for key in ("codes", "scales"))
-    x, bias, experts = torch.randn(5, 96), torch.randn(3, 6), torch.tensor([2, 0, 2, 2, 0])
-    wanted = torch.stack([expected(weights[e], x[t], bias[e]) for t, e in enumerate(experts.tolist())])
-    assert_near(packed_linear_experts(x, words, scales, experts, bias, **settings(weights[0])), wanted)
-    y = kernels.linear(x, words, scales, bias, experts, bits=2, group_length=32, tile=Tile(2, 4, 1, 1))
-    assert_near(y, wanted)
-    with pytest.raises(ValueError, match=r"got 0 \.\.\. 3"):
-        packed_linear_experts(x, words, scales, experts + experts // 2, **settings(weights[0]))
 
 
 def test_wrong_arguments_are_refused() -> None:

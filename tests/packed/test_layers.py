@@ -8,12 +8,13 @@ from torch import nn
 
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.packed.layers import PackedExperts, QuantLinear
+from lightning_gsq.weights.grid import Bits
 from lightning_gsq.weights.quantized import QuantizedTensor
-from lightning_gsq.weights.scheme import Bits, QuantScheme
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 def _tensor(scheme: QuantScheme, rows: int, columns: int, dtype: torch.dtype = torch.float16) -> QuantizedTensor:
-    levels = torch.tensor(scheme.levels, dtype=torch.int8)
+    levels = torch.tensor(scheme.grid.levels, dtype=torch.int8)
     codes = levels[torch.randint(len(levels), (rows, columns))]
     return QuantizedTensor(codes, torch.randn(rows, scheme.num_groups(columns)).to(dtype), scheme)
 

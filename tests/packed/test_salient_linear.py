@@ -8,7 +8,8 @@ import torch
 from lightning_gsq.packed.salient_linear import SageLinear, sage_linear_reference
 from lightning_gsq.quantizers.dual_mode import quantize_elements
 from lightning_gsq.saliency.scores import magnitude_score, salient_mask
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.weights import mixed_case
 
 CASES = list(itertools.product([1, "ternary", 2], [0, 9], [None, 6]))

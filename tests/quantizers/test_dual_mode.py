@@ -9,7 +9,8 @@ from lightning_gsq.quantizers import RTN, Start
 from lightning_gsq.quantizers.dual_mode import DualMode, fit_scale, group_scalars, quantize_elements
 from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.saliency.scores import magnitude_score, salient_mask
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 def test_groups_of_clusters() -> None:

@@ -75,7 +75,7 @@ def test_training_finds_a_weight_on_the_grid(bits: object) -> None:
     """Started from a perturbed code, the quantizer returns to the weight that its samples are compared with."""
     torch.manual_seed(1)
     scheme = QuantScheme(bits, 8)  # type: ignore[arg-type]
-    target = torch.tensor(scheme.levels, dtype=torch.int8)[torch.randint(len(scheme.levels), (8, 16))]
+    target = torch.tensor(scheme.grid.levels, dtype=torch.int8)[torch.randint(len(scheme.grid.levels), (8, 16))]
     wrong = torch.where(torch.rand(8, 16) < 0.3, -target if bits == 1 else target.sub(1).clamp(scheme.low), target)
     start = Start(wrong.to(torch.int8), torch.full((8, 2), 1.0 if bits == 8 else 0.9), wrong.float())
     quantizer = GumbelQuantizer(start, scheme, GumbelOptions(backend="eager"), torch.Generator().manual_seed(0))

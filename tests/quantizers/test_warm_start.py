@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_gsq.quantizers import GPTQ, RTN, WarmStart
-from lightning_gsq.quantizers.warm_start import inverse_cholesky, nearest_level, search_scale
+from lightning_gsq.quantizers.gptq import inverse_cholesky
+from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.weights.scheme import QuantScheme
 
 SCHEMES = [QuantScheme(bits, 8) for bits in (1, "ternary", 2, 3, 4, 8)]  # type: ignore[arg-type]
@@ -22,9 +23,9 @@ def test_codes_are_levels(scheme: QuantScheme, start: WarmStart) -> None:
     w, _, hessian = _problem(columns=20)  # ragged: 8, 8, 4
     result = start(w, hessian, scheme)
     assert result.codes_OI.dtype == torch.int8
-    assert set(result.codes_OI.unique().tolist()) <= set(scheme.levels)
+    assert set(result.codes_OI.unique().tolist()) <= set(scheme.grid.levels)
     assert result.scales_OG.shape == (16, 3)
-    assert torch.equal(nearest_level(result.position_OI, scheme).to(torch.int8), result.codes_OI)
+    assert torch.equal(scheme.grid.nearest(result.position_OI).to(torch.int8), result.codes_OI)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

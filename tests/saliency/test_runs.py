@@ -96,10 +96,12 @@ def test_published_layout_is_not_trained(
     assert "--model.phases [init], or structured" in capsys.readouterr().err
 
 
-def test_callback_is_needed(tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = _arguments(tiny_llama, corpus, tmp_path, "--model.scheme={bits: 1, salient: {ratio: 0.1}}")
-    assert main([*arguments, "--trainer.callbacks=null"]) == 2
-    assert "need the callback lightning_gsq.callbacks.SaliencyThreshold" in capsys.readouterr().err
+def test_salient_weights_need_no_callback(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    scheme = "--model.scheme={bits: 1, salient: {ratio: 0.1}}"
+    for name, extra in (("with", []), ("without", ["--trainer.callbacks=null"])):
+        assert main([*_arguments(tiny_llama, corpus, tmp_path / name, scheme, "--model.phases=[init]"), *extra]) == 0
+    one, other = (_summary(tmp_path / name)["saliency"] for name in ("with", "without"))
+    assert one == other and len(one) == 14
 
 
 def test_options_on_the_command_line(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:

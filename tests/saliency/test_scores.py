@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lightning_gsq.saliency.scores import (
-    best_columns,
     column_count,
     hessian_score,
     magnitude_score,
@@ -38,6 +37,5 @@ def test_mask_of_equal_scores_is_the_first_ones() -> None:
 
 
 def test_columns() -> None:
-    assert best_columns(torch.tensor([1.0, 9.0, 3.0, 9.0]), 2).tolist() == [1, 3]
     assert [column_count(r, 576) for r in (0.0, 0.02, 0.05, 0.5, 0.999)] == [0, 0, 32, 288, 544]
     assert [column_count(r, 48) for r in (0.0, 0.1, 0.999)] == [0, 5, 47]

@@ -9,13 +9,15 @@ import torch
 import yaml
 
 from lightning_gsq.models import loading
-from lightning_gsq.quantizers.warm_start import RTN, quantized
+from lightning_gsq.quantizers.rtn import RTN
+from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.system.versions import versions
 from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.assignment import SchemeOverride
 from lightning_gsq.weights.quantized import QuantizedTensor
-from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.tiny import save_tiny_model
 
 MakeRun = Callable[..., Path]

@@ -10,9 +10,10 @@ from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
 from lightning_gsq.quantizers import RTN
 from lightning_gsq.quantizers.salient_start import mixed_tensor
 from lightning_gsq.quantizers.warm_start import quantized
+from lightning_gsq.weights.mixed import MixedTensor
 from lightning_gsq.weights.quantized import QuantizedTensor
-from lightning_gsq.weights.salient import MixedTensor
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 
 Weights = dict[int, dict[LinearSite, QuantizedTensor]]
 
@@ -32,7 +33,7 @@ def rounded(network: PreTrainedModel, bits: int = 2) -> Weights:
 def random_tensor(bits: object, group_size: int, columns: int, rows: int = 6) -> QuantizedTensor:
     """Random codes and fp16 scales."""
     scheme = QuantScheme(bits, group_size)  # type: ignore[arg-type]
-    codes = torch.tensor(scheme.levels, dtype=torch.int8)[torch.randint(len(scheme.levels), (rows, columns))]
+    codes = torch.tensor(scheme.grid.levels, dtype=torch.int8)[torch.randint(len(scheme.grid.levels), (rows, columns))]
     return QuantizedTensor(codes, torch.randn(rows, scheme.num_groups(columns)).half(), scheme)
 
 
@@ -42,9 +43,9 @@ def mixed_case(bits: object, salient_bits: int, columns: int, count: int, table:
     scheme = QuantScheme(bits, 8, part)  # type: ignore[arg-type]
     columns_K = torch.randperm(columns)[:count].sort().values
 
-    def coded(grid: QuantScheme, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.tensor(grid.levels, dtype=torch.int8)[torch.randint(len(grid.levels), (5, width))]
-        return codes, torch.rand(5, grid.num_groups(width)) + 0.1
+    def coded(own: QuantScheme, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.tensor(own.grid.levels, dtype=torch.int8)[torch.randint(len(own.grid.levels), (5, width))]
+        return codes, torch.rand(5, own.num_groups(width)) + 0.1
 
-    salient = coded(part.scheme, count) if count else None
+    salient = coded(scheme.salient_scheme, count) if count else None
     return mixed_tensor(columns_K, coded(scheme.plain, columns - count), salient, scheme, torch.float16)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from lightning_gsq.weights.grid import Bits
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 from lightning_gsq.weights.quantized import QuantizedTensor
-from lightning_gsq.weights.scheme import Bits, QuantScheme
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 @pytest.mark.parametrize("columns", [1, 31, 64, 100])

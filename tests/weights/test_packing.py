@@ -52,7 +52,7 @@ def test_words_of_the_wrong_shape() -> None:
 @pytest.mark.parametrize("columns", [1, 31, 64, 100])
 def test_quantized_tensor_round_trip(bits: object, columns: int) -> None:
     scheme = QuantScheme(bits, 16)  # type: ignore[arg-type]
-    codes = torch.tensor(scheme.levels, dtype=torch.int8)[torch.randint(len(scheme.levels), (5, columns))]
+    codes = torch.tensor(scheme.grid.levels, dtype=torch.int8)[torch.randint(len(scheme.grid.levels), (5, columns))]
     tensor = QuantizedTensor(codes, torch.randn(5, scheme.num_groups(columns)).half(), scheme)
     again = QuantizedTensor.unpack(tensor.pack(), scheme, (5, columns))
     assert torch.equal(again.codes_OI, codes)

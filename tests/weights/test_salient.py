@@ -9,9 +9,11 @@ import torch
 from lightning_gsq.quantizers.dual_mode import quantize_elements
 from lightning_gsq.saliency.budget import mixed_bits, planned_ledger
 from lightning_gsq.saliency.scores import magnitude_score, salient_mask
+from lightning_gsq.weights.mixed import merge_columns, other_columns
 from lightning_gsq.weights.quantized import BitsLedger, QuantizedTensor, QuantizedWeight
-from lightning_gsq.weights.salient import merge_columns, other_columns, unpack_weight
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.stored import unpack_weight
 from tests.support.weights import mixed_case
 
 

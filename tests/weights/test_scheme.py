@@ -3,7 +3,8 @@
 import pytest
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.weights.scheme import QuantScheme, SchemeOverride, assign_schemes
+from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes
+from lightning_gsq.weights.scheme import QuantScheme
 
 NAMES = [f"model.layers.{i}.{part}.weight" for i in range(2) for part in ("attn.q_proj", "mlp.down_proj")]
 
@@ -20,7 +21,7 @@ NAMES = [f"model.layers.{i}.{part}.weight" for i in range(2) for part in ("attn.
 )
 def test_grids(bits: object, levels: tuple[int, ...], storage: int) -> None:
     scheme = QuantScheme(bits)  # type: ignore[arg-type]
-    assert scheme.levels == levels
+    assert scheme.grid.levels == levels
     assert scheme.storage_bits == storage
 
 

@@ -30,9 +30,9 @@ from lightning_gsq.export.formats.linear import refuse_other_than_linear
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.gguf.file import write_gguf
 from lightning_gsq.gguf.metadata import storage_fields
 from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.write import write_gguf
 from lightning_gsq.weights.ledger import Ledger
 
 

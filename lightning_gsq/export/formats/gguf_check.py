@@ -29,9 +29,9 @@ from lightning_gsq.export.formats.gguf_storage import (
 from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.readers.packages import not_checked
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.gguf.blocks import dequantize
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.types.codec import dequantize
 
 LOGPROB_TOLERANCE = 0.2
 """Natural units, of the mean log-probability of a token."""

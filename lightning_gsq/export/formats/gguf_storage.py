@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.planned import PlannedRun
-from lightning_gsq.gguf.blocks import BLOCK_TYPES, BlockType, exact_type
+from lightning_gsq.gguf.blocks import BLOCK_TYPES, exact_type
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.types.table import GgmlType
 from lightning_gsq.models import loading
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -34,7 +35,7 @@ class Storage:
         exact: Whether the file's values are the run's.
     """
 
-    kind: BlockType | None
+    kind: GgmlType | None
     exact: bool
 
     @classmethod

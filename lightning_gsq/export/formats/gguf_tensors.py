@@ -16,10 +16,12 @@ from lightning_gsq.export.formats.gguf_storage import EMBEDDINGS, F16, F32, ROTA
 from lightning_gsq.export.formats.linear import fits_dtype
 from lightning_gsq.export.planned import ExportedWeight
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.gguf.blocks import BLOCK_TYPES, dequantize, encode, projection
-from lightning_gsq.gguf.file import Field, GGUFFile, NewTensor
+from lightning_gsq.gguf.blocks import BLOCK_TYPES, encode, projection
+from lightning_gsq.gguf.file import Field, GGUFFile
 from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, rotary_factors
 from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.types.codec import dequantize
+from lightning_gsq.gguf.write import NewTensor
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 from lightning_gsq.weights.quantized import QuantizedTensor
 

@@ -7,8 +7,8 @@ layout of each weight stands in ``quantization_config`` of config.json, so that 
     {"quant_method": "lightning_gsq", "version": 1,
      "weights": {"model.layers.0.mlp.down_proj.weight": {"bits": 3, "group_size": 64, "shape": [576, 1536]}, ...}}
 
-A weight with a salient part is stored as the tensors of its layout (``lightning_gsq.weights.salient``), and ``salient``
-in its entry says the rest.
+A weight with a salient part is stored as the tensors of its layout (``lightning_gsq.weights.mixed`` and ``element``),
+and ``salient`` in its entry says the rest.
 
 It holds every scheme exactly, and a loaded model takes as much memory as the file.
 """
@@ -30,8 +30,8 @@ from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.export.writer import ShardWriter
+from lightning_gsq.packed.config import GSQConfig
 from lightning_gsq.packed.layers import PackedWeight
-from lightning_gsq.packed.load import GSQConfig
 from lightning_gsq.packed.salient_linear import SageLinear
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.ops.packed_linear import dispatch, op
+from lightning_gsq.weights.grid import Bits, grid_of
 from lightning_gsq.weights.packing import packed_words
-from lightning_gsq.weights.scheme import Bits
 
-__all__ = ["dequantize_packed", "packed_linear", "packed_linear_experts"]
+__all__ = ["dequantize_packed", "packed_linear"]
 
 
 def dequantize_packed(
@@ -90,65 +90,9 @@ def packed_linear(
     return result
 
 
-def packed_linear_experts(
-    x_TI: Tensor,
-    words_EOW: Tensor,
-    scales_EOG: Tensor,
-    expert_T: Tensor,
-    bias_EO: Tensor | None = None,
-    *,
-    bits: Bits,
-    in_features: int,
-    group_length: int,
-) -> Tensor:
-    """Every token through the weight of its own expert: the twin of :func:`packed_linear` for fused experts.
-
-    A loop over the experts that have tokens, one product each; a token of several experts comes as several rows.
-
-    Args:
-        x_TI: ``T I``, fp32, bf16 or fp16.
-        words_EOW: Packed codes of each expert, int32.
-        scales_EOG: Floating point, one a group.
-        expert_T: Integer index of each token's expert.
-        bias_EO: Floating point, or None.
-        bits: The scheme's bits: 1, "ternary", 2 ... 8.
-        in_features: ``I``.
-        group_length: Weights in a full group.
-
-    Returns:
-        ``T O`` in x's dtype; differentiable in x, scales and bias.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or an expert's index is out of range.
-    """
-    if x_TI.ndim != 2 or expert_T.shape != x_TI.shape[:1] or expert_T.is_floating_point():
-        raise ValueError(
-            f"expected x of shape (T, I) and one integer expert a token, got {tuple(x_TI.shape)} and "
-            f"{expert_T.dtype} {tuple(expert_T.shape)}"
-        )
-    chosen = expert_T.unique().tolist()
-    if chosen and (chosen[0] < 0 or chosen[-1] >= len(words_EOW)):
-        raise ValueError(f"experts must lie in 0 ... {len(words_EOW) - 1}, got {chosen[0]} ... {chosen[-1]}")
-    y_TO = x_TI.new_zeros(len(x_TI), words_EOW.shape[1])
-    for expert in chosen:
-        (token_N,) = torch.nonzero(expert_T == expert, as_tuple=True)
-        bias_O = None if bias_EO is None else bias_EO[expert]
-        y_NO = packed_linear(
-            x_TI[token_N],
-            words_EOW[expert],
-            scales_EOG[expert],
-            bias_O,
-            bits=bits,
-            in_features=in_features,
-            group_length=group_length,
-        )
-        y_TO = y_TO.index_copy(0, token_N, y_NO)
-    return y_TO
-
-
 def _check(words_OW: Tensor, scales_OG: Tensor, bits: Bits, in_features: int, group_length: int) -> int:
     """Bits that one stored value takes; raises where the arguments do not fit."""
-    stored = 2 if bits == "ternary" else bits
+    stored = grid_of(bits).storage_bits
     words, groups = packed_words(in_features, stored), -(-in_features // group_length)
     if words_OW.dtype != torch.int32 or words_OW.ndim != 2 or words_OW.shape[1] != words:
         raise ValueError(

@@ -75,10 +75,7 @@ def run(
         from lightning_gsq.ops.packed_linear.tuning import tile_for
 
         tile = tile_for(x.device, bits, 1 if form == "gemv" else max(2, len(x_TI)))
-        bias_EO = None if bias_O is None else bias_O[None]
-        y_TO = kernels.linear(
-            x_TI, words_OW[None], scales_OG[None], bias_EO, None, bits=bits, group_length=group_length, tile=tile
-        )
+        y_TO = kernels.linear(x_TI, words_OW, scales_OG, bias_O, bits=bits, group_length=group_length, tile=tile)
         return y_TO.view(*x.shape[:-1], -1)
     if bias_O is not None:
         y_TO = y_TO + bias_O.to(y_TO.dtype)

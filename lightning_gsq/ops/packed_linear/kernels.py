@@ -68,22 +68,16 @@ def _word(words, index, inside, count, stride, EVEN: tl.constexpr):
 
 @triton.jit
 def _gemv_kernel(
-    arranged, sums, words, scales, bias, experts, y,
+    arranged, sums, words, scales, bias, y,
     tokens, rows, units, units_padded, word_count, units_per_group, one,
-    stride_we, stride_wo, stride_ww, stride_se, stride_so, stride_sg, stride_be,
+    stride_wo, stride_ww, stride_so, stride_sg,
     BITS: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_EXPERTS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     stored = row < rows
     row = tl.minimum(row, rows - 1)  # rows beyond the end repeat the last one: no masks on their loads
-    if HAS_EXPERTS:
-        expert = tl.load(experts + token).to(tl.int64)
-        words += expert * stride_we
-        scales += expert * stride_se
-        if HAS_BIAS:
-            bias += expert * stride_be
     words_row = words + row[:, None] * stride_wo
     scales_row = scales + row[:, None] * stride_so
     total = tl.zeros([ROWS, UNITS], tl.float32)
@@ -197,38 +191,36 @@ def arrange(x_TI: Tensor, fields: int, multiple: int) -> tuple[Tensor, Tensor]:
 
 def linear(
     x_TI: Tensor,
-    words_EOW: Tensor,
-    scales_EOG: Tensor,
-    bias_EO: Tensor | None,
-    experts_T: Tensor | None,
+    words_OW: Tensor,
+    scales_OG: Tensor,
+    bias_O: Tensor | None,
     *,
     bits: int,
     group_length: int,
     tile: Tile,
 ) -> Tensor:
-    """``x w^T + bias``, each token with its own expert's weight, or all with the first."""
-    (tokens, in_features), (_, rows, word_count) = x_TI.shape, words_EOW.shape
+    """``x w^T + bias``."""
+    (tokens, in_features), (rows, word_count) = x_TI.shape, words_OW.shape
     constants = _constants(bits)
     fields, words = int(constants["FIELDS"]), int(constants["WORDS"])
     arranged, sums = arrange(x_TI, fields, tile.units)
     units, padded = -(-in_features // fields), arranged.shape[-1]
     y_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
-    if bias_EO is not None:
-        bias_EO = bias_EO.contiguous()
+    if bias_O is not None:
+        bias_O = bias_O.contiguous()
     units_per_group = group_length // fields if group_length < in_features else units
     sizes = (tokens, rows, units, padded, word_count, units_per_group, ONE)
     even = padded == units and word_count == units * words
-    options = {**constants, "HAS_BIAS": bias_EO is not None, "EVEN": even, "ROWS": tile.rows, "UNITS": tile.units}
+    options = {**constants, "HAS_BIAS": bias_O is not None, "EVEN": even, "ROWS": tile.rows, "UNITS": tile.units}
     if tile.tokens == 1:
         _gemv_kernel[(triton.cdiv(rows, tile.rows), tokens)](
-            arranged, sums, words_EOW, scales_EOG, bias_EO, experts_T, y_TO, *sizes,
-            *words_EOW.stride(), *scales_EOG.stride(), rows,
-            HAS_EXPERTS=experts_T is not None, **options, num_warps=tile.warps,
+            arranged, sums, words_OW, scales_OG, bias_O, y_TO, *sizes,
+            *words_OW.stride(), *scales_OG.stride(), **options, num_warps=tile.warps,
         )  # fmt: skip
     else:
         _batch_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens))](
-            arranged, words_EOW, scales_EOG, bias_EO, y_TO, *sizes,
-            *words_EOW.stride()[1:], *scales_EOG.stride()[1:],
+            arranged, words_OW, scales_OG, bias_O, y_TO, *sizes,
+            *words_OW.stride(), *scales_OG.stride(),
             UPCAST=x_TI.dtype == torch.float32 or not x_TI.is_cuda, TOKENS=tile.tokens, **options,
             num_warps=tile.warps,
         )  # fmt: skip

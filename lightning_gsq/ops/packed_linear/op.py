@@ -35,7 +35,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, words, scales, bias, ctx.bits, ctx.group_length, _ = inputs
     ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
     ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, words, scales)
-    ctx.x_dtype = x.dtype
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,131 @@
+"""Packed modules in the place of a model's own, checked against what the files hold before a number of them is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.packed.config import Layouts
+from lightning_gsq.packed.layers import PackedExperts, PackedWeight, QuantLinear
+from lightning_gsq.packed.salient_linear import SCALES, SageLinear, is_part
+from lightning_gsq.system.safetensors_headers import TensorInfo
+
+SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, TensorInfo]) -> None:
+    """Puts packed modules, without values, in the place of those with the named weights.
+
+    Args:
+        model: The model, on the meta device.
+        layouts: What to exchange, by parameter name.
+        stored: What the files hold.
+
+    Raises:
+        ConfigurationError: there is no such weight, it has another shape, its module computes something else, or no
+            file holds it.
+    """
+    parameters = dict(model.named_parameters())
+    of_owner: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in stored.items():
+        stem, _, part = name.rpartition(".")
+        of_owner.setdefault(stem, {})[part] = info
+    for name, (scheme, site) in layouts.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise ConfigurationError(f"quantization_config: the model has no weight {name}")
+        shape = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
+        if tuple(parameter.shape) != ((site.experts, *shape) if site.experts else shape):
+            raise ConfigurationError(
+                f"quantization_config: {name} has shape {tuple(parameter.shape)} in the model, {site} in the file"
+            )
+        owner_name, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        known = type(owner) in (nn.Linear, Conv1D) and attribute == "weight"
+        bias = getattr(owner, "bias", None) is not None
+        if scheme.salient is not None and known:
+            parts = _stored_parts(owner_name, of_owner.get(owner_name, {}), parameter.device)
+            model.set_submodule(owner_name, SageLinear(scheme, site, parts, bias, parameter.dtype))
+            continue
+        settings: dict[str, Any] = {
+            "scale_dtype": _scale_dtype(name, stored),
+            "dtype": parameter.dtype,
+            "device": parameter.device,
+        }
+        if site.experts:
+            delattr(owner, attribute)
+            setattr(owner, attribute, PackedExperts(scheme, site, **settings))
+            _select_eager_experts(model)
+        elif known:
+            model.set_submodule(owner_name, QuantLinear(scheme, site, bias, **settings))
+        else:
+            raise ConfigurationError(
+                f"quantization_config: {name} belongs to a {type(owner).__name__}, which has no packed form; export "
+                "the run as dequantized"
+            )
+
+
+def check_stored(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
+    """Checks the packed tensors of the files against the modules that they are for.
+
+    Raises:
+        ConfigurationError: one is missing, or has another dtype or shape.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            for part in ("codes", "scales"):
+                found, wanted = stored.get(f"{name}.{part}"), getattr(module, part)
+                if found is None:
+                    raise ConfigurationError(f"model: no file holds {name}.{part}")
+                if found.shape != tuple(wanted.shape) or _torch_dtype(found) != wanted.dtype:
+                    raise ConfigurationError(
+                        f"model: {name}.{part} is {found.dtype} {found.shape} in {found.file.name}, expected "
+                        f"{wanted.dtype} {tuple(wanted.shape)}"
+                    )
+
+
+def _stored_parts(stem: str, own: Mapping[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
+    """The parts of a weight with salient columns or elements as tensors without values; they are checked when loaded.
+
+    Raises:
+        ConfigurationError: there are none, or one has a dtype that its kind never has.
+    """
+    parts = {}
+    for part, info in own.items():
+        if not is_part(part):
+            continue
+        allowed = SCALE_DTYPES if part in SCALES else {"I32": torch.int32}
+        if info.dtype not in allowed:
+            raise ConfigurationError(f"model: {stem}.{part} is {info.dtype}, expected one of {', '.join(allowed)}")
+        parts[part] = torch.empty(info.shape, dtype=allowed[info.dtype], device=device)
+    if not parts:
+        raise ConfigurationError(f"model: no file holds {stem}.codes")
+    return parts
+
+
+def _scale_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:
+    stem = name.removesuffix(".weight")
+    found = stored.get(f"{stem}.scales")
+    if found is None:
+        raise ConfigurationError(f"model: no file holds {stem}.scales")
+    if found.dtype not in SCALE_DTYPES:
+        raise ConfigurationError(f"model: {stem}.scales is {found.dtype}, expected one of {', '.join(SCALE_DTYPES)}")
+    return SCALE_DTYPES[found.dtype]
+
+
+def _torch_dtype(info: TensorInfo) -> torch.dtype | None:
+    return {**SCALE_DTYPES, "I32": torch.int32}.get(info.dtype)
+
+
+def _select_eager_experts(model: nn.Module) -> None:
+    """Lets fused experts run one by one: the other forms want all of their matrices in one tensor."""
+    from transformers import PreTrainedModel  # imports scipy, which `import lightning_gsq` does not wait for
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._experts_implementation = "eager"

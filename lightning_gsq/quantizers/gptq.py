@@ -1,0 +1,87 @@
+"""GPTQ: rounding column by column, with error feedback (Frantar et al., arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gsq.quantizers.scale_search import search_scale
+from lightning_gsq.quantizers.warm_start import Start, WarmStart
+from lightning_gsq.weights.scheme import QuantScheme
+
+
+class GPTQ(WarmStart):
+    """Rounds column by column and moves each column's error into the columns that follow.
+
+    Args:
+        damping: Added to the Hessian's diagonal, as a share of its mean.
+        block_columns: Columns handled before the rest of the matrix is updated; affects speed only.
+        weighted: Choose a group's scale by the error weighted with the inputs' second moments rather than by
+            ``|error|^2.4``.
+    """
+
+    def __init__(self, damping: float = 0.01, block_columns: int = 128, weighted: bool = False) -> None:
+        if not 0 < damping < 1:
+            raise ValueError(f"damping must lie between 0 and 1 (a share of the mean diagonal), got {damping}")
+        if block_columns < 1:
+            raise ValueError(f"block_columns must be positive, got {block_columns}")
+        self.damping, self.block_columns, self.weighted = damping, block_columns, weighted
+
+    def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
+        """See :meth:`WarmStart.__call__`."""
+        if hessian_II is None:
+            raise ValueError("GPTQ needs the Hessian of the weight's inputs, got None")
+        w_OI = w_OI.float().clone()
+        importance_I = hessian_II.diagonal().clone() if self.weighted else None
+        factor_II = inverse_cholesky(hessian_II, self.damping)
+        w_OI[:, hessian_II.diagonal() == 0] = 0
+        rows, columns = w_OI.shape
+        length = scheme.group_length(columns)
+        codes_OI, position_OI = torch.empty_like(w_OI), torch.empty_like(w_OI)
+        scales = []
+        for start in range(0, columns, self.block_columns):
+            end = min(start + self.block_columns, columns)
+            error_OC = w_OI.new_empty(rows, end - start)
+            for c in range(start, end):
+                if c % length == 0:
+                    stop = min(c + length, columns)
+                    # Columns past `end` have not seen this block's errors yet: apply them before the scale is read.
+                    group_OC = w_OI[:, c:stop]
+                    if stop > end and c > start:
+                        late = error_OC[:, : c - start] @ factor_II[start:c, end:stop]
+                        group_OC = torch.cat([w_OI[:, c:end], w_OI[:, end:stop] - late], dim=1)
+                    scales.append(self.scale(group_OC, scheme, None if importance_I is None else importance_I[c:stop]))
+                position_O = w_OI[:, c] / scales[-1]
+                code_O = scheme.grid.nearest(position_O)
+                position_OI[:, c], codes_OI[:, c] = position_O, code_O
+                error_O = (w_OI[:, c] - code_O * scales[-1]) / factor_II[c, c]
+                w_OI[:, c + 1 : end] -= error_O[:, None] * factor_II[c, c + 1 : end]
+                error_OC[:, c - start] = error_O
+            w_OI[:, end:] -= error_OC @ factor_II[start:end, end:]
+        return Start(codes_OI.to(torch.int8), torch.stack(scales, dim=1), position_OI)
+
+    def scale(self, w_OC: Tensor, scheme: QuantScheme, importance_C: Tensor | None) -> Tensor:
+        """The scale of one group a row, ``O``."""
+        return search_scale(w_OC, scheme, importance_C)
+
+
+def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian; dead inputs get 1 on the diagonal.
+
+    Raises:
+        ValueError: the Hessian is not finite, or not positive definite even with a hundred times the damping.
+    """
+    if not bool(torch.isfinite(hessian_II).all()):
+        raise ValueError("the Hessian is not finite: the model's activations overflow on the calibration text")
+    diagonal_I = hessian_II.diagonal()
+    damped_II = hessian_II + torch.diag((diagonal_I == 0).to(hessian_II.dtype))
+    mean = damped_II.diagonal().mean()
+    for attempt in (damping, 10 * damping, 100 * damping):
+        lower_II, failed = torch.linalg.cholesky_ex(
+            damped_II + attempt * mean * torch.eye(len(diagonal_I), device=hessian_II.device)
+        )
+        if not failed:
+            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+            if not failed:
+                return upper_II
+    raise ValueError(f"the Hessian is not positive definite with damping up to {100 * damping}: raise `damping`")

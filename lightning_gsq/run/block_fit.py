@@ -1,0 +1,171 @@
+"""The fit of one block: quantizers from the warm start, a Trainer, and whether the result is better than the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.quantizers import GumbelQuantizer, Matrix
+from lightning_gsq.quantizers.salient import MixedQuantizer
+from lightning_gsq.quantizers.warm_start import start_of
+from lightning_gsq.run.block_plan import BlockPlan
+from lightning_gsq.run.folder import Blocks
+from lightning_gsq.run.hidden_states import ActivationDataset, first
+from lightning_gsq.run.matrices import choose_salient, hessian_sequences, matrices_of, to_cpu
+from lightning_gsq.run.run import Run
+from lightning_gsq.saliency import Choice
+from lightning_gsq.saliency.choose import settled_start
+from lightning_gsq.system.seeding import generator_of, seed_of
+from lightning_gsq.training import BlockQuantization
+from lightning_gsq.training.block import WeightQuantizer
+from lightning_gsq.training.token_weights import inherited_weights, typical_energy
+
+BlockLoader = DataLoader[tuple[Tensor, ...]]
+
+
+def fit_block(
+    run: Run, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, full_NTD: Tensor, targets_NTD: Tensor
+) -> tuple[Blocks, dict[str, float]]:
+    """Trains one block.
+
+    Args:
+        run: The run.
+        plan: The block's weights and their schemes.
+        block: The block on the device.
+        inputs_NTD: What enters it in the quantized model: training sequences, then held-out ones.
+        full_NTD: What enters it in the full-precision model.
+        targets_NTD: What should leave it.
+
+    Returns:
+        Its quantized weights, and measures: held-out errors ``start``, ``trained`` and ``final``, ``flip_rate``, and
+        what was logged last.
+    """
+    weights_NT = _token_weights(run, inputs_NTD, full_NTD)
+    streams = (inputs_NTD, targets_NTD, *([] if weights_NT is None else [weights_NT]))
+    count = len(run.train_ids_NT)
+    training = ActivationDataset(*(stream[:count] for stream in streams))
+    held_out = ActivationDataset(*(stream[count:] for stream in streams))
+    module = _module(run, plan, block, training)
+    batches = _training_batches(run, plan, training)
+    validation: BlockLoader = DataLoader(held_out, batch_size=run.data.batch_size, collate_fn=first)
+    trainer = run.make_trainer()
+    with run.watch("training"):
+        trainer.fit(module, batches, validation)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    _let_go(trainer)
+    module.to(run.device)
+    with run.watch("check"):
+        measures = _measures(run, module, validation)
+    worse = not measures["trained"] <= measures["start"]
+    if worse:
+        run.say(
+            f"{plan.name}: training raised the held-out error from {measures['start']:.4g} to "
+            f"{measures['trained']:.4g}; the block keeps its warm start"
+        )
+    measures["final"] = measures["start" if worse else "trained"]
+    dtype = run.model.scale_dtype
+    tensors = {
+        name: to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
+        for name, quantizer in module.named_weights()
+    }
+    return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+def _module(run: Run, plan: BlockPlan, block: nn.Module, training: ActivationDataset) -> BlockQuantization:
+    """The block with a quantizer for each of its weights."""
+    matrices = matrices_of(run, plan, block, training.tensors[0][: hessian_sequences(run)])
+    choices = choose_salient(run, matrices)
+    with run.watch("warm_start"):
+        quantizers = {
+            site: _quantizer(run, plan, site, matrices[site.name], choices.get(site.name)) for site in plan.weights
+        }
+    return BlockQuantization(
+        block,
+        run.calls[plan.index],
+        quantizers,
+        run.model.optimizer,
+        scale_learning_rate=run.model.scale_learning_rate,
+        learning_rate_floor=run.model.learning_rate_floor,
+        target_power=_mean_square(run, *training.tensors[1:]),
+        index=plan.index,
+        name=plan.name,
+        seed=run.seed,
+        position=(run.plan.index(plan), len(run.plan)),
+        run=run.run_block,
+        saliency={name: choice.figures for name, choice in choices.items()},
+    )
+
+
+@torch.no_grad()
+def _quantizer(run: Run, plan: BlockPlan, site: LinearSite, matrix: Matrix, choice: Choice | None) -> WeightQuantizer:
+    """The trainable form of a weight, from its warm start."""
+    options, generator = run.model.gumbel, generator_of(run.seed, plan.index, site.name, "logits")
+    if choice is None:
+        return GumbelQuantizer(start_of(matrix, run.model.warm_start), matrix.scheme, options, generator)
+    start = settled_start(matrix, choice, run.model.warm_start)
+    return MixedQuantizer(start, choice.scheme, options, generator)
+
+
+def _training_batches(run: Run, plan: BlockPlan, training: ActivationDataset) -> BlockLoader:
+    process = (run.ranks.rank,) if run.ranks.rank else ()
+    return DataLoader(
+        training,
+        batch_size=run.data.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed_of(run.seed, plan.index, "order", *process)),
+        collate_fn=first,
+        drop_last=len(training) >= run.data.batch_size,
+        pin_memory=run.device.type == "cuda",  # copied while the step before still computes
+    )
+
+
+def _let_go(trainer: Trainer) -> None:
+    """Lightning binds the module to callbacks, which outlive a block and would keep its training state alive."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
+        vars(callback).pop("log", None)
+        vars(callback).pop("log_dict", None)
+
+
+def _measures(run: Run, module: BlockQuantization, held_out: BlockLoader) -> dict[str, float]:
+    """Held-out errors of the start and of the rounded result, and the share of codes that differ."""
+    weights = {"start": module.start_weights(), "trained": module.hard_weights()}
+    measures = {key: _error(run, module, held_out, dense) for key, dense in weights.items()}
+    flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for _, q in module.named_quantizers())
+    measures["flip_rate"] = flipped / sum(q.start_codes.numel() for _, q in module.named_quantizers())
+    return measures
+
+
+@torch.no_grad()
+def _error(
+    run: Run, module: BlockQuantization, batches: Iterable[tuple[Tensor, ...]], weights: dict[str, Tensor]
+) -> float:
+    """Relative squared error of the block on held-out sequences."""
+    total, count = 0.0, 0
+    with run.precision():
+        for batch in batches:
+            tensors = tuple(tensor.to(run.device) for tensor in batch)
+            total += float(module.loss(tensors, weights)) * len(tensors[0])
+            count += len(tensors[0])
+    total, count = run.ranks.sum(torch.tensor([total, count], dtype=torch.float64, device=run.device)).tolist()
+    return total / count
+
+
+def _mean_square(run: Run, x_NTD: Tensor, weights_NT: Tensor | None = None) -> float:
+    if weights_NT is None:
+        return run.mean(sum(float(x.float().square().mean()) for x in x_NTD) / len(x_NTD))
+    pairs = zip(x_NTD, weights_NT, strict=True)
+    return run.mean(sum(float((x.float().square().mean(-1) * w).mean()) for x, w in pairs) / len(x_NTD))
+
+
+def _token_weights(run: Run, quantized_NTD: Tensor, full_NTD: Tensor) -> Tensor | None:
+    """How much each token counts in the loss; None where all count alike."""
+    if run.model.inherited_error is None:
+        return None
+    tolerated = run.model.inherited_error * run.mean(typical_energy(full_NTD[: len(run.train_ids_NT)]))
+    return inherited_weights(quantized_NTD, full_NTD, tolerated)

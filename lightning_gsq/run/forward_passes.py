@@ -1,0 +1,76 @@
+"""Hidden states on their way through the model, a block at a time, where nothing is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_gsq.models.chain import embed
+from lightning_gsq.run.hidden_states import ActivationOptions, ActivationStore
+from lightning_gsq.run.run import Run
+from lightning_gsq.system.slices import slices
+
+FORWARD_TOKENS = 4096
+"""Tokens that pass through a block at once where nothing is trained."""
+
+
+def sequences_at_once(length: int) -> int:
+    """Sequences of ``length`` tokens that pass through a block at once."""
+    return max(1, FORWARD_TOKENS // length)
+
+
+@contextmanager
+def hidden_store(shape: tuple[int, int, int], options: ActivationOptions, streams: int) -> Iterator[ActivationStore]:
+    """Room for hidden states ``N T D``, given back at the end."""
+    store = ActivationStore(shape, options, streams)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def embed_all(network: PreTrainedModel, ids_NT: Tensor, out_NTD: Tensor) -> None:
+    """Fills ``out`` with what enters the first block."""
+    for part in slices(len(ids_NT), sequences_at_once(ids_NT.shape[1])):
+        out_NTD[part] = embed(network, ids_NT[part]).to(out_NTD)
+
+
+@torch.no_grad()
+def pass_through(run_block: Callable[[Tensor], Tensor], source_NTD: Tensor, out_NTD: Tensor) -> torch.dtype:
+    """Runs a block over a stream, some sequences at a time; ``out`` may be ``source``.
+
+    Args:
+        run_block: From hidden states as they are stored to what leaves the block.
+        source_NTD: What enters it.
+        out_NTD: Filled with what leaves it.
+
+    Returns:
+        The dtype that the block computed in.
+    """
+    dtype = source_NTD.dtype
+    for part in slices(len(source_NTD), sequences_at_once(source_NTD.shape[1])):
+        output_BTD = run_block(source_NTD[part])
+        out_NTD[part], dtype = output_BTD.to(out_NTD), output_BTD.dtype
+    return dtype
+
+
+def propagate(run: Run, block: nn.Module, index: int, source_NTD: Tensor, out_NTD: Tensor) -> None:
+    """Runs the ``index``-th block of a run over a stream, on the device, in fp32; ``out`` may be ``source``."""
+    call = run.calls[index].to(run.device)
+    with run.watch("streams"), run.precision():
+        pass_through(lambda hidden: run.run_block(block, fetch(run, hidden), call), source_NTD, out_NTD)
+
+
+def fetch(run: Run, hidden_BTD: Tensor) -> Tensor:
+    """Hidden states on the device, fp32."""
+    return hidden_BTD.to(run.device, torch.float32)
+
+
+def working_copy(run: Run, index: int) -> nn.Module:
+    """A block on the device in fp32; the model itself stays where it is."""
+    return copy.deepcopy(run.blocks[index]).to(run.device, torch.float32)

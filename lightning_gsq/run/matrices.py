@@ -1,0 +1,73 @@
+"""The weights of one block as a quantizer sees them: matrices, their inputs, the salient part of each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.chain import run_block
+from lightning_gsq.quantizers import InputStatistics, Matrix
+from lightning_gsq.run.block_plan import BlockPlan
+from lightning_gsq.run.forward_passes import fetch, sequences_at_once
+from lightning_gsq.run.run import Run
+from lightning_gsq.saliency import Choice, settle
+from lightning_gsq.system.slices import slices
+from lightning_gsq.weights.quantized import QuantizedWeight
+
+
+def hessian_sequences(run: Run) -> int:
+    """This process's share of the sequences whose inputs the warm start sees."""
+    return run.ranks.share_of(min(run.model.hessian_sequences, len(run.train_ids_NT) * run.ranks.world))
+
+
+def matrices_of(run: Run, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> dict[str, Matrix]:
+    """The block's weights with the second moments of their inputs.
+
+    Args:
+        run: The run.
+        plan: The block's weights and their schemes.
+        block: The block on the device.
+        inputs_NTD: Hidden states that enter it.
+    """
+    needed = run.model.warm_start.needs_hessian
+    statistics = InputStatistics(list(plan.weights), run.device)
+    if needed:
+        call = run.calls[plan.index].to(run.device)
+        with run.watch("statistics"), torch.no_grad(), statistics.watching(block), run.precision():
+            for part in slices(len(inputs_NTD), sequences_at_once(inputs_NTD.shape[1])):
+                run_block(block, fetch(run, inputs_NTD[part]), call)
+        if run.ranks.world > 1:
+            statistics.reduce(run.ranks.sum)
+    return {
+        site.name: Matrix(
+            site.to_matrix(block.get_parameter(site.name)).detach().float(),
+            statistics.hessians(site) if needed else None,
+            scheme,
+            f"{plan.name}.{site.name}",
+        )
+        for site, scheme in plan.weights.items()
+    }
+
+
+def choose_salient(run: Run, matrices: dict[str, Matrix]) -> dict[str, Choice]:
+    """The salient part of each matrix whose scheme has one."""
+    mixed = {name: matrix for name, matrix in matrices.items() if matrix.scheme.mixed}
+    if not mixed:
+        return {}
+    with run.watch("saliency"):
+        return settle(mixed, run.model.saliency)
+
+
+def to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:
+    """The tensor as it is stored.
+
+    Raises:
+        ConfigurationError: a scale overflowed.
+    """
+    for scales in tensor.scales:
+        if not bool(torch.isfinite(scales).all()):
+            raise ConfigurationError(
+                f"model.scale_dtype: a scale does not fit into {scales.dtype}; use bfloat16 or float32"
+            )
+    return tensor.cpu()

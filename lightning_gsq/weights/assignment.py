@@ -1,0 +1,78 @@
+"""Which weights are quantized, and how each: patterns over their names."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.weights.grid import Bits
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class SchemeOverride:
+    """Settings that replace the scheme's own for the weights that a pattern names; None keeps the scheme's.
+
+    Args:
+        bits: Bits a weight, 1 to 8, or "ternary".
+        group_size: Weights that share one scale; -1 for one scale a row.
+        salient: The salient part.
+    """
+
+    bits: Bits | None = None
+    group_size: int | None = None
+    salient: SalientPart | None = None
+
+    def apply(self, scheme: QuantScheme) -> QuantScheme:
+        """The scheme with this override's settings in place."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changes = {name: value for name, value in own.items() if value is not None}
+        return dataclasses.replace(scheme, **changes)
+
+
+def assign_schemes(
+    names: Iterable[str],
+    scheme: QuantScheme,
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    overrides: Mapping[str, SchemeOverride] | None = None,
+) -> dict[str, QuantScheme]:
+    """Chooses the weights to quantize and the scheme of each.
+
+    A pattern is a shell pattern (``*``, ``?``, ``[...]``) matched against the full parameter name, such as
+    ``model.layers.3.mlp.down_proj.weight``, or against a module name without the ending ``.weight``. Where several
+    overrides match a name, they apply in their order, so that the last one wins.
+
+    Raises:
+        ConfigurationError: a pattern matches no weight, or nothing is left to quantize.
+    """
+    names = list(names)
+    include, exclude, overrides = tuple(include), tuple(exclude), dict(overrides or {})
+    for option, patterns in (("include", include), ("exclude", exclude), ("overrides", overrides)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in names):
+                examples = ", ".join(names[:3])
+                raise ConfigurationError(
+                    f"{option}: the pattern {pattern!r} matches none of the {len(names)} linear weights; "
+                    f"their names look like {examples}"
+                )
+    chosen = {}
+    for name in names:
+        if not any(_matches(name, p) for p in include) or any(_matches(name, p) for p in exclude):
+            continue
+        own = scheme
+        for pattern, override in overrides.items():
+            if _matches(name, pattern):
+                own = override.apply(own)
+        chosen[name] = own
+    if not chosen:
+        raise ConfigurationError(f"include={list(include)} and exclude={list(exclude)} leave no weight to quantize")
+    return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
