@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from lightning_gsq.cli.arguments import rewritten
+from lightning_gsq.cli.configs import DEFAULTS
 from lightning_gsq.cli.defaults import TRAINER_DEFAULTS, native_precision
+from lightning_gsq.cli.help import COMMON
+from lightning_gsq.cli.messages import configuration_error
 from lightning_gsq.cli.parser import PROGRAM, GSQArgumentParser
+from lightning_gsq.cli.trainers import check_seed, check_settings, make_trainer
 from lightning_gsq.cli.verbs import SUMMARIES
 from lightning_gsq.commands.export import export
 from lightning_gsq.commands.fit import fit
@@ -23,7 +27,7 @@ from lightning_gsq.commands.predict import predict
 from lightning_gsq.commands.validate import validate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.run.hidden_states import ActivationOptions
-from lightning_gsq.system import sharding, signals
+from lightning_gsq.system import sharding
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
 
@@ -66,8 +70,10 @@ class GSQCLI(LightningCLI):
 
     trainer: Trainer
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str]) -> None:
         self.console = make_console()
+        self.all_help = "--help.all" in args
+        args = ["--help" if argument == "--help.all" else argument for argument in args]
         self._logger: Logger | None = None
         super().__init__(
             ModelQuantization,
@@ -90,15 +96,19 @@ class GSQCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         self._subcommand_parsers = {}
         subcommands = parser.add_subcommands()
+        recipe = {"default_config_files": [DEFAULTS]}
         for name, verb in VERBS.items():
-            options = self.init_parser(prog=f"{parser.prog} {name}", description=SUMMARIES[name])
+            defaults = recipe if verb.trains else {}
+            options = self.init_parser(description=SUMMARIES[name], **defaults)
             assert isinstance(options, GSQArgumentParser)  # as asked for above
+            options.common = () if self.all_help else COMMON.get(name, ())
             if verb.trains:
                 self._add_arguments(options)
             if verb.run is not None:
                 options.add_signature(verb.run, set(verb.given), verb.repeated, verb.flags)
             self._subcommand_parsers[name] = options
             subcommands.add_subcommand(name, options, help=SUMMARIES[name])
+            options.prog = f"{parser.prog} {name}"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the groups that are not Lightning's."""
@@ -114,7 +124,8 @@ class GSQCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Reads the arguments that ``main`` was given; Lightning's own warns that they are not those of the process."""
-        self.config = parser.parse_args(args)
+        assert isinstance(args, list)  # as main gives them
+        self.config = parser.parse_args(rewritten(args))
 
     # -- objects
 
@@ -132,6 +143,7 @@ class GSQCLI(LightningCLI):
 
     def _set_seed(self) -> None:
         if VERBS[str(self.subcommand)].trains:
+            check_seed("seed_everything", self.settings.seed_everything)
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
@@ -139,6 +151,7 @@ class GSQCLI(LightningCLI):
         if not VERBS[str(self.subcommand)].trains:
             return
         trainer = self.settings.trainer
+        check_settings(trainer)
         if sharding.asked_for(trainer.strategy):
             trainer.strategy, self.settings.end_to_end.strategy = "ddp", sharding.FSDP2
         if trainer.precision is None:
@@ -146,8 +159,12 @@ class GSQCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the model, the data and a Trainer, for the verbs that take them."""
-        if VERBS[str(self.subcommand)].trains:
+        if not VERBS[str(self.subcommand)].trains:
+            return
+        try:
             super().instantiate_classes()
+        except ValueError as error:  # in which jsonargparse wraps what a class says of its arguments
+            raise configuration_error(error) or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A new Trainer with the user's settings; all Trainers of a run share one logger and the callbacks."""
@@ -157,11 +174,7 @@ class GSQCLI(LightningCLI):
             if self._logger is None:
                 self._logger = TensorBoardLogger(config["default_root_dir"], name="", version="tensorboard")
             config["logger"] = self._logger
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer = Trainer(**config)
-        signals.leave_to_us(trainer)
-        return trainer
+        return make_trainer(config)
 
     def evaluation_trainer(self) -> Trainer:
         """A Trainer that only evaluates: neither logger nor callbacks."""

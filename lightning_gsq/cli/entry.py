@@ -7,8 +7,15 @@ from __future__ import annotations
 
 import sys
 
+from lightning_gsq import __version__
+from lightning_gsq.cli.verbs import overview
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.signals import Stopped, speaks, stopping
+
+
+def console() -> None:
+    """The command ``lightning-gsq``."""
+    sys.exit(main())
 
 
 def main(args: list[str] | None = None) -> int:
@@ -16,6 +23,9 @@ def main(args: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    if arguments[0] in ("-h", "--help", "--version"):
+        print(f"lightning-gsq {__version__}" if arguments[0] == "--version" else overview())
+        return 0
     again = "resumes after the last finished block or phase" if "fit" in arguments else "begins anew"
     farewell = f"stopped; the same command {again}"
     try:
