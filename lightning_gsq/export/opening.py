@@ -86,4 +86,4 @@ def _model_of(recipe: Mapping[str, Any], root: Path) -> ModelQuantization:
 
 def _with_salient(fields: Mapping[str, Any]) -> dict[str, Any]:
     salient = fields.get("salient")
-    return {**fields, "salient": SalientPart(**salient) if salient else None}
+    return {**fields, "salient": SalientPart(**salient) if salient else salient}
