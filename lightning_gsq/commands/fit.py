@@ -79,7 +79,7 @@ def fit(
         ConfigurationError: something asked for cannot be done; raised before any long work.
     """
     exports = [format_of(name) for name in dict.fromkeys(formats)]
-    source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
+    source = model.address.source()
     limit = loading.max_length(loading.load_config(source))
     trainer = make_trainer()
     data.run_folder = Path(trainer.default_root_dir) / "calibration"
@@ -93,10 +93,10 @@ def fit(
     if "end_to_end" in model.phases:
         check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
     folder.check_room(_bytes_to_write(model))
-    evaluation.tokenize(model.tokenizer)
+    evaluation.tokenize(model.tokenizer, model.network)
     plan = make_plan(model)
     _check_layouts(model, plan)
-    model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
+    model.start.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
     check_possible(exports, PlannedRun(model, plan, settings["model"]))
     data.tokenize(model.tokenizer, model.network)
     recipe = make_recipe(settings, seed, model, data, evaluation)
@@ -146,7 +146,8 @@ def _what_is_done(run: Run) -> str:
     weights = sum(site.rows * site.in_features for plan in run.plan for site in plan.weights)
     processes = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
     return (
-        f"{run.model.pretrained}: {len(run.plan)} blocks, {weights:,} weights to quantize ({run.model.scheme}), "
+        f"{run.model.address.pretrained}: {len(run.plan)} blocks, {weights:,} weights to quantize "
+        f"({run.model.selection.scheme}), "
         f"{run.data.num_sequences} calibration sequences of {run.data.sequence_length} tokens, "
         f"{run.trainer.precision}, {run.device.type}{processes}"
     )
@@ -186,4 +187,4 @@ def _check_layouts(model: ModelQuantization, plan: list[BlockPlan]) -> None:
 def _bytes_to_write(model: ModelQuantization) -> int:
     """Upper bound of what a run writes: the dense model, two sets of block files, logs."""
     parameters = sum(p.numel() for p in model.network.parameters())
-    return int(parameters * (model.output_dtype.itemsize + 2 * 1.2)) + 50_000_000
+    return int(parameters * (model.storage.output_dtype.itemsize + 2 * 1.2)) + 50_000_000

@@ -10,7 +10,6 @@ import yaml
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.models import loading
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import model_fingerprint
@@ -47,12 +46,13 @@ def open_run(folder: str | Path) -> FinishedRun:
     recipe = _read_recipe(root)
     run_folder = RunFolder(root, create=False)
     model = _model_of(recipe, root)
-    source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
+    source = model.address.source()
     model.load(source)
     recorded = recipe.get("fingerprints", {}).get("model")
     if recorded is not None and recorded != model_fingerprint(model):
         raise ConfigurationError(
-            f"run: {model.pretrained} is no longer the model that the run in {root} quantized; put the original back"
+            f"run: {model.address.pretrained} is no longer the model that the run in {root} quantized; put the "
+            "original back"
         )
     return FinishedRun(run_folder, recipe, run_folder.summary, model, make_plan(model))
 

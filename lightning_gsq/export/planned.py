@@ -92,14 +92,14 @@ class PlannedRun:
     @property
     def address(self) -> str:
         """Where the original model came from."""
-        return self.model.pretrained
+        return self.model.address.pretrained
 
     @property
     def scale_dtype(self) -> torch.dtype:
         """Stored dtype of the scales."""
-        return self.model.scale_dtype
+        return self.model.storage.scale_dtype
 
     @property
     def dtype(self) -> torch.dtype:
         """Stored dtype of every parameter that is not quantized."""
-        return self.model.output_dtype
+        return self.model.storage.output_dtype

@@ -9,7 +9,6 @@ from lightning_gsq.models.chain import check_chain, find_blocks, run_block, trac
 from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
 from lightning_gsq.models.probe import probe_ids
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.assignment import assign_schemes
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -43,11 +42,11 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
     traced = trace(model.network, probe_ids(model.network))
     check_chain(model.network, traced)
     sites: dict[str, tuple[int, LinearSite]] = {}
-    for index in model.selected_blocks(len(blocks)):
+    for index in model.selection.indices(len(blocks)):
         run = functools.partial(run_block, blocks[index], traced.inputs_BTD[index], traced.calls[index])
         found = find_linear_sites(blocks[index], run)
         sites |= {f"{prefix}.{index}.{site.name}": (index, site) for site in found}
-    schemes = assign_schemes(sites, model.scheme, model.include, model.exclude, model.overrides)
+    schemes = model.selection.schemes(sites)
     plans: dict[int, BlockPlan] = {}
     for name, scheme in schemes.items():
         index, site = sites[name]

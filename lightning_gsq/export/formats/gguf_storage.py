@@ -69,7 +69,7 @@ def source_file(run: PlannedRun) -> GGUFFile | None:
     start = run.settings.get("warm_start")
     if isinstance(start, dict) and str(start.get("class_path", "")).rpartition(".")[2] == "FromFile":
         return GGUFFile(Path(start["init_args"]["file"]).expanduser())
-    source = loading.resolve(run.address, run.model.revision, run.model.trust_remote_code)
+    source = loading.resolve(run.address, run.model.address.revision, run.model.address.trust_remote_code)
     if source.gguf_file is None:
         return None
     if not source.files:
