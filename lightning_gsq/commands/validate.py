@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -37,7 +38,8 @@ def validate(
     Raises:
         ConfigurationError: the model cannot be loaded, or the text is too short.
     """
-    source = loading.resolve(loading.finished_model(model.pretrained), model.revision, model.trust_remote_code)
+    finished = loading.finished_model(model.address.pretrained)
+    source = dataclasses.replace(model.address, pretrained=finished).source()
     evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
     model.load(source, quantized=True)
     evaluation.tokenize(model.tokenizer, model.network)

@@ -26,11 +26,10 @@ from lightning_gsq.estimate.quantities import (
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
-from lightning_gsq.models.linear_weights import LinearSite, to_quantize
+from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
-from lightning_gsq.weights.assignment import assign_schemes
 from lightning_gsq.weights.quantized import BitsLedger
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -108,12 +107,13 @@ def estimate(
     Raises:
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
     """
-    source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code, need_weights=False)
-    skeleton = make_skeleton(source, loading.load_config(source), model.dtype_name)
+    source = model.address.source(need_weights=False)
+    skeleton = make_skeleton(source, loading.load_config(source), model.address.dtype)
     plan = _assign(model, skeleton)
     around = _surroundings(model, end_to_end, trainer, source, device_memory)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
-    ledgers = {scheme: ledger_of(items, model.scale_dtype.itemsize) for scheme, items in _by_scheme(plan).items()}
+    scale_bytes = model.storage.scale_dtype.itemsize
+    ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
     windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
     limit = activations.memory_limit_gb * 1e9
@@ -169,7 +169,7 @@ def _surroundings(
         file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
         device_room=limits.device_bytes(device) if device_memory is None else int(device_memory),
         accelerated=device.type != "cpu" or device_memory is not None,
-        mapped=source.gguf_file is None and model.dtype_name == "auto",
+        mapped=source.gguf_file is None and model.address.dtype == "auto",
         spread=1 if end_to_end.strategy is None else trainer.world_size,
     )
 
@@ -178,12 +178,11 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
     """The weights of every planned block with their schemes, as ``fit`` assigns them."""
     sites = {
         f"{skeleton.prefix}.{index}.{site.name}": (index, site)
-        for index in model.selected_blocks(len(skeleton.blocks))
+        for index in model.selection.indices(len(skeleton.blocks))
         for site in skeleton.blocks[index].sites
     }
-    names = to_quantize({name: site for name, (_, site) in sites.items()}, model.include)
     plan: dict[int, Weights] = defaultdict(dict)
-    for name, scheme in assign_schemes(names, model.scheme, model.include, model.exclude, model.overrides).items():
+    for name, scheme in model.selection.schemes({name: site for name, (_, site) in sites.items()}).items():
         index, site = sites[name]
         plan[index][site] = scheme
     return dict(plan)
@@ -201,7 +200,7 @@ def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger
     kinds = len(set(model.phases))
     return {
         f"block files, {kinds} set{'s' if kinds > 1 else ''}": kinds * ledger.num_bytes,
-        "quantized model, dequantized": skeleton.parameters * model.output_dtype.itemsize,
+        "quantized model, dequantized": skeleton.parameters * model.storage.output_dtype.itemsize,
         "logs and the rest": SPARE_DISK,
     }
 
@@ -219,7 +218,7 @@ def _steps(trainer: Trainer, data: CalibrationDataModule) -> int:
 
 def _compiles(model: ModelQuantization, trainer: Trainer) -> bool:
     """Whether anything is compiled."""
-    return model.gumbel.backend != "eager" and compiler_available(trainer.strategy.root_device.type)
+    return model.block.gumbel.backend != "eager" and compiler_available(trainer.strategy.root_device.type)
 
 
 def _probe(
@@ -239,7 +238,7 @@ def _probe(
             f"one block in training takes {problems.gigabytes(needed)}, {problems.gigabytes(room)} are free here"
         )
     index, weights = next(iter(plan.items()))
-    run = compiled_run_block() if model.compile_blocks and _compiles(model, trainer) else run_block
+    run = compiled_run_block() if model.block.compiled and _compiles(model, trainer) else run_block
     bf16 = trainer.precision == "bf16-mixed"
     return probe(model, data, skeleton.width, skeleton.blocks[index], weights, device, bf16, run), ""
 

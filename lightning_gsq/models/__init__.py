@@ -11,4 +11,6 @@ roles           which of them choose, gate, or feed states
 left_out        what stays as it is, and why
 probe           the short sequences that show all this
 head            its logits from its last hidden states
+norms           the parameters of its normalisation layers
+standing_in     other functions in the place of its blocks
 """

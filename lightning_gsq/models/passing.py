@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.models.calls import BlockCall, leaves
 from lightning_gsq.models.chain import Reached, find_blocks, split_hidden
+from lightning_gsq.models.standing_in import standing_in
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,8 @@ def instead_of_blocks(
 
         return forward
 
-    try:
-        for index, block in enumerate(blocks):
-            block.__dict__["forward"] = forward_of(index, block)
+    with standing_in({index: forward_of(index, block) for index, block in enumerate(blocks)}, blocks):
         yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
 
 
 @torch.no_grad()

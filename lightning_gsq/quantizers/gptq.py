@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.quantizers.layout_fit import ScaleFit
+from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
 from lightning_gsq.weights.scheme import QuantScheme
@@ -22,57 +25,72 @@ class GPTQ(WarmStart):
 
     def __init__(self, damping: float = 0.01, block_columns: int = 128, weighted: bool = False) -> None:
         if not 0 < damping < 1:
-            raise ValueError(f"damping must lie between 0 and 1 (a share of the mean diagonal), got {damping}")
+            raise ConfigurationError(
+                f"warm_start.damping must lie between 0 and 1 (a share of the mean diagonal), got {damping}"
+            )
         if block_columns < 1:
-            raise ValueError(f"block_columns must be positive, got {block_columns}")
+            raise ConfigurationError(f"warm_start.block_columns must be positive, got {block_columns}")
         self.damping, self.block_columns, self.weighted = damping, block_columns, weighted
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""
         if hessian_II is None:
             raise ValueError("GPTQ needs the Hessian of the weight's inputs, got None")
+        if not bool(hessian_II.any()):  # no token came here: there is nothing to be learned about these inputs
+            return round_groups(w_OI.float(), scheme, None, self.scale)
         w_OI = w_OI.float().clone()
         importance_I = hessian_II.diagonal().clone() if self.weighted else None
         factor_II = inverse_cholesky(hessian_II, self.damping)
-        w_OI[:, hessian_II.diagonal() == 0] = 0
         rows, columns = w_OI.shape
         length = scheme.group_length(columns)
+        grid, fit = scheme.grid, ScaleFit(scheme, importance_I, self.scale)
         codes_OI, position_OI = torch.empty_like(w_OI), torch.empty_like(w_OI)
-        scales = []
         for start in range(0, columns, self.block_columns):
             end = min(start + self.block_columns, columns)
             error_OC = w_OI.new_empty(rows, end - start)
             for c in range(start, end):
                 if c % length == 0:
-                    stop = min(c + length, columns)
-                    # Columns past `end` have not seen this block's errors yet: apply them before the scale is read.
-                    group_OC = w_OI[:, c:stop]
-                    if stop > end and c > start:
-                        late = error_OC[:, : c - start] @ factor_II[start:c, end:stop]
-                        group_OC = torch.cat([w_OI[:, c:end], w_OI[:, end:stop] - late], dim=1)
-                    scales.append(self.scale(group_OC, scheme, None if importance_I is None else importance_I[c:stop]))
-                position_O = w_OI[:, c] / scales[-1]
-                code_O = scheme.grid.nearest(position_O)
-                position_OI[:, c], codes_OI[:, c] = position_O, code_O
-                error_O = (w_OI[:, c] - code_O * scales[-1]) / factor_II[c, c]
+                    late = (error_OC[:, : c - start], factor_II, end)
+                    if fit.begins_block(c):
+                        fit.open_block(_current(w_OI, c, c + scheme.layout.block, *late), c)
+                    scale = fit.groups(_current(w_OI, c, min(c + length, columns), *late), c)
+                position_O = scale.position(w_OI[:, c])
+                code_O = grid.nearest(position_O)
+                position_OI[:, c], codes_OI[:, c] = grid.coordinate(position_O), code_O
+                error_O = (w_OI[:, c] - scale.weight(grid.value_of(code_O))) / factor_II[c, c]
                 w_OI[:, c + 1 : end] -= error_O[:, None] * factor_II[c, c + 1 : end]
                 error_OC[:, c - start] = error_O
             w_OI[:, end:] -= error_OC @ factor_II[start:end, end:]
-        return Start(codes_OI.to(torch.int8), torch.stack(scales, dim=1), position_OI)
+        scales_OG, others = fit.parts()
+        return Start(codes_OI.to(grid.code_dtype), scales_OG, position_OI, others)
 
     def scale(self, w_OC: Tensor, scheme: QuantScheme, importance_C: Tensor | None) -> Tensor:
         """The scale of one group a row, ``O``."""
         return search_scale(w_OC, scheme, importance_C)
 
 
+def _current(w_OI: Tensor, start: int, stop: int, error_OC: Tensor, factor_II: Tensor, end: int) -> Tensor:
+    """Columns ``start ... stop`` as they stand after the columns before ``start``.
+
+    Columns past ``end`` have not seen the errors ``error_OC`` of the block that ends there yet: they are applied.
+    """
+    if stop <= end or not error_OC.shape[1]:
+        return w_OI[:, start:stop]
+    late_OC = error_OC @ factor_II[start - error_OC.shape[1] : start, end:stop]
+    return torch.cat([w_OI[:, start:end], w_OI[:, end:stop] - late_OC], dim=1)
+
+
 def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian; dead inputs get 1 on the diagonal.
+    """Upper Cholesky factor of the inverse of the damped Hessian.
+
+    Inputs that were always zero get 1 on the diagonal: their weights are rounded to nearest, and their errors move no
+    other weight. They may matter on other text.
 
     Raises:
-        ValueError: the Hessian is not finite, or not positive definite even with a hundred times the damping.
+        ConfigurationError: the Hessian is not finite, or not positive definite even with a hundred times the damping.
     """
     if not bool(torch.isfinite(hessian_II).all()):
-        raise ValueError("the Hessian is not finite: the model's activations overflow on the calibration text")
+        raise ConfigurationError("the Hessian is not finite: the model's activations overflow on the calibration text")
     diagonal_I = hessian_II.diagonal()
     damped_II = hessian_II + torch.diag((diagonal_I == 0).to(hessian_II.dtype))
     mean = damped_II.diagonal().mean()
@@ -84,4 +102,6 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
             upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
             if not failed:
                 return upper_II
-    raise ValueError(f"the Hessian is not positive definite with damping up to {100 * damping}: raise `damping`")
+    raise ConfigurationError(
+        f"the Hessian is not positive definite with damping up to {100 * damping}: raise warm_start.damping"
+    )

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 from lightning_gsq.models import left_out
 from lightning_gsq.models.chain import find_blocks, run_block
-from lightning_gsq.models.linear_weights import LinearSite, find_all_sites, to_quantize
+from lightning_gsq.models.linear_weights import LinearSite, find_all_sites
 from lightning_gsq.models.survey import survey
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.assignment import assign_schemes
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -46,12 +45,11 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
     surveyed = survey(model.network)
     sites: dict[str, LinearSite] = {}
     of_block: dict[int, list[LinearSite]] = {}
-    for index in model.selected_blocks(len(blocks)):
+    for index in model.selection.indices(len(blocks)):
         run = functools.partial(run_block, blocks[index], surveyed.inputs_BTD[index], surveyed.bound_call(index))
         of_block[index] = find_all_sites(blocks[index], run)
         sites |= {f"{prefix}.{index}.{site.name}": site for site in of_block[index]}
-    names = to_quantize(sites, model.include)
-    schemes = assign_schemes(names, model.scheme, model.include, model.exclude, model.overrides)
+    schemes = model.selection.schemes(sites)
     plans = []
     for index, own in of_block.items():
         name = f"{prefix}.{index}"

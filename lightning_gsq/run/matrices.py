@@ -21,7 +21,7 @@ from lightning_gsq.weights.quantized import QuantizedWeight
 
 def hessian_sequences(run: Run) -> int:
     """This process's share of the sequences whose inputs the warm start sees."""
-    return run.ranks.share_of(min(run.model.hessian_sequences, len(run.train_ids_NT) * run.ranks.world))
+    return run.ranks.share_of(min(run.model.start.hessian_sequences, len(run.train_ids_NT) * run.ranks.world))
 
 
 def matrices_of(
@@ -36,7 +36,7 @@ def matrices_of(
         stream: What enters it; its first sequences are watched.
         arguments: What it is called with for each sequence, if that is known already.
     """
-    needed = run.model.warm_start.needs_hessian
+    needed = run.model.start.warm_start.needs_hessian
     statistics = InputStatistics(list(plan.weights), run.device)
     if needed:
         call, inputs_NTD = run.calls[plan.index].to(run.device), stream.hidden_NTD[: hessian_sequences(run)]
@@ -65,7 +65,7 @@ def choose_salient(run: Run, matrices: dict[str, Matrix]) -> dict[str, Choice]:
     if not mixed:
         return {}
     with run.watch("saliency"):
-        return settle(mixed, run.model.saliency)
+        return settle(mixed, run.model.start.saliency)
 
 
 def to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:
