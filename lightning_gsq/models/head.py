@@ -23,8 +23,8 @@ def find_head(
 ) -> Head:
     """The head of a causal decoder, verified on a short sequence.
 
-    The logits have to be those of the output embedding applied to what the :func:`body` returns, times one factor (as in
-    Granite or Cohere), then capped by ``final_logit_softcapping`` (as in Gemma 2).
+    The logits have to be those of the output embedding applied to what the :func:`body` returns, times one factor (as
+    in Granite or Cohere), then capped by ``final_logit_softcapping`` (as in Gemma 2).
 
     Args:
         model: The model.
