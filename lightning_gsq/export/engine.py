@@ -21,7 +21,8 @@ from lightning_gsq.export import folders, report
 from lightning_gsq.export.card import model_card
 from lightning_gsq.export.contract import CheckFailedError, CheckReport, ExportFormat, ExportOptions
 from lightning_gsq.export.figure import draw_ledger
-from lightning_gsq.export.preflight import describe, folder_obstacle, inputs_of, obstacles
+from lightning_gsq.export.planned import PlannedRun
+from lightning_gsq.export.preflight import describe, folder_obstacle, inputs_of, obstacles, refuse_exports
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.system.progress_bars import no_foreign_bars
 from lightning_gsq.weights.ledger import Ledger
@@ -100,6 +101,24 @@ def export_run(
         console.print(f"{format_.name} failed: {result.failures[format_.name]}", soft_wrap=True)
     report.print_usage(console, possible, run, result.folders)
     return result
+
+
+def announce(chosen: Sequence[ExportFormat], run: PlannedRun, root: Path, reserved: int, console: Console) -> None:
+    """Before a run trains: refuses what cannot be written afterwards, and says what the files will be like.
+
+    Args:
+        chosen: The formats that the run will be exported to.
+        run: The run.
+        root: The folder that will get one folder a format.
+        reserved: Bytes that will be written to the same disk before.
+        console: Where to print.
+
+    Raises:
+        ConfigurationError: a format cannot be written; the message says of each why, and what can be done.
+    """
+    refuse_exports(chosen, run, root, reserved)
+    if chosen:
+        report.print_loadability(console, chosen, run)
 
 
 def bring_up_to_date(run: FinishedRun, chosen: Sequence[ExportFormat], console: Console) -> None:
