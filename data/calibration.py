@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning_gsq.data.mixture import Mixture
-from lightning_gsq.data.sources import Document, ModelSamples, PythonDocumentation, TextSource
+from lightning_gsq.data.documents import Document
+from lightning_gsq.data.encoding import (
+    StartToken,
+    check_ids,
+    check_start_token,
+    cut_windows,
+    embedding_rows,
+    encode,
+    num_tokens,
+    render,
+    start_token,
+)
+from lightning_gsq.data.files import local_path
+from lightning_gsq.data.sources import PythonDocumentation, TextSource, check_sources
 from lightning_gsq.data.tokens import TokenStream, fingerprint, tokenizer_identity
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,8 +38,9 @@ READ_AHEAD = 4
 class CalibrationDataModule(LightningDataModule):
     """Cuts text into windows of equal length and splits them into training and validation sequences.
 
-    Documents are tokenised without special tokens, joined by a blank line and cut into windows that do not overlap;
-    a seeded choice of windows goes to training, another to validation. Tokens are kept in a file named after text,
+    Documents are tokenised without special tokens, joined by a blank line and cut into windows that do not overlap,
+    each after the BOS token where the model knows text so; a seeded choice of windows goes to training, another to
+    validation. Tokens are kept in a file named after text,
     tokenizer and settings: a later run reads them instead of the source, one that was interrupted goes on there.
 
     Args:
@@ -35,6 +50,8 @@ class CalibrationDataModule(LightningDataModule):
         num_validation_sequences: Held-out sequences on which each block's error is measured.
         batch_size: Sequences of one step, on one device.
         chat_template: Pass every document through the tokenizer's chat template, plain text as a user's message.
+        bos: Let every sequence start with the BOS token, within its length: true, false, or "auto" for where the
+            tokenizer starts a text with it.
         seed: Seed of the choice and order of the sequences.
         cache_folder: Where tokens are kept, to be shared by several runs; null for the run folder, where those of text
             that the model writes itself always are.
@@ -50,6 +67,7 @@ class CalibrationDataModule(LightningDataModule):
         num_validation_sequences: int = 16,
         batch_size: int = 2,
         chat_template: bool = False,
+        bos: StartToken = "auto",
         seed: int = 0,
         cache_folder: str | None = None,
         retries: int = 5,
@@ -62,16 +80,18 @@ class CalibrationDataModule(LightningDataModule):
             ("num_validation_sequences", num_validation_sequences),
             ("batch_size", batch_size),
         ):
-            if value < 1:
-                raise ConfigurationError(f"data.{name} must be at least 1, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"data.{name} must be at least 1, got {value!r}")
         for name, number in (("retries", retries), ("retry_pause", retry_pause)):
-            if number < 0:
-                raise ConfigurationError(f"data.{name} must not be negative, got {number}")
-        self.source = source or PythonDocumentation()
+            if not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+                raise ConfigurationError(f"data.{name} must not be negative, got {number!r}")
+        check_start_token("data.bos", bos)
+        self.source = PythonDocumentation() if source is None else source
+        check_sources("data.source", self.source)
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.num_sequences, self.num_validation_sequences = num_sequences, num_validation_sequences
-        self.chat_template, self.seed = chat_template, seed
-        self.cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
+        self.chat_template, self.bos, self.seed = chat_template, bos, seed
+        self.cache_folder = None if cache_folder is None else local_path(cache_folder, "data.cache_folder")
         self.run_folder: Path | None = None
         """Where tokens are kept that no other run shares; None for nowhere."""
         self.retries, self.retry_pause = retries, retry_pause
@@ -95,31 +115,37 @@ class CalibrationDataModule(LightningDataModule):
             raise ConfigurationError(
                 f"data.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}"
             )
+        if self.cache_folder is not None:
+            _check_folder(self.cache_folder)
         name, folder = self._source_name(), self._folder
-        if folder is None or name is None or not any(folder.glob(f"{name}-*.safetensors")):
+        if folder is None or name is None or not self._has_tokens(folder, name):
             self.source.check()
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Reads, tokenises, cuts and splits; fills ``train_ids_NT`` and ``validation_ids_NT`` (int64).
 
         Raises:
-            ConfigurationError: the source holds too little text, or failed for good.
+            ConfigurationError: the source holds too little text or failed for good, or its text and the model do not
+                go together.
         """
-        self._stream = stream = self._open_stream(tokenizer)
+        start = start_token(tokenizer, self.bos, "data.bos")
+        self._stream = stream = self._open_stream(tokenizer, model)
         goal = READ_AHEAD * self.wanted * self.sequence_length
-        if isinstance(self.source, (ModelSamples, Mixture)) and self.source.needs_model and not stream.has(goal):
+        if self.source.needs_model and not stream.has(goal):
             self.source.attach(model, tokenizer)
         stream.read(goal, self.retries, self.retry_pause)
         ids = stream.ids(goal)
-        windows = len(ids) // self.sequence_length
-        if windows < self.wanted:
+        check_ids(ids, tokenizer, model, "data.source: the text")  # kept in a file, it may be another model's
+        windows_NT = cut_windows(ids, self.sequence_length, start)
+        if len(windows_NT) < self.wanted:
             raise ConfigurationError(
                 f"data.source: {self.num_sequences} training and {self.num_validation_sequences} validation sequences "
-                f"of {self.sequence_length} tokens take {self.wanted * self.sequence_length:,} tokens, the source has "
-                f"{len(ids):,} ({windows} sequences); lower data.num_sequences or data.sequence_length, or add text"
+                f"of {self.sequence_length} tokens take {num_tokens(self.wanted, self.sequence_length, start):,} "
+                f"tokens, the source has {len(ids):,} ({len(windows_NT)} sequences); lower data.num_sequences or "
+                "data.sequence_length, or add text"
             )
-        order = torch.randperm(windows, generator=generator_of("calibration", self.seed))[: self.wanted]
-        chosen_NT = ids[: windows * self.sequence_length].view(windows, self.sequence_length)[order]
+        order = torch.randperm(len(windows_NT), generator=generator_of("calibration", self.seed))[: self.wanted]
+        chosen_NT = windows_NT[order]
         self.train_ids_NT = chosen_NT[: self.num_sequences]
         self.validation_ids_NT = chosen_NT[self.num_sequences :]
 
@@ -135,25 +161,32 @@ class CalibrationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of token ids ``B T``."""
+        self._check_tokenized()
         return DataLoader(TensorDataset(self.train_ids_NT), batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of held-out token ids ``B T``."""
+        self._check_tokenized()
         return DataLoader(TensorDataset(self.validation_ids_NT), batch_size=self.batch_size)
 
-    def _open_stream(self, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+    def _open_stream(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TokenStream:
         """The stream as far as a state or a file has it."""
 
-        def encode(document: Document) -> list[int]:
-            text = self._text(document, tokenizer)
-            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        def prepare(document: Document, place: str) -> str:
+            return self._text(document, tokenizer, place)
+
+        def ids_of(text: str, place: str) -> list[int]:
+            ids = encode(tokenizer, text, f"data.source: {place}")
+            check_ids(ids, tokenizer, model, f"data.source: {place}")
             return ids
 
         name = self._source_name()
         key = None if name is None else f"{name}-{tokenizer_identity(tokenizer)}"
         folder = self._folder
         file = None if folder is None or key is None else folder / f"{key}.safetensors"
-        stream = TokenStream(self.source, encode, key, len(tokenizer), file)
+        # More than the model has: what a file holds beyond is named as such.
+        vocabulary = max(len(tokenizer), embedding_rows(model))
+        stream = TokenStream(self.source, prepare, ids_of, key, vocabulary, file)
         if self._state is None:
             stream.load()
             return stream
@@ -168,6 +201,18 @@ class CalibrationDataModule(LightningDataModule):
         """Where the tokens of this source are kept."""
         return self.run_folder if self.source.needs_model else self.cache_folder or self.run_folder
 
+    def _has_tokens(self, folder: Path, name: str) -> bool:
+        """Whether there is a file of this source's tokens, of whichever tokenizer."""
+        try:
+            return any(folder.glob(f"{name}-*.safetensors"))
+        except OSError as error:
+            option = "trainer.default_root_dir" if self.cache_folder is None else "data.cache_folder"
+            raise ConfigurationError(f"{option}: {folder} cannot be read: {error.strerror}") from error
+
+    def _check_tokenized(self) -> None:
+        if not hasattr(self, "train_ids_NT"):
+            raise ConfigurationError("CalibrationDataModule: there are no sequences yet; call tokenize first")
+
     def _source_name(self) -> str | None:
         """Stands for the text and how it is prepared; None if the source cannot say what its text depends on."""
         identity = self.source.identity()
@@ -175,10 +220,15 @@ class CalibrationDataModule(LightningDataModule):
             identity = {"text of the run": True}  # its recipe says the rest
         return None if identity is None else f"tokens-{fingerprint([identity, self.chat_template])}"
 
-    def _text(self, document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    def _text(self, document: Document, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
         if isinstance(document, str) and not self.chat_template:
             return document + "\n\n"
-        if tokenizer.chat_template is None:
-            raise ConfigurationError("data.chat_template: the tokenizer has no chat template; use plain text")
-        messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return render(tokenizer, document, "data.chat_template", place)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that can neither be made nor written, before any work; makes nothing."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "cannot be written" if nearest.is_dir() else "is no folder"
+        raise ConfigurationError(f"data.cache_folder: {nearest} {reason}; choose another")

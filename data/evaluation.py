@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning_gsq.data.sources import PythonDocumentation, TextSource
-from lightning_gsq.data.tokens import RetryingReader
+from lightning_gsq.data.encoding import (
+    StartToken,
+    check_ids,
+    check_start_token,
+    cut_windows,
+    encode,
+    next_cut,
+    num_tokens,
+    start_token,
+)
+from lightning_gsq.data.retrying import RetryingReader
+from lightning_gsq.data.sources import END, PythonDocumentation, TextSource, check_sources
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
 
 ByBlock = bool | Literal["auto"]
+CHARACTERS = 16
+"""Characters read for each token that is needed, at first: more than almost any text takes."""
+MARGIN = 64
+"""Tokens before the end of what was read that the text behind it might still have changed."""
 
 
 class PerplexityData(LightningDataModule):
     """Windows of an evaluation text.
 
     All documents are joined by a blank line and tokenised once without special tokens; the ids are cut into
-    windows of equal length from the beginning, without overlap, and the rest is dropped. A window's first token is
-    context only.
+    windows of equal length from the beginning, without overlap, and the rest is dropped. Where the tokenizer starts a
+    text with the BOS token, each window is that token and as much less text. A window's first token is context only.
 
     Args:
         source: The text; null for the tenth of Python's documentation that calibration leaves out. For WikiText's
             raw files use ``TextFile`` with ``rows: true``.
         sequence_length: Tokens of a window.
         num_windows: Windows to use; null for all.
+        bos: Let every window start with the BOS token, within its length: true, false, or "auto" for where the
+            tokenizer starts a text with it.
         by_block: Measure block by block, the device never holding more than one: true, false, or "auto" for where the
             whole model does not fit the free memory of the accelerator.
     """
@@ -38,15 +55,21 @@ class PerplexityData(LightningDataModule):
         source: TextSource | None = None,
         sequence_length: int = 1024,
         num_windows: int | None = None,
+        bos: StartToken = "auto",
         by_block: ByBlock = "auto",
     ) -> None:
         super().__init__()
-        if sequence_length < 2:
-            raise ConfigurationError(f"evaluation.sequence_length must be at least 2, got {sequence_length}")
-        if num_windows is not None and num_windows < 1:
-            raise ConfigurationError(f"evaluation.num_windows must be at least 1, or null for all, got {num_windows}")
-        self.source = source or PythonDocumentation("evaluation")
+        if not isinstance(sequence_length, int) or sequence_length < 2:
+            raise ConfigurationError(f"evaluation.sequence_length must be at least 2, got {sequence_length!r}")
+        if num_windows is not None and (not isinstance(num_windows, int) or num_windows < 1):
+            raise ConfigurationError(f"evaluation.num_windows must be at least 1, or null for all, got {num_windows!r}")
+        check_start_token("evaluation.bos", bos)
+        self.source = PythonDocumentation("evaluation") if source is None else source
+        check_sources("evaluation.source", self.source)
         self.sequence_length, self.num_windows, self.by_block = sequence_length, num_windows, by_block
+        self.bos = bos
+        self.start: int | None = None
+        """The token that every window starts with, once tokenised; None for none."""
         self.ids_NT: Tensor
 
     def check(self, max_length: int | None) -> None:
@@ -59,27 +82,54 @@ class PerplexityData(LightningDataModule):
             raise ConfigurationError("evaluation.source: a model cannot be judged by text that it writes itself")
         self.source.check()
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Fills ``ids_NT`` (int64).
 
         Raises:
-            ConfigurationError: the text has fewer windows than asked for.
+            ConfigurationError: the text has fewer windows than asked for, or does not go with the model.
         """
-        documents = list(RetryingReader(self.source))
-        if not all(isinstance(document, str) for document in documents):
-            raise ConfigurationError("evaluation.source: perplexity needs plain text, got conversations")
-        text = "\n\n".join(str(document) for document in documents)
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-        available = len(ids) // self.sequence_length
-        wanted = self.num_windows or available
-        if available < max(wanted, 1):
+        self.start = start_token(tokenizer, self.bos, "evaluation.bos")
+        ids = self._ids(tokenizer)
+        windows_NT = cut_windows(ids, self.sequence_length, self.start)
+        wanted = self.num_windows or max(len(windows_NT), 1)
+        if len(windows_NT) < wanted:
             raise ConfigurationError(
-                f"evaluation.source: {max(wanted, 1)} windows of {self.sequence_length} tokens were asked for, the "
-                f"text has {len(ids):,} tokens ({available} windows); lower evaluation.num_windows or "
+                f"evaluation.source: {wanted} windows of {self.sequence_length} tokens were asked for, the "
+                f"text has {len(ids):,} tokens ({len(windows_NT)} windows); lower evaluation.num_windows or "
                 "evaluation.sequence_length"
             )
-        self.ids_NT = ids[: wanted * self.sequence_length].view(wanted, self.sequence_length)
+        self.ids_NT = windows_NT[:wanted]
+        check_ids(self.ids_NT.flatten(), tokenizer, model, "evaluation.source: the text")
+
+    def _ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """The tokens of the text: all, or a beginning that is long enough, as all would have it."""
+        needed = None
+        if self.num_windows is not None:
+            needed = num_tokens(self.num_windows, self.sequence_length, self.start)
+        reader, documents = RetryingReader(self.source), list[str]()
+        characters = math.inf if needed is None else CHARACTERS * needed
+        length, ended = 0, False
+        while True:
+            while length < characters and not ended:
+                document = next(reader, END)
+                if document is END:
+                    ended = True
+                elif isinstance(document, str):
+                    documents.append(document)
+                    length += len(document)
+                else:
+                    raise ConfigurationError(
+                        f"evaluation.source: perplexity needs plain text, got conversations ({reader.place})"
+                    )
+            text = "\n\n".join(documents)
+            cut = len(text) if characters >= len(text) else next_cut(text, 0, int(characters))
+            ids = torch.tensor(encode(tokenizer, text[:cut], "evaluation.source"), dtype=torch.long)
+            if (ended and cut == len(text)) or (needed is not None and len(ids) >= needed + MARGIN):
+                return ids
+            characters *= 4
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Windows of token ids, ``1 T``."""
+        if not hasattr(self, "ids_NT"):
+            raise ConfigurationError("PerplexityData: there are no windows yet; call tokenize first")
         return DataLoader(self.ids_NT, batch_size=1)  # type: ignore[arg-type]

@@ -7,13 +7,14 @@ columns of the same types, where calibration needs one of them.
 from __future__ import annotations
 
 import functools
-import gzip
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from lightning_gsq.data.shards import ShardedSource
-from lightning_gsq.data.sources import Document, DocumentReader, Position, field_of, file_identity
+from lightning_gsq.data.documents import Document, accept
+from lightning_gsq.data.files import file_errors, file_identity, json_lines, local_path
+from lightning_gsq.data.shards import ShardedSource, damaged_files
+from lightning_gsq.data.sources import DocumentReader, Position
 
 from lightning_gsq.errors import ConfigurationError
 
@@ -61,7 +62,7 @@ class LocalShards(ShardedSource):
 
     @functools.cached_property
     def _files(self) -> list[Path]:
-        root = Path(self.path).expanduser()
+        root = local_path(self.path, "path")
         if root.is_dir():
             files = sorted(p for p in root.rglob("*") if p.name.endswith(SHARD_SUFFIXES))
             if not files:
@@ -75,44 +76,30 @@ class LocalShards(ShardedSource):
                 raise ConfigurationError(f"path: {file} is none of {', '.join(SHARD_SUFFIXES)}; convert it")
         return files
 
-    def _parquet_rows(self, file: Path, first: int) -> Iterator[Document | None]:
-        import pyarrow
+    def _parquet_rows(self, file: Path, first: int) -> Iterator[tuple[Document | None, str]]:
         from pyarrow import parquet
 
-        try:
-            with parquet.ParquetFile(file) as content:
-                if self.column not in content.schema_arrow.names:
-                    raise ConfigurationError(
-                        f"column: {file} has no column {self.column!r}; it has {sorted(content.schema_arrow.names)}"
-                    )
-                for group in range(content.num_row_groups):
-                    rows = content.metadata.row_group(group).num_rows
-                    if first >= rows:
-                        first -= rows
-                        continue
-                    for batch in content.iter_batches(256, row_groups=[group], columns=[self.column]):
-                        for value in batch.column(0).slice(first):
-                            yield self.accept(value.as_py(), str(file))
-                        first = max(0, first - len(batch))
-        except pyarrow.ArrowInvalid as error:
-            raise ConfigurationError(f"path: cannot read {file}: {error}") from error
+        number = 0
+        with damaged_files(str(file)), parquet.ParquetFile(file) as content:
+            if self.column not in content.schema_arrow.names:
+                raise ConfigurationError(
+                    f"column: {file} has no column {self.column!r}; it has {sorted(content.schema_arrow.names)}"
+                )
+            for group in range(content.num_row_groups):
+                rows = content.metadata.row_group(group).num_rows
+                if number + rows <= first:
+                    number += rows
+                    continue
+                for batch in content.iter_batches(256, row_groups=[group], columns=[self.column]):
+                    start = max(0, first - number)
+                    for row, value in enumerate(batch.column(0).slice(start), start=number + start + 1):
+                        place = f"row {row} of {file}"
+                        yield accept(value.as_py(), "column", place), place
+                    number += len(batch)
 
-    def _json_rows(self, file: Path, first: int) -> Iterator[Document | None]:
-        try:
-            with _open_text(file) as lines:
-                for number, line in enumerate(lines):
-                    if number < first:
-                        continue
-                    where = f"line {number + 1} of {file}"
-                    yield self.accept(field_of(line, self.column, "column", where), where) if line.strip() else None
-        except (UnicodeDecodeError, gzip.BadGzipFile) as error:
-            raise ConfigurationError(f"path: cannot read {file}: {error}") from error
-
-
-def _open_text(file: Path) -> TextIO:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+    def _json_rows(self, file: Path, first: int) -> Iterator[tuple[Document | None, str]]:
+        with file_errors(file, "path", passing=True):
+            yield from json_lines(file, self.column, "column", first)
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
@@ -126,15 +113,21 @@ class _RowReader(DocumentReader):
     """Position: rows read, those without text included."""
 
     def __init__(self, rows: Any, file: Path, first: int) -> None:
-        self._rows, self._read = rows(file, first), first
+        self._rows, self._read, self._place = rows(file, first), first, ""
 
     def __next__(self) -> Document:
         while True:
-            document: Document | None = next(self._rows)
+            document: Document | None
+            document, place = next(self._rows)
             self._read += 1
             if document is not None:
+                self._place = place
                 return document
 
     @property
     def position(self) -> Position:
         return {"rows": self._read}
+
+    @property
+    def place(self) -> str:
+        return self._place

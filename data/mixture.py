@@ -7,7 +7,8 @@ import math
 import random
 from typing import Any
 
-from lightning_gsq.data.sources import Document, DocumentReader, ModelSamples, Position, TextSource
+from lightning_gsq.data.documents import Document
+from lightning_gsq.data.sources import END, DocumentReader, Position, TextSource, check_sources
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
@@ -29,6 +30,7 @@ class Mixture(TextSource):
     def __init__(self, sources: list[TextSource], weights: list[float] | None = None, seed: int = 0) -> None:
         if not sources:
             raise ConfigurationError("sources: a mixture needs at least one source")
+        check_sources("sources", *sources)
         if weights is not None:
             if len(weights) != len(sources):
                 raise ConfigurationError(f"weights: {len(sources)} sources need as many weights, got {len(weights)}")
@@ -45,7 +47,7 @@ class Mixture(TextSource):
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Hands the model to the sources that need it."""
         for source in self.sources:
-            if isinstance(source, (ModelSamples, Mixture)) and source.needs_model:
+            if source.needs_model:
                 source.attach(model, tokenizer)
 
     def identity(self) -> dict[str, Any] | None:
@@ -75,6 +77,7 @@ class _MixtureReader(DocumentReader):
         count = len(mixture.sources)
         position = position or {"drawn": 0, "last": count - 1, "open": [True] * count, "sources": [None] * count}
         self._drawn, self._last = int(position["drawn"]), int(position["last"])
+        self._place = ""
         self._readers = [
             source.reader(own) if is_open else None
             for source, own, is_open in zip(mixture.sources, position["sources"], position["open"], strict=True)
@@ -85,9 +88,10 @@ class _MixtureReader(DocumentReader):
             index = self._choose()
             reader = self._readers[index]
             assert reader is not None
-            document = next(reader, None)
+            document = next(reader, END)
             self._last, self._drawn = index, self._drawn + 1
-            if document is not None:
+            if document is not END:
+                self._place = reader.place
                 return document
             self._end(index)
         raise StopIteration
@@ -100,6 +104,10 @@ class _MixtureReader(DocumentReader):
             "open": [reader is not None for reader in self._readers],
             "sources": [None if reader is None else reader.position for reader in self._readers],
         }
+
+    @property
+    def place(self) -> str:
+        return self._place
 
     def _choose(self) -> int:
         count, weights = len(self._readers), self._mixture.weights

@@ -10,12 +10,17 @@ buffer held.
 from __future__ import annotations
 
 import functools
+import zlib
 from abc import abstractmethod
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from gzip import BadGzipFile
 from typing import Any
 
 import torch
-from lightning_gsq.data.sources import Document, DocumentReader, Position, TextSource, file_identity
+from lightning_gsq.data.documents import Document, accept
+from lightning_gsq.data.files import file_identity, local_path
+from lightning_gsq.data.sources import END, DocumentReader, Position, TextSource
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.system.seeding import generator_of
@@ -53,7 +58,7 @@ class ShardedSource(TextSource):
         """See :meth:`TextSource.check`; reads one document, not a whole buffer."""
         try:
             for shard in range(self.num_shards()):
-                if next(self.open_shard(shard, None), None) is not None:
+                if next(self.open_shard(shard, None), END) is not END:
                     return
         except OSError as error:
             raise ConfigurationError(f"path: cannot read {self.describe()}: {error}") from error
@@ -67,17 +72,36 @@ class ShardedSource(TextSource):
         """See :meth:`TextSource.reader`."""
         return _ChunkReader(self, position)
 
-    def accept(self, value: Any, where: str) -> Document | None:
-        """A row's text; None where the row has none.
 
-        Raises:
-            ConfigurationError: it is neither text nor chat messages.
-        """
-        if value is None or isinstance(value, (str, list)):
-            return value
-        raise ConfigurationError(
-            f"column: {self.column!r} of {where} holds {type(value).__name__}, not text or chat messages"
-        )
+@contextmanager
+def damaged_files(name: str, *others: type[Exception], local: bool = True) -> Iterator[None]:
+    """Names a damaged Parquet or JSON file, whichever of its many errors is raised.
+
+    Args:
+        name: What is read inside, for messages.
+        others: Errors that say so beside those of pyarrow and of decompression.
+        local: It lies on this machine. Of what comes over a network, a later attempt may get more.
+
+    Raises:
+        ConfigurationError: instead of what is raised inside.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (*others, ArrowException, ValueError, zlib.error, BadGzipFile) as error:
+        raise ConfigurationError(f"path: cannot read {name}: {_line(error)}") from error
+    except (EOFError, OSError) as error:
+        # pyarrow's OSError for pages that it cannot decode has no number; those of a file system have one.
+        if not local or getattr(error, "errno", None) is not None:
+            raise
+        raise ConfigurationError(f"path: cannot read {name}: it is damaged or cut off: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _ChunkReader(DocumentReader):
@@ -89,7 +113,8 @@ class _ChunkReader(DocumentReader):
         self._number, self._given = int(position["chunk"]), int(position["given"])
         self._begin: tuple[int, Position | None] = int(position["shard"]), position["row"]
         self._end = self._begin
-        self._chunk: list[Document] | None = None
+        self._chunk: list[tuple[Document, str]] | None = None
+        self._place = ""
         self._shard: DocumentReader | None = None
         count = source.num_shards()
         self._order = list(range(count))
@@ -107,26 +132,31 @@ class _ChunkReader(DocumentReader):
             if self._number == 0:
                 raise ConfigurationError(f"path: {self._source.describe()} is empty")
             raise StopIteration
+        document, self._place = self._chunk[self._given]
         self._given += 1
-        return self._chunk[self._given - 1]
+        return document
 
     @property
     def position(self) -> Position:
         shard, row = self._begin
         return {"chunk": self._number, "shard": shard, "row": row, "given": self._given}
 
-    def _read_chunk(self) -> list[Document]:
+    @property
+    def place(self) -> str:
+        return self._place
+
+    def _read_chunk(self) -> list[tuple[Document, str]]:
         size = self._source.shuffle_buffer or 1
         index, row = self._begin
-        chunk: list[Document] = []
+        chunk: list[tuple[Document, str]] = []
         while len(chunk) < size and index < len(self._order):
             if self._shard is None:
                 self._shard = self._source.open_shard(self._order[index], row)
-            document = next(self._shard, None)
-            if document is None:
+            document = next(self._shard, END)
+            if document is END:
                 index, row, self._shard = index + 1, None, None
             else:
-                chunk.append(document)
+                chunk.append((document, self._shard.place))
         self._end = index, None if self._shard is None else self._shard.position
         if self._source.shuffle_buffer:
             order = torch.randperm(len(chunk), generator=generator_of("shuffle", self._source.seed, self._number))
@@ -170,7 +200,7 @@ class HuggingFaceDataset(ShardedSource):
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`TextSource.identity`; what a branch of the hub points to today is not part of it."""
-        folder = Path(self.path).expanduser()
+        folder = local_path(self.path, "path")
         return {
             "HuggingFaceDataset": [self.path, self.name, self.split, self.column, self.revision],
             "files": file_identity(sorted(p for p in folder.rglob("*") if p.is_file())) if folder.is_dir() else None,
@@ -186,35 +216,47 @@ class HuggingFaceDataset(ShardedSource):
         return _DatasetReader(self, self._dataset.shard(self.num_shards(), index), row)
 
     @functools.cached_property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return local_path(self.path, "path").is_dir()
+
+    @functools.cached_property
     def _dataset(self) -> Any:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
+        name = f"the dataset {self.path!r}"
         try:
-            dataset = load_dataset(
-                self.path, self.name, split=self.split, streaming=self.streaming, revision=self.revision
-            )
-        except (FileNotFoundError, ValueError) as error:
-            raise ConfigurationError(f"path: cannot read the dataset {self.path!r}: {error}") from error
+            with damaged_files(name, DatasetsError, local=self.is_local):
+                dataset = load_dataset(
+                    self.path, self.name, split=self.split, streaming=self.streaming, revision=self.revision
+                )
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"path: cannot read {name}: {error}") from error
         return dataset if self.streaming else dataset.to_iterable_dataset()
 
 
 class _DatasetReader(DocumentReader):
     def __init__(self, source: HuggingFaceDataset, dataset: Any, row: Position | None) -> None:
-        self._source, self._dataset = source, dataset
+        from datasets.exceptions import DatasetsError
+
+        self._source, self._dataset, self._errors = source, dataset, (DatasetsError,)
         if row is not None:
             dataset.load_state_dict(row)
         self._rows = iter(dataset)
+        self._read, self._place = 0, ""
+        self._since = "" if row is None else ", counted from where reading went on"
 
     def __next__(self) -> Document:
         source = self._source
         while True:
-            try:
+            with damaged_files(source.describe(), *self._errors, local=source.is_local):
                 row = next(self._rows)
-            except ValueError as error:  # a row that does not fit the dataset's columns, a damaged file
-                raise ConfigurationError(f"path: cannot read the dataset {source.path!r}: {error}") from error
+            self._read += 1
             if source.column not in row:
                 raise ConfigurationError(f"column: {source.path} has no column {source.column!r}; it has {sorted(row)}")
-            document = source.accept(row[source.column], source.path)
+            self._place = f"row {self._read} of a shard of {source.describe()}{self._since}"
+            document = accept(row[source.column], "column", self._place)
             if document is not None:
                 return document
 
@@ -222,3 +264,7 @@ class _DatasetReader(DocumentReader):
     def position(self) -> Position:
         state: Position = self._dataset.state_dict()
         return state
+
+    @property
+    def place(self) -> str:
+        return self._place

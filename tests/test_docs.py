@@ -44,7 +44,8 @@ def test_the_examples_of_extending_take_part_in_a_run(
         model__warm_start={"class_path": "gsq_examples.AbsMax"},
         data__source={"class_path": "gsq_examples.Numbers", "init_args": {"count": 400}},
     )
-    assert main(["fit", "--config", str(config)]) == 0
+    assert main(["fit", "--config", str(config), "--export", "[gsq_examples.CodesAsNumPy]"]) == 0
+    assert (tmp_path / "run" / "export" / "numpy" / "weights.npz").stat().st_size > 10_000
     assert set(summary_of(tmp_path)["perplexity"]) == {"full_precision", "warm_start", "blocks"}
     said = re.findall(r"model\.layers\.(\d): (\d+) codes moved", capsys.readouterr().out)
     assert [block for block, _ in said] == ["0", "1"]

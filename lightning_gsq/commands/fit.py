@@ -16,8 +16,9 @@ from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
-from lightning_gsq.export import ExportFormat, ExportOptions, FinishedRun, PlannedRun, format_of
-from lightning_gsq.export.engine import check_possible, export_run
+from lightning_gsq.export import FinishedRun, PlannedRun, format_of
+from lightning_gsq.export.engine import bring_up_to_date
+from lightning_gsq.export.preflight import refuse_exports
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan
@@ -79,7 +80,7 @@ def fit(
         ConfigurationError: something asked for cannot be done; raised before any long work.
     """
     exports = [format_of(name) for name in dict.fromkeys(formats)]
-    source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code)
+    source = model.address.source()
     limit = loading.max_length(loading.load_config(source))
     trainer = make_trainer()
     data.run_folder = Path(trainer.default_root_dir) / "calibration"
@@ -93,11 +94,12 @@ def fit(
     if "end_to_end" in model.phases:
         check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
     folder.check_room(_bytes_to_write(model))
-    evaluation.tokenize(model.tokenizer)
+    evaluation.tokenize(model.tokenizer, model.network)
     plan = make_plan(model)
     _check_layouts(model, plan)
-    model.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
-    check_possible(exports, PlannedRun(model, plan, settings["model"]))
+    model.start.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
+    planned = PlannedRun(model, plan, settings["model"])
+    refuse_exports(exports, planned, folder.root / "export", reserved=_bytes_to_write(model))
     data.tokenize(model.tokenizer, model.network)
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
@@ -122,7 +124,7 @@ def fit(
     if folder.rank:
         return summary
     print_summary(console, summary, str(folder.root))
-    _export(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+    bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
     return folder.summary
 
 
@@ -146,21 +148,11 @@ def _what_is_done(run: Run) -> str:
     weights = sum(site.rows * site.in_features for plan in run.plan for site in plan.weights)
     processes = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
     return (
-        f"{run.model.pretrained}: {len(run.plan)} blocks, {weights:,} weights to quantize ({run.model.scheme}), "
+        f"{run.model.address.pretrained}: {len(run.plan)} blocks, {weights:,} weights to quantize "
+        f"({run.model.selection.scheme}), "
         f"{run.data.num_sequences} calibration sequences of {run.data.sequence_length} tokens, "
         f"{run.trainer.precision}, {run.device.type}{processes}"
     )
-
-
-def _export(run: FinishedRun, exports: list[ExportFormat], console: Console) -> None:
-    """Exports the finished run, except to what an earlier start has exported already."""
-    done = run.folder.progress.get("exports", {})
-    for own in exports:
-        folder = run.folder.root / "export" / own.name
-        if done.get(own.name) != run.kind or not folder.is_dir():
-            export_run(run, [own], folder.parent, ExportOptions(), check=True, console=console)
-            done = {**done, own.name: run.kind}
-            run.folder.update_progress(exports=done)
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -186,4 +178,4 @@ def _check_layouts(model: ModelQuantization, plan: list[BlockPlan]) -> None:
 def _bytes_to_write(model: ModelQuantization) -> int:
     """Upper bound of what a run writes: the dense model, two sets of block files, logs."""
     parameters = sum(p.numel() for p in model.network.parameters())
-    return int(parameters * (model.output_dtype.itemsize + 2 * 1.2)) + 50_000_000
+    return int(parameters * (model.storage.output_dtype.itemsize + 2 * 1.2)) + 50_000_000

@@ -43,6 +43,6 @@ def plan(
     """
     host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
     planned = estimate(model, data, evaluation, activations, end_to_end, trainer, probe, host, device)
-    print_estimate(console, planned, data, model.pretrained)
+    print_estimate(console, planned, data, model.address.pretrained)
     limits.refuse(planned.problems)
     return planned

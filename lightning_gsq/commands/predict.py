@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,9 @@ from rich.console import Console
 from torch import nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from lightning_gsq.data.documents import without_surrogates
+from lightning_gsq.data.encoding import check_ids, template_errors, tokenizer_errors
+from lightning_gsq.data.files import local_path, read_text
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.system.console import make_console
@@ -75,6 +77,7 @@ def predict(
     texts = []
     for text in prompts:
         inputs = encode(tokenizer, text, chat_template)
+        check_ids(inputs["input_ids"][0], tokenizer, network, "prompt: it")
         _check_length(network, inputs, max_new_tokens)
         console.print(f"> {text}", style="bold", soft_wrap=True)
         set_seed(seed)
@@ -84,16 +87,26 @@ def predict(
                 **inputs.to(place), max_new_tokens=max_new_tokens, streamer=streamer, **options
             )
         texts.append(str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
+    if not texts:
+        raise ConfigurationError("prompt: the standard input holds none; give one with --prompt or --file")
     return texts
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat_template: bool) -> BatchEncoding:
-    """Token ids of a prompt; inside the chat template, if that is wanted and there is one."""
+    """Token ids of a prompt, ``1 T``; inside the chat template, if that is wanted and there is one.
+
+    A start token is there where the tokenizer or the template sets one.
+
+    Raises:
+        ConfigurationError: tokenizer or template fail on it.
+    """
     if not (chat_template and tokenizer.chat_template):
-        return tokenizer(text, return_tensors="pt")
-    encoded: BatchEncoding = tokenizer.apply_chat_template(  # type: ignore[assignment]
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+        with tokenizer_errors("prompt"):
+            return tokenizer(text, return_tensors="pt")
+    with template_errors("prompt", repr(text[:60]), "try --chat_template false"):
+        encoded: BatchEncoding = tokenizer.apply_chat_template(  # type: ignore[assignment]
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     return encoded
 
 
@@ -101,21 +114,25 @@ def _prompts(given: list[str] | None, file: str | None) -> Iterable[str]:
     if given and file:
         raise ConfigurationError("prompt, file: give one of them")
     if given:
-        return given
+        return [without_surrogates(text) for text in given]
     if file is None:
-        return _lines(sys.stdin)
-    path = Path(file).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"file: {path} cannot be read: {error}") from error
+        return _lines(_standard_input())
+    path = local_path(file, "file")
+    lines = read_text(path, "file").splitlines()
     if not any(line.strip() for line in lines):
         raise ConfigurationError(f"file: {path} holds no prompt")
     return _lines(lines)
 
 
+def _standard_input() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"prompt: the standard input is not {sys.stdin.encoding} text: {error}") from error
+
+
 def _lines(lines: Iterable[str]) -> Iterator[str]:
-    return (line.strip() for line in lines if line.strip())
+    return (without_surrogates(line.strip()) for line in lines if line.strip())
 
 
 def _device(name: str | None) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -37,10 +38,11 @@ def validate(
     Raises:
         ConfigurationError: the model cannot be loaded, or the text is too short.
     """
-    source = loading.resolve(loading.finished_model(model.pretrained), model.revision, model.trust_remote_code)
+    finished = loading.finished_model(model.address.pretrained)
+    source = dataclasses.replace(model.address, pretrained=finished).source()
     evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
     model.load(source, quantized=True)
-    evaluation.tokenize(model.tokenizer)
+    evaluation.tokenize(model.tokenizer, model.network)
     trainer = make_trainer()
     room = limits.device_bytes(trainer.strategy.root_device)
     check_shares(trainer.world_size, evaluation__num_windows=len(evaluation.ids_NT))
@@ -50,5 +52,6 @@ def validate(
     with Ranks.joined(trainer) as ranks:
         perplexity = make_measure(model, evaluation, activations, make_trainer, room, say, ranks)()
     windows, length = evaluation.ids_NT.shape
-    console.print(f"perplexity {perplexity:.3f}  ({windows} windows of {length} tokens)")
+    started = "" if evaluation.start is None else ", the first of them BOS"
+    console.print(f"perplexity {perplexity:.3f}  ({windows} windows of {length} tokens{started})")
     return perplexity

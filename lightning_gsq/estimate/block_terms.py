@@ -74,10 +74,10 @@ def block_terms(
 
 def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, tokens: int) -> dict[str, int]:
     """The Hessians, and the larger of what gathers them and what rounds with them; ``tokens`` of a forward pass."""
-    needs_hessian = model.warm_start.needs_hessian
+    needs_hessian = model.start.warm_start.needs_hessian
     squares = {site: max(site.experts, 1) * site.in_features**2 * FP32 for site in weights}
     matrices = {site: site.out_features * site.in_features * FP32 for site in weights}
-    factors = CHOLESKY_COPIES if isinstance(model.warm_start, GPTQ) else 0
+    factors = CHOLESKY_COPIES if isinstance(model.start.warm_start, GPTQ) else 0
     rounding = max(
         squares[site] * needs_hessian + factors * site.in_features**2 * FP32 + ROUNDING_COPIES * matrices[site]
         for site in weights
@@ -98,7 +98,7 @@ def _training_terms(
     count = sum(site.rows * site.in_features for site in weights)
     groups = sum(site.rows * scheme.num_groups(site.in_features) for site, scheme in weights.items())
     logits = sum(
-        candidates(scheme, model.gumbel.shifts) * site.rows * site.in_features for site, scheme in weights.items()
+        candidates(scheme, model.block.gumbel.shifts) * site.rows * site.in_features for site, scheme in weights.items()
     )
     trained = FP32 * (logits + groups)
     terms = {

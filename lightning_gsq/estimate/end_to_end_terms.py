@@ -23,7 +23,7 @@ def end_to_end_terms(
     around: Surroundings,
 ) -> dict[str, int]:
     """Teacher and student in one network; of the student, codes, and dense weights as long as a block's graph lives."""
-    batch, tokens = options.batch_size, data.sequence_length
+    batch, tokens = options.passes.batch_size, data.sequence_length
     itemsize = 2 if around.bf16 else FP32
     trained = _trained(model, options, skeleton, plan, ledger)
     one = activation_bytes(skeleton.blocks[0], skeleton.width, batch, tokens, around.bf16, training=True)
@@ -36,7 +36,7 @@ def end_to_end_terms(
         "what trains, gradients, optimizer state": math.ceil(states / around.spread),
         "last hidden states, their gradients": 4 * batch * tokens * skeleton.width * FP32,
         "head of teacher and student": 2 * skeleton.vocabulary * skeleton.width * (2 if around.bf16 else 0),
-        "logits of a chunk of positions": (2 * itemsize + 4 * FP32) * options.chunk * skeleton.vocabulary,
+        "logits of a chunk of positions": (2 * itemsize + 4 * FP32) * options.loss.chunk * skeleton.vocabulary,
     }
     if options.recompute:
         terms["inputs of all blocks"] = len(skeleton.blocks) * batch * tokens * skeleton.width * FP32
@@ -57,12 +57,12 @@ def _trained(
     ledger: BitsLedger,
 ) -> int:
     """Numbers that train, without the norms."""
-    count = ledger.scale_bits // (8 * model.scale_dtype.itemsize) if "scales" in options.train else 0
+    count = ledger.scale_bits // (8 * model.storage.scale_dtype.itemsize) if "scales" in options.train else 0
     if "head" in options.train:
         count += skeleton.vocabulary * skeleton.width
     if "logits" in options.train:
         pairs = ((site, scheme) for weights in plan.values() for site, scheme in weights.items())
-        count += sum(candidates(q, model.gumbel.shifts) * s.rows * s.in_features for s, q in pairs)
+        count += sum(candidates(q, model.block.gumbel.shifts) * s.rows * s.in_features for s, q in pairs)
     return count
 
 

@@ -31,7 +31,6 @@ from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
-from lightning_gsq.weights.assignment import assign_schemes
 from lightning_gsq.weights.quantized import BitsLedger
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -109,14 +108,15 @@ def estimate(
     Raises:
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
     """
-    source = loading.resolve(model.pretrained, model.revision, model.trust_remote_code, need_weights=False)
+    source = model.address.source(need_weights=False)
     config = loading.load_config(source)
     loading.check_headers(source, config)
-    skeleton = make_skeleton(source, config, model.dtype_name)
+    skeleton = make_skeleton(source, config, model.address.dtype)
     plan = _assign(model, skeleton)
     around = _surroundings(model, end_to_end, trainer, source, device_memory)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
-    ledgers = {scheme: ledger_of(items, model.scale_dtype.itemsize) for scheme, items in _by_scheme(plan).items()}
+    scale_bytes = model.storage.scale_dtype.itemsize
+    ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
     windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
     limit = activations.memory_limit_gb * 1e9
@@ -172,7 +172,7 @@ def _surroundings(
         file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
         device_room=limits.device_bytes(device) if device_memory is None else int(device_memory),
         accelerated=device.type != "cpu" or device_memory is not None,
-        mapped=source.gguf_file is None and model.dtype_name == "auto",
+        mapped=source.gguf_file is None and model.address.dtype == "auto",
         spread=1 if end_to_end.strategy is None else trainer.world_size,
     )
 
@@ -181,11 +181,11 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
     """The weights of every planned block with their schemes, as ``fit`` assigns them."""
     sites = {
         f"{skeleton.prefix}.{index}.{site.name}": (index, site)
-        for index in model.selected_blocks(len(skeleton.blocks))
+        for index in model.selection.indices(len(skeleton.blocks))
         for site in skeleton.blocks[index].sites
     }
     plan: dict[int, Weights] = defaultdict(dict)
-    schemes = assign_schemes(sites, model.scheme, model.include, model.exclude, model.overrides)
+    schemes = model.selection.schemes(sites)
     refuse_shared(skeleton.model, schemes)
     for name, scheme in schemes.items():
         index, site = sites[name]
@@ -205,7 +205,7 @@ def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger
     kinds = len(set(model.phases))
     return {
         f"block files, {kinds} set{'s' if kinds > 1 else ''}": kinds * ledger.num_bytes,
-        "quantized model, dequantized": skeleton.parameters * model.output_dtype.itemsize,
+        "quantized model, dequantized": skeleton.parameters * model.storage.output_dtype.itemsize,
         "logs and the rest": SPARE_DISK,
     }
 
@@ -223,7 +223,7 @@ def _steps(trainer: Trainer, data: CalibrationDataModule) -> int:
 
 def _compiles(model: ModelQuantization, trainer: Trainer) -> bool:
     """Whether anything is compiled."""
-    return model.gumbel.backend != "eager" and compiler_available(trainer.strategy.root_device.type)
+    return model.block.gumbel.backend != "eager" and compiler_available(trainer.strategy.root_device.type)
 
 
 def _probe(
@@ -243,7 +243,7 @@ def _probe(
             f"one block in training takes {problems.gigabytes(needed)}, {problems.gigabytes(room)} are free here"
         )
     index, weights = next(iter(plan.items()))
-    run = compiled_run_block() if model.compile_blocks and _compiles(model, trainer) else run_block
+    run = compiled_run_block() if model.block.compiled and _compiles(model, trainer) else run_block
     bf16 = trainer.precision == "bf16-mixed"
     return probe(model, data, skeleton.width, skeleton.blocks[index], weights, device, bf16, run), ""
 

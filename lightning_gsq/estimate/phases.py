@@ -62,11 +62,11 @@ def phases_of(
     held = {MAPPED_MODEL if around.mapped else "model": skeleton.parameters * skeleton.dtype.itemsize}
     quantized = sum(site.rows * site.in_features for weights in plan.values() for site in weights)
     pairs = [pair for weights in plan.values() for pair in weights.items()]
-    ledger = ledger_of(pairs, model.scale_dtype.itemsize)
+    ledger = ledger_of(pairs, model.storage.scale_dtype.itemsize)
     results = {"codes and scales of all blocks": quantized + ledger.scale_bits // 8}
     installed = {"quantized weights beside the originals": quantized * skeleton.dtype.itemsize}
     stream = stream_bytes(data, options, skeleton.width)
-    hessian = min(model.hessian_sequences, data.num_sequences) if model.warm_start.needs_hessian else 0
+    hessian = min(model.start.hessian_sequences, data.num_sequences) if model.start.warm_start.needs_hessian else 0
     worst = worst_block(model, data, skeleton, plan, around)
     way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, around)
 
@@ -84,7 +84,7 @@ def phases_of(
     if "end_to_end" in model.phases:
         terms = end_to_end_terms(model, data, end_to_end, skeleton, plan, ledger, around)
         phases.append(Phase("end to end", dict(held), terms))
-    output = {"model in the saved dtype": skeleton.parameters * model.output_dtype.itemsize}
+    output = {"model in the saved dtype": skeleton.parameters * model.storage.output_dtype.itemsize}
     return [*phases, Phase("save", held | results | installed | output)]
 
 

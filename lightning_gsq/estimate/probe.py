@@ -41,7 +41,7 @@ class Timing:
     def block(self, model: ModelQuantization, data: CalibrationDataModule, steps: int) -> float:
         """Seconds of a block in the blocks phase."""
         batches = data.wanted / data.batch_size
-        hessian = model.hessian_sequences / data.batch_size if model.warm_start.needs_hessian else 0
+        hessian = model.start.hessian_sequences / data.batch_size if model.start.warm_start.needs_hessian else 0
         # Both streams (or the target alone, for "local") and the inputs of the Hessians; validation: two passes at the
         # end of every epoch, two more over the finished block.
         passes = 2 * batches + hessian + 4 * data.num_validation_sequences / data.batch_size
@@ -49,7 +49,7 @@ class Timing:
 
     def warm_start(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the warm-start phase."""
-        hessian = model.hessian_sequences / data.batch_size if model.warm_start.needs_hessian else 0
+        hessian = model.start.hessian_sequences / data.batch_size if model.start.warm_start.needs_hessian else 0
         return 2 * hessian * self.forward + self.rounding
 
 
@@ -108,11 +108,11 @@ def _block(
         )
         scales = torch.full((site.rows, scheme.num_groups(site.in_features)), 0.02, device=device)
         generator = generator_of("probe", site.name)
-        quantizers[site] = GumbelQuantizer(Start(codes, scales, codes), scheme, model.gumbel, generator)
-    module = BlockQuantization(full, longer(block.call, tokens).to(device), quantizers, model.optimizer, run=run)
+        quantizers[site] = GumbelQuantizer(Start(codes, scales, codes), scheme, model.block.gumbel, generator)
+    module = BlockQuantization(full, longer(block.call, tokens).to(device), quantizers, model.block.optimizer, run=run)
     module.to(device)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return module, model.optimizer([{"params": parameters, "name": "logits"}])
+    return module, model.block.optimizer([{"params": parameters, "name": "logits"}])
 
 
 def _rounding(model: ModelQuantization, weights: Weights, device: torch.device) -> float:
@@ -120,8 +120,8 @@ def _rounding(model: ModelQuantization, weights: Weights, device: torch.device) 
     site, scheme = min(weights.items(), key=lambda item: item[0].rows * item[0].in_features)
     w_OI = torch.randn(site.out_features, site.in_features, device=device)
     x_NI = torch.randn(2 * site.in_features, site.in_features, device=device)
-    hessian_II = x_NI.T @ x_NI / len(x_NI) if model.warm_start.needs_hessian else None
-    seconds = _seconds(lambda _: model.warm_start(w_OI, hessian_II, scheme), device, repeats=1)
+    hessian_II = x_NI.T @ x_NI / len(x_NI) if model.start.warm_start.needs_hessian else None
+    seconds = _seconds(lambda _: model.start.warm_start(w_OI, hessian_II, scheme), device, repeats=1)
     return seconds * sum(_size(own) for own in weights) / (site.out_features * site.in_features)
 
 

@@ -50,7 +50,7 @@ def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width:
 
 def num_streams(model: ModelQuantization) -> int:
     """How many of them the blocks phase holds."""
-    return model.target.streams
+    return model.block.target.streams
 
 
 def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: int) -> int:
@@ -68,7 +68,7 @@ def optimizer_state(model: ModelQuantization) -> float:
     """Bytes of state for each byte of parameters, found by one step of the user's optimizer on a small tensor."""
     parameter = torch.nn.Parameter(torch.zeros(4096))
     parameter.grad = torch.zeros_like(parameter)
-    optimizer = model.optimizer([{"params": [parameter], "name": "logits"}])
+    optimizer = model.block.optimizer([{"params": [parameter], "name": "logits"}])
     optimizer.step()
     state = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.numel() > 1]
     return sum(value.nbytes for value in state) / parameter.nbytes

@@ -14,4 +14,6 @@ linear_weights  which parameters of a block are linear weights
 probe           the short sequence that shows all this
 shared_weights  weights that blocks share
 head            its logits from its last hidden states
+norms           the parameters of its normalisation layers
+standing_in     other functions in the place of its blocks
 """

@@ -70,3 +70,9 @@ def last_hidden(model: PreTrainedModel, ids_BT: Tensor, weights: dict[str, Tenso
     output = torch.func.functional_call(base, weights or {}, (ids_BT,), {"use_cache": False})
     hidden: Tensor = output[0]
     return hidden
+
+
+def head_name(network: PreTrainedModel) -> str:
+    """Name of the head's matrix in the model, also where it is tied to the embedding."""
+    head = network.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in network.named_modules() if module is head)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
 from lightning_gsq.weights.scheme import QuantScheme
@@ -22,19 +24,22 @@ class GPTQ(WarmStart):
 
     def __init__(self, damping: float = 0.01, block_columns: int = 128, weighted: bool = False) -> None:
         if not 0 < damping < 1:
-            raise ValueError(f"damping must lie between 0 and 1 (a share of the mean diagonal), got {damping}")
+            raise ConfigurationError(
+                f"warm_start.damping must lie between 0 and 1 (a share of the mean diagonal), got {damping}"
+            )
         if block_columns < 1:
-            raise ValueError(f"block_columns must be positive, got {block_columns}")
+            raise ConfigurationError(f"warm_start.block_columns must be positive, got {block_columns}")
         self.damping, self.block_columns, self.weighted = damping, block_columns, weighted
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""
         if hessian_II is None:
             raise ValueError("GPTQ needs the Hessian of the weight's inputs, got None")
+        if not bool(hessian_II.any()):  # no token came here: there is nothing to be learned about these inputs
+            return round_groups(w_OI.float(), scheme, None, self.scale)
         w_OI = w_OI.float().clone()
         importance_I = hessian_II.diagonal().clone() if self.weighted else None
         factor_II = inverse_cholesky(hessian_II, self.damping)
-        w_OI[:, hessian_II.diagonal() == 0] = 0
         rows, columns = w_OI.shape
         length = scheme.group_length(columns)
         codes_OI, position_OI = torch.empty_like(w_OI), torch.empty_like(w_OI)
@@ -66,13 +71,16 @@ class GPTQ(WarmStart):
 
 
 def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian; dead inputs get 1 on the diagonal.
+    """Upper Cholesky factor of the inverse of the damped Hessian.
+
+    Inputs that were always zero get 1 on the diagonal: their weights are rounded to nearest, and their errors move no
+    other weight. They may matter on other text.
 
     Raises:
-        ValueError: the Hessian is not finite, or not positive definite even with a hundred times the damping.
+        ConfigurationError: the Hessian is not finite, or not positive definite even with a hundred times the damping.
     """
     if not bool(torch.isfinite(hessian_II).all()):
-        raise ValueError("the Hessian is not finite: the model's activations overflow on the calibration text")
+        raise ConfigurationError("the Hessian is not finite: the model's activations overflow on the calibration text")
     diagonal_I = hessian_II.diagonal()
     damped_II = hessian_II + torch.diag((diagonal_I == 0).to(hessian_II.dtype))
     mean = damped_II.diagonal().mean()
@@ -84,4 +92,6 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
             upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
             if not failed:
                 return upper_II
-    raise ValueError(f"the Hessian is not positive definite with damping up to {100 * damping}: raise `damping`")
+    raise ConfigurationError(
+        f"the Hessian is not positive definite with damping up to {100 * damping}: raise warm_start.damping"
+    )

@@ -2,7 +2,7 @@
 
 Every weight has one logit per candidate level. Candidates are the whole grid where it is small (1 bit, ternary,
 2 bits), and above that *local shifts* around the warm start's code, those that leave the grid ruled out with a logit
-of -inf. During training a weight is a softmax over Gumbel-perturbed logits; at the end, the candidate with the
+of :data:`NEVER`. During training a weight is a softmax over Gumbel-perturbed logits; at the end, the candidate with the
 largest logit. The group's scale trains as ``s = s_0 exp(delta)``, so that one learning rate fits every group.
 
 Logits start at ``sigma * (N(0, 1) + alpha * c)`` with ``c_l = -(v_l - start)^2 / 2``, centred over the candidates.
@@ -22,6 +22,10 @@ from lightning_gsq.ops.gumbel_softmax import Backend, gumbel_softmax_weight
 from lightning_gsq.quantizers.warm_start import Start
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
+
+NEVER = -1e18
+"""Logit of a candidate outside of the grid. Its probability is zero, and so is its gradient; it is finite, because
+weight decay added to a gradient (torch.optim.Adam) would make NaN of -inf."""
 
 
 @dataclass(frozen=True)
@@ -177,4 +181,4 @@ class GumbelQuantizer(nn.Module):
         if grid.binary:
             # One logit stands for the pair (-l, +l): half the difference of the two.
             return sigma * (noise + alpha * 0.5 * (affinity_LOI[1:] - affinity_LOI[:1]))
-        return torch.where(inside_LOI, sigma * (noise + alpha * affinity_LOI), -torch.inf)
+        return torch.where(inside_LOI, sigma * (noise + alpha * affinity_LOI), NEVER)

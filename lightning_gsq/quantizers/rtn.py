@@ -29,6 +29,8 @@ class RTN(WarmStart):
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""
         importance_I = hessian_II.diagonal() if self.weighted and hessian_II is not None else None
+        if importance_I is not None and not bool(importance_I.any()):  # no token came here
+            importance_I = None
         return round_groups(w_OI, scheme, importance_I, search_scale)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -41,13 +42,29 @@ class Matrix:
         w_OI: fp32 weight; the matrices of experts lie below one another.
         hessians: Mean of ``2 x xᵀ`` over the calibration inputs, one for each expert; None if they were not collected.
         scheme: How to quantize it.
-        name: Its full parameter name, for warm starts that look weights up.
+        name: Its full parameter name, for warm starts that look weights up and for messages.
+
+    Raises:
+        ConfigurationError: a weight, or the second moment of an input, is not finite.
     """
 
     w_OI: Tensor
     hessians: list[Tensor] | None
     scheme: QuantScheme
     name: str = ""
+
+    def __post_init__(self) -> None:
+        if not bool(torch.isfinite(self.w_OI).all()):
+            count = int((~torch.isfinite(self.w_OI)).sum())
+            raise ConfigurationError(
+                f"model.pretrained: {count} of the {self.w_OI.numel()} values of {self.name or 'a weight'} are not "
+                "finite: the model is damaged, or its dtype is too narrow (--model.dtype float32)"
+            )
+        if self.hessians is not None and not all(bool(torch.isfinite(part).all()) for part in self.hessians):
+            raise ConfigurationError(
+                f"model: the inputs of {self.name or 'a weight'} are not finite on the calibration text: activations "
+                "overflow (--model.dtype float32 or bfloat16), or the model is damaged"
+            )
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Weight and Hessian of each expert's matrix."""

@@ -69,7 +69,7 @@ def fit_block(
             f"{measures['trained']:.4g}; the block keeps its warm start"
         )
     measures["final"] = measures["start" if worse else "trained"]
-    dtype = run.model.scale_dtype
+    dtype = run.model.storage.scale_dtype
     tensors = {
         name: to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
         for name, quantizer in module.named_weights()
@@ -89,9 +89,9 @@ def _module(run: Run, plan: BlockPlan, block: nn.Module, training: ActivationDat
         block,
         run.calls[plan.index],
         quantizers,
-        run.model.optimizer,
-        scale_learning_rate=run.model.scale_learning_rate,
-        learning_rate_floor=run.model.learning_rate_floor,
+        run.model.block.optimizer,
+        scale_learning_rate=run.model.block.scale_learning_rate,
+        learning_rate_floor=run.model.block.learning_rate_floor,
         target_power=_mean_square(run, *training.tensors[1:]),
         index=plan.index,
         name=plan.name,
@@ -105,10 +105,10 @@ def _module(run: Run, plan: BlockPlan, block: nn.Module, training: ActivationDat
 @torch.no_grad()
 def _quantizer(run: Run, plan: BlockPlan, site: LinearSite, matrix: Matrix, choice: Choice | None) -> WeightQuantizer:
     """The trainable form of a weight, from its warm start."""
-    options, generator = run.model.gumbel, generator_of(run.seed, plan.index, site.name, "logits")
+    options, generator = run.model.block.gumbel, generator_of(run.seed, plan.index, site.name, "logits")
     if choice is None:
-        return GumbelQuantizer(start_of(matrix, run.model.warm_start), matrix.scheme, options, generator)
-    start = settled_start(matrix, choice, run.model.warm_start)
+        return GumbelQuantizer(start_of(matrix, run.model.start.warm_start), matrix.scheme, options, generator)
+    start = settled_start(matrix, choice, run.model.start.warm_start)
     return MixedQuantizer(start, choice.scheme, options, generator)
 
 
@@ -165,7 +165,7 @@ def _mean_square(run: Run, x_NTD: Tensor, weights_NT: Tensor | None = None) -> f
 
 def _token_weights(run: Run, quantized_NTD: Tensor, full_NTD: Tensor) -> Tensor | None:
     """How much each token counts in the loss; None where all count alike."""
-    if run.model.inherited_error is None:
+    if run.model.block.inherited_error is None:
         return None
-    tolerated = run.model.inherited_error * run.mean(typical_energy(full_NTD[: len(run.train_ids_NT)]))
+    tolerated = run.model.block.inherited_error * run.mean(typical_energy(full_NTD[: len(run.train_ids_NT)]))
     return inherited_weights(quantized_NTD, full_NTD, tolerated)

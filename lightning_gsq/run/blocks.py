@@ -34,7 +34,7 @@ def train_blocks(run: Run, finished: Finished) -> None:
     if done:
         run.say(f"Resuming after {len(done)} finished of {len(run.plan)} blocks")
     ids_NT = torch.cat([run.train_ids_NT, run.validation_ids_NT])
-    target = run.model.target
+    target = run.model.block.target
     with hidden_store((*ids_NT.shape, run.width), run.activations, target.streams) as store:
         quantized_NTD, target_NTD = store.new(), store.new()
         embed_all(run.model.network, ids_NT, quantized_NTD)

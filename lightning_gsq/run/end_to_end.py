@@ -63,20 +63,20 @@ def check_end_to_end(
         ConfigurationError: it cannot, or the folder holds a finished phase with other settings.
     """
     vocabulary = len(find_head(model.network).weight_VD)
-    if options.top_k is not None and options.top_k > vocabulary:
+    if options.loss.top_k is not None and options.loss.top_k > vocabulary:
         raise ConfigurationError(
-            f"end_to_end.top_k: {options.top_k} tokens were asked for, the vocabulary has {vocabulary}"
+            f"end_to_end.top_k: {options.loss.top_k} tokens were asked for, the vocabulary has {vocabulary}"
         )
     if trainer.limit_val_batches == 0:
         raise ConfigurationError(
             "trainer.limit_val_batches: the end-to-end phase keeps the state that is best on the held-out sequences, "
             "so it needs them; leave the option out"
         )
-    logits = "logits" in options.train and model.gumbel.logits_dtype != "float32"
+    logits = "logits" in options.train and model.block.gumbel.logits_dtype != "float32"
     if logits and _is_spread(options, trainer.world_size):
         raise ConfigurationError(
             f"model.gumbel.logits_dtype: {options.strategy} takes one dtype for all that trains, and scales train in "
-            f"float32; got {model.gumbel.logits_dtype}. Use float32, or leave logits out of end_to_end.train"
+            f"float32; got {model.block.gumbel.logits_dtype}. Use float32, or leave logits out of end_to_end.train"
         )
     known = folder.read_dense("end_to_end")
     if known is not None:
@@ -167,15 +167,15 @@ def _trainer(run: Run, options: EndToEndOptions, watching: list[Callback]) -> Tr
     """The phase's Trainer: the user's, with this phase's lengths, and without what is for blocks alone."""
     callbacks: list[Callback] = run.make_trainer().callbacks  # type: ignore[attr-defined]  # Lightning's connector
     replaced: dict[str, Any] = {}
-    if options.accumulate_grad_batches is not None:
-        replaced["accumulate_grad_batches"] = options.accumulate_grad_batches
+    if options.passes.accumulate_grad_batches is not None:
+        replaced["accumulate_grad_batches"] = options.passes.accumulate_grad_batches
     if _is_spread(options, run.ranks.world):
         replaced["strategy"] = options.strategy
-    batches = max(1, run.data.num_sequences // run.ranks.world // options.batch_size)
+    batches = max(1, run.data.num_sequences // run.ranks.world // options.passes.batch_size)
     return run.make_trainer(
-        max_epochs=options.max_epochs,
-        max_steps=options.max_steps,
-        val_check_interval=max(1, batches // options.validations),
+        max_epochs=options.passes.max_epochs,
+        max_steps=options.passes.max_steps,
+        val_check_interval=max(1, batches // options.passes.validations),
         check_val_every_n_epoch=None,  # counts batches across passes, however few a pass has
         callbacks=[*(c for c in callbacks if not getattr(c, "blocks_only", False)), *watching],
         **replaced,
@@ -191,7 +191,7 @@ def _module(run: Run, start: list[Blocks], options: EndToEndOptions) -> EndToEnd
             for plan, tensors in zip(run.plan, start, strict=True)
         },
         options,
-        run.model.gumbel,
+        run.model.block.gumbel,
         run.seed,
     )
 
@@ -202,22 +202,22 @@ def _batches(
     """This process's training batches and held-out ones; where tokens of the teacher are stored, they come along."""
     train_ids_NT, ranks = run.data.train_ids_NT, run.ranks
     sequences: Dataset[Any] = TensorDataset(train_ids_NT)
-    if options.top_k is not None:
+    if options.loss.top_k is not None:
         key = {
             "text": fingerprint([train_ids_NT]),
-            "temperature": str(options.temperature),
-            "top_k": str(options.top_k),
+            "temperature": str(options.loss.temperature),
+            "top_k": str(options.loss.top_k),
         }
-        sequences = module.stored = StoredTeacher(run.folder.root / "teacher", train_ids_NT, options.top_k, key)
+        sequences = module.stored = StoredTeacher(run.folder.root / "teacher", train_ids_NT, options.loss.top_k, key)
     numbers = ranks.share(torch.arange(run.data.num_sequences)).tolist()
     training: DataLoader[Any] = DataLoader(
         Subset(sequences, numbers),
-        batch_size=options.batch_size,
+        batch_size=options.passes.batch_size,
         shuffle=True,
         generator=generator_of(run.seed, "end_to_end", "order", *([ranks.rank] if ranks.rank else [])),
-        drop_last=len(numbers) >= options.batch_size,
+        drop_last=len(numbers) >= options.passes.batch_size,
     )
-    return training, DataLoader(TensorDataset(run.validation_ids_NT), batch_size=options.batch_size)
+    return training, DataLoader(TensorDataset(run.validation_ids_NT), batch_size=options.passes.batch_size)
 
 
 def _train(

@@ -18,7 +18,7 @@ from lightning_gsq.weights.quantized import QuantizedWeight
 
 def hessian_sequences(run: Run) -> int:
     """This process's share of the sequences whose inputs the warm start sees."""
-    return run.ranks.share_of(min(run.model.hessian_sequences, len(run.train_ids_NT) * run.ranks.world))
+    return run.ranks.share_of(min(run.model.start.hessian_sequences, len(run.train_ids_NT) * run.ranks.world))
 
 
 def matrices_of(run: Run, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> dict[str, Matrix]:
@@ -30,7 +30,7 @@ def matrices_of(run: Run, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor)
         block: The block on the device.
         inputs_NTD: Hidden states that enter it.
     """
-    needed = run.model.warm_start.needs_hessian
+    needed = run.model.start.warm_start.needs_hessian
     statistics = InputStatistics(list(plan.weights), run.device)
     if needed:
         call = run.calls[plan.index].to(run.device)
@@ -56,7 +56,7 @@ def choose_salient(run: Run, matrices: dict[str, Matrix]) -> dict[str, Choice]:
     if not mixed:
         return {}
     with run.watch("saliency"):
-        return settle(mixed, run.model.saliency)
+        return settle(mixed, run.model.start.saliency)
 
 
 def to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:

@@ -31,14 +31,14 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import BlockCall, check_chain, embed, find_blocks, run_block, split_hidden, trace
 from lightning_gsq.models.head import TOLERANCE, find_head, last_hidden
 from lightning_gsq.models.probe import probe_ids
+from lightning_gsq.models.standing_in import standing_in
 from lightning_gsq.ops.distillation import Head
 from lightning_gsq.run.forward_passes import embed_all, hidden_store, pass_through, sequences_at_once
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.training.model import LOSS_POSITIONS
-from lightning_gsq.training.student_block import standing_in
+from lightning_gsq.training.losses import LOSS_POSITIONS
 
 FP32 = 4
 SPARE = 0.1
@@ -185,10 +185,10 @@ class BlockwisePerplexity:
             head = self._head(device)
             for part in slices(len(ids_NT), size):
                 last_BTD = self._finish(ids_NT[part], hidden_NTD[part].to(dtype))
-                for last_TD, ids_T in zip(last_BTD, ids_NT[part], strict=True):
+                for number, (last_TD, ids_T) in enumerate(zip(last_BTD, ids_NT[part], strict=True), part.start):
                     for own in slices(len(ids_T) - 1, LOSS_POSITIONS):
                         logits_CV = head.logits(_fetch(last_TD[own], device))
-                        model.add_predictions(logits_CV, _fetch(ids_T[1:][own], device))
+                        model.add_predictions(logits_CV, _fetch(ids_T[1:][own], device), number)
         perplexity = float(metric.compute().exp())
         metric.reset()
         metric.cpu()

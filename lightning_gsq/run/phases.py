@@ -127,7 +127,8 @@ def save_and_summarize(run: Run, result: Result, source: loading.ModelSource) ->
         if run.folder.progress.get("model") != result.kind:
             began = time.perf_counter()
             if run.ranks.first:
-                loading.save_dense(run.model.network, run.model.tokenizer, run.folder.model, run.model.output_dtype)
+                dtype = run.model.storage.output_dtype
+                loading.save_dense(run.model.network, run.model.tokenizer, run.folder.model, dtype)
             run.folder.update_progress(model=result.kind)
             add_seconds(run.folder, "saving", began)
         summary = make_summary(

@@ -110,7 +110,7 @@ def make_run(
     """The run of these parts; looks at how the model calls its blocks. Arguments as in :class:`Run`."""
     trainer = make_trainer()
     traced = trace(model.network, data.train_ids_NT[:1])
-    compiled = model.compile_blocks and compiler_available(trainer.strategy.root_device.type)
+    compiled = model.block.compiled and compiler_available(trainer.strategy.root_device.type)
     return Run(
         model=model,
         data=data,

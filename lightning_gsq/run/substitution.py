@@ -86,7 +86,7 @@ def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]
     originals = {p: p.data for name, p in model.network.named_parameters() if name not in quantized}
     try:
         for parameter, data in originals.items():
-            parameter.data = data.to(model.output_dtype).to(data.dtype)
+            parameter.data = data.to(model.storage.output_dtype).to(data.dtype)
         yield
     finally:
         for parameter, data in originals.items():

@@ -32,7 +32,7 @@ def _ledger(
         headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
     quantized = {entry.name for entry in entries}
     entries += [
-        LedgerEntry(name, p.numel(), unquantized=8 * model.output_dtype.itemsize * p.numel())
+        LedgerEntry(name, p.numel(), unquantized=8 * model.storage.output_dtype.itemsize * p.numel())
         for name, p in model.network.named_parameters()
         if name not in quantized
     ]
@@ -98,13 +98,13 @@ def make_summary(
         "seconds_of": seconds_of,
         "peak_memory_bytes": peak,
         "scheme": {
-            "name": str(model.scheme),
-            "bits": model.scheme.bits,
-            "group_size": model.scheme.group_size,
+            "name": str(model.selection.scheme),
+            "bits": model.selection.scheme.bits,
+            "group_size": model.selection.scheme.group_size,
         },
         "blocks": blocks,
         **({"saliency": saliency} if saliency else {}),
-        "pretrained": model.pretrained,
+        "pretrained": model.address.pretrained,
         "seed": recipe["seed"],
         "versions": recipe["versions"],
         "torch_threads": torch.get_num_threads(),

@@ -18,7 +18,8 @@ def warm_start(run: Run) -> list[Blocks]:
     """
     if run.ranks.agree(run.folder.has_blocks("warm_start", [plan.index for plan in run.plan])):
         return [run.folder.read_block("warm_start", plan.index, plan.expected) for plan in run.plan]
-    count = hessian_sequences(run) if run.model.warm_start.needs_hessian else 0
+    settings, dtype = run.model.start, run.model.storage.scale_dtype
+    count = hessian_sequences(run) if settings.warm_start.needs_hessian else 0
     results = []
     with hidden_store((count, run.data.sequence_length, run.width), run.activations, streams=1) as store:
         hidden_NTD = store.new()
@@ -30,9 +31,7 @@ def warm_start(run: Run) -> list[Blocks]:
                 choices = choose_salient(run, matrices)
                 with run.watch("warm_start"):
                     tensors = {
-                        name: to_cpu(
-                            settled_tensor(matrix, choices.get(name), run.model.warm_start, run.model.scale_dtype)
-                        )
+                        name: to_cpu(settled_tensor(matrix, choices.get(name), settings.warm_start, dtype))
                         for name, matrix in matrices.items()
                     }
                 run.folder.write_block("warm_start", index, tensors)

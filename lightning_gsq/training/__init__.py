@@ -1,6 +1,7 @@
 """What is trained, by which loss?
 
 model               the model, with every setting that concerns it
+settings            these settings, by what they are about
 target              what a block learns to output
 block               one block against its full-precision output
 token_weights       how much each token counts there
@@ -10,12 +11,14 @@ student_block       a block of that model
 student_weights     its weights, whose scales train
 teacher             the original's most probable tokens, stored
 optim               Adam and Lion for fp32 and bf16 logits
+losses              losses as they are added up
 schedule            how the learning rate falls
 """
 
-from lightning_gsq.training.block import BlockQuantization, NonFiniteLossError
+from lightning_gsq.training.block import BlockQuantization
 from lightning_gsq.training.end_to_end import EndToEndQuantization
 from lightning_gsq.training.end_to_end_options import EndToEndOptions
+from lightning_gsq.training.losses import NonFiniteLossError
 from lightning_gsq.training.model import ModelQuantization
 from lightning_gsq.training.optim import Adam, Lion
 

@@ -16,6 +16,7 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelQuantizer
 from lightning_gsq.quantizers.salient import MixedQuantizer
 from lightning_gsq.system.seeding import seed_of
+from lightning_gsq.training.losses import refuse_non_finite
 from lightning_gsq.training.optim import Adam, Lion
 from lightning_gsq.training.schedule import cosine_to_floor
 from lightning_gsq.weights.quantized import QuantizedWeight
@@ -25,10 +26,6 @@ WeightQuantizer = GumbelQuantizer | MixedQuantizer
 Batch = tuple[Tensor, ...]
 """Hidden states that enter the block, and what should leave it, each ``B T D``; then, optionally, how much each token
 counts, ``B T``."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss of a block became NaN or infinite."""
 
 
 class BlockQuantization(LightningModule):
@@ -133,11 +130,12 @@ class BlockQuantization(LightningModule):
             NonFiniteLossError: it is NaN or infinite.
         """
         loss = self.loss(batch, self.sampled_weights(self.global_step, batch_idx, self.global_rank))
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss of {self.name} is {loss.item()} at step {self.global_step}; lower the learning rates "
-                "(--model.optimizer.init_args.lr, --model.scale_learning_rate) or use --trainer.precision 32-true"
-            )
+        refuse_non_finite(
+            loss,
+            f"the loss of {self.name} at step {self.global_step}",
+            "lower the learning rates (--model.optimizer.init_args.lr, --model.scale_learning_rate) or use "
+            "--trainer.precision 32-true",
+        )
         # A logged value named "step" becomes the x axis of all loggers.
         self.log_dict({"block/loss_soft": loss.detach(), "step": float(self.first_step + self.global_step)})
         return loss

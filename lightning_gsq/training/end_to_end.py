@@ -23,8 +23,10 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lightning_gsq.models.chain import find_blocks
-from lightning_gsq.models.head import find_head, last_hidden
+from lightning_gsq.models.head import find_head, head_name, last_hidden
 from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.models.norms import norm_names
+from lightning_gsq.models.standing_in import standing_in
 from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
 from lightning_gsq.quantizers import GumbelOptions
 from lightning_gsq.system.sharding import (
@@ -36,10 +38,10 @@ from lightning_gsq.system.sharding import (
     shard,
     whole,
 )
-from lightning_gsq.training.block import NonFiniteLossError
-from lightning_gsq.training.end_to_end_options import EndToEndOptions
+from lightning_gsq.training.end_to_end_options import EndToEndOptions, Trained, kind_of
+from lightning_gsq.training.losses import loss_mean, refuse_non_finite
 from lightning_gsq.training.schedule import cosine_to_floor
-from lightning_gsq.training.student_block import StudentBlock, norm_names, standing_in
+from lightning_gsq.training.student_block import StudentBlock
 from lightning_gsq.training.teacher import StoredTeacher, top_tokens
 from lightning_gsq.weights.quantized import QuantizedWeight
 
@@ -102,7 +104,7 @@ class EndToEndQuantization(LightningModule):
                 if name.endswith("log_scale"):
                     parameter.requires_grad_(False)
         # Means over the sequences of all processes, however many each of them has.
-        self.held_out = nn.ModuleDict({name: MeanMetric() for name in ("loss", "divergence", "cross_entropy")})
+        self.held_out = nn.ModuleDict({name: loss_mean() for name in ("loss", "divergence", "cross_entropy")})
         self.stored: StoredTeacher | None = None
         """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
         self.idle_passes = 0
@@ -131,7 +133,7 @@ class EndToEndQuantization(LightningModule):
     @torch.no_grad()
     def teacher_top(self, ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The full-precision model's ``k`` most probable next tokens and their log-probabilities, ``B T k`` each."""
-        return top_tokens(self.teacher_hidden(ids_BT), self._head_here(), self.options.temperature, k)
+        return top_tokens(self.teacher_hidden(ids_BT), self._head_here(), self.options.loss.temperature, k)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the divergence and the cross-entropy of a batch."""
@@ -148,9 +150,9 @@ class EndToEndQuantization(LightningModule):
             head,
             target,
             labels_BT.flatten(),
-            temperature=self.options.temperature,
-            cross_entropy=self.options.cross_entropy,
-            chunk=self.options.chunk,
+            temperature=self.options.loss.temperature,
+            cross_entropy=self.options.loss.cross_entropy,
+            chunk=self.options.loss.chunk,
         )
 
     # -- Lightning
@@ -165,7 +167,7 @@ class EndToEndQuantization(LightningModule):
         """Computes what is missing of the stored teacher."""
         if self.stored is not None:
             missing = self.stored.missing(self.global_rank, self.trainer.world_size)
-            size, k = self.options.batch_size, self.stored.k
+            size, k = self.options.passes.batch_size, self.stored.k
             idle = passes_of_others(self, self.stored.passes(missing, size)) if is_sharded(self) else 0
             with self.trainer.precision_plugin.forward_context():
                 self.stored.compute(missing, lambda ids_BT: self.teacher_top(ids_BT.to(self.device), k), size)
@@ -182,12 +184,12 @@ class EndToEndQuantization(LightningModule):
         for block in self.blocks.values():
             block.step = (self.global_step, batch_idx, self.global_rank)  # type: ignore[assignment]
         loss, kl, ce = self.loss(batch)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss of the end-to-end phase is {loss.item()} at step {self.global_step}; lower the learning "
-                "rates (--end_to_end.optimizer.init_args.lr and those beside it). The blocks' result is in the run "
-                "folder: without end_to_end in --model.phases the run ends with it"
-            )
+        refuse_non_finite(
+            loss,
+            f"the loss of the end-to-end phase at step {self.global_step}",
+            "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). The blocks' result is "
+            "in the run folder: without end_to_end in --model.phases the run ends with it",
+        )
         figures = {"loss": loss.detach(), "divergence": kl, "cross_entropy": ce}
         self.log_dict({f"end_to_end/{name}": value for name, value in figures.items()})
         return loss
@@ -205,7 +207,14 @@ class EndToEndQuantization(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the losses of some held-out sequences, scales rounded as they are stored."""
-        for (name, mean), value in zip(self.held_out.items(), self.loss(batch), strict=True):
+        values = self.loss(batch)
+        refuse_non_finite(
+            values[0],
+            f"the held-out loss of the end-to-end phase in batch {batch_idx + 1} after step {self.global_step}",
+            "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). The blocks' result is "
+            "in the run folder: without end_to_end in --model.phases the run ends with it",
+        )
+        for (name, mean), value in zip(self.held_out.items(), values, strict=True):
             assert isinstance(mean, MeanMetric)
             mean.update(value, weight=len(batch[0]))
             self.log(f"end_to_end/val_{name}", mean, metric_attribute=f"held_out.{name}")
@@ -230,19 +239,19 @@ class EndToEndQuantization(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One parameter group for each kind of parameter, with a cosine schedule that ends at the floor."""
-        groups: dict[str, list[nn.Parameter]] = {"scales": [], "norms": [], "head": [], "logits": []}
+        groups: dict[Trained, list[nn.Parameter]] = {"scales": [], "norms": [], "head": [], "logits": []}
         for name, parameter in self.trained():
-            kind = name.rpartition(".")[2]
-            groups[{"log_scale": "scales", "logits": "logits", "head": "head"}.get(kind, "norms")].append(parameter)
-        rates = self.options.learning_rates
-        optimizer = self.options.optimizer(
+            groups[kind_of(name)].append(parameter)
+        rates = self.options.rates
+        others: dict[str, float] = {"norms": rates.norms, "head": rates.head, "logits": rates.logits}
+        optimizer = rates.optimizer(
             [
-                {"params": own, "name": kind, **({"lr": rates[kind]} if kind in rates else {})}
-                for kind, own in groups.items()
-                if own
+                {"params": parameters, "name": kind, **({"lr": others[kind]} if kind in others else {})}
+                for kind, parameters in groups.items()
+                if parameters
             ]
         )
-        schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, self.options.learning_rate_floor)
+        schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, rates.floor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # -- results
@@ -281,9 +290,3 @@ class EndToEndQuantization(LightningModule):
         """The teacher's head on the device where the module is now."""
         embedding = self.network.get_output_embeddings()
         return Head(embedding.weight, getattr(embedding, "bias", None), self.logit_scale, self.softcap)
-
-
-def head_name(network: PreTrainedModel) -> str:
-    """Name of the head's matrix in the model, also where it is tied to the embedding."""
-    head = network.get_output_embeddings()
-    return next(f"{name}.weight" for name, module in network.named_modules() if module is head)

@@ -1,7 +1,9 @@
-"""What the end-to-end phase trains, and how."""
+"""What trains in the end-to-end phase, and how; every part checks itself."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,8 +11,96 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.system.sharding import Sharding
+from lightning_gsq.training.losses import LOSS_POSITIONS
 
 Trained = Literal["scales", "norms", "head", "logits"]
+
+
+def _at_least_one(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigurationError(f"end_to_end.{name} must be at least 1, got {count}")
+
+
+def _share(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigurationError(f"end_to_end.{name} must lie between 0 and 1, got {share}")
+
+
+def _positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ConfigurationError(f"end_to_end.{name} must be positive, got {number}")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """How fast each kind of parameter moves.
+
+    Args:
+        optimizer: Makes the optimizer; its learning rate is that of the scales.
+        norms: Learning rate of the norms.
+        head: Learning rate of the head.
+        logits: Learning rate of the logits.
+        floor: End of the cosine schedule, as a share of its start.
+    """
+
+    optimizer: OptimizerCallable
+    norms: float
+    head: float
+    logits: float
+    floor: float
+
+    def __post_init__(self) -> None:
+        _positive(norm_learning_rate=self.norms, head_learning_rate=self.head, logits_learning_rate=self.logits)
+        _share(learning_rate_floor=self.floor)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss.
+
+    Args:
+        temperature: Of teacher and student in the divergence.
+        cross_entropy: Share of the next tokens' cross-entropy; the rest is the divergence.
+        top_k: Most probable tokens of the teacher that count; None for all.
+        chunk: Positions whose logits are held at once.
+    """
+
+    temperature: float
+    cross_entropy: float
+    top_k: int | None
+    chunk: int
+
+    def __post_init__(self) -> None:
+        _positive(temperature=self.temperature)
+        _share(cross_entropy=self.cross_entropy)
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigurationError(f"end_to_end.top_k must be at least 1, or null for all tokens, got {self.top_k}")
+        _at_least_one(chunk=self.chunk)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How long it goes.
+
+    Args:
+        max_epochs: Passes over the calibration sequences.
+        max_steps: Optimizer steps after which it ends; -1 for no such limit.
+        batch_size: Sequences of one step, on one device.
+        accumulate_grad_batches: Batches of one optimizer step; None for the trainer's own setting.
+        validations: Evaluations in each pass.
+    """
+
+    max_epochs: int
+    max_steps: int
+    batch_size: int
+    accumulate_grad_batches: int | None
+    validations: int
+
+    def __post_init__(self) -> None:
+        _at_least_one(batch_size=self.batch_size, validations=self.validations, max_epochs=self.max_epochs)
 
 
 class EndToEndOptions:
@@ -57,33 +147,22 @@ class EndToEndOptions:
         accumulate_grad_batches: int | None = None,
         validations: int = 4,
         recompute: bool = False,
-        chunk: int = 128,
+        chunk: int = LOSS_POSITIONS,
         strategy: Sharding | None = None,
     ) -> None:
-        rates = {
-            "norm_learning_rate": norm_learning_rate,
-            "head_learning_rate": head_learning_rate,
-            "logits_learning_rate": logits_learning_rate,
-            "temperature": temperature,
-        }
-        for name, rate in rates.items():
-            if not rate > 0:
-                raise ConfigurationError(f"end_to_end.{name} must be positive, got {rate}")
-        counts = {"batch_size": batch_size, "validations": validations, "chunk": chunk, "max_epochs": max_epochs}
-        for name, count in counts.items():
-            if count < 1:
-                raise ConfigurationError(f"end_to_end.{name} must be at least 1, got {count}")
-        for name, share in (("learning_rate_floor", learning_rate_floor), ("cross_entropy", cross_entropy)):
-            if not 0 <= share <= 1:
-                raise ConfigurationError(f"end_to_end.{name} must lie between 0 and 1, got {share}")
-        if top_k is not None and top_k < 1:
-            raise ConfigurationError(f"end_to_end.top_k must be at least 1, or null for all tokens, got {top_k}")
         if not train:
             raise ConfigurationError("end_to_end.train is empty: name scales, norms, head or logits")
-        self.train, self.optimizer = train, optimizer
-        self.learning_rates = {"norms": norm_learning_rate, "head": head_learning_rate, "logits": logits_learning_rate}
-        self.learning_rate_floor, self.temperature, self.cross_entropy = learning_rate_floor, temperature, cross_entropy
-        self.top_k, self.batch_size = top_k, batch_size
-        self.max_epochs, self.max_steps, self.validations = max_epochs, max_steps, validations
-        self.accumulate_grad_batches, self.recompute, self.chunk = accumulate_grad_batches, recompute, chunk
-        self.strategy = strategy
+        self.train: Sequence[Trained] = train
+        self.rates = LearningRates(
+            optimizer, norm_learning_rate, head_learning_rate, logits_learning_rate, learning_rate_floor
+        )
+        self.loss = Distillation(temperature, cross_entropy, top_k, chunk)
+        self.passes = Passes(max_epochs, max_steps, batch_size, accumulate_grad_batches, validations)
+        self.recompute, self.strategy = recompute, strategy
+
+
+def kind_of(name: str) -> Trained:
+    """What a trained parameter is, by its name in the module."""
+    *_, owner, last = f".{name}".split(".")
+    kinds: dict[str, Trained] = {"log_scale": "scales", "logits": "logits", "head": "head"}
+    return "norms" if owner == "norms" else kinds[last]

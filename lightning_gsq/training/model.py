@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from typing import Literal
-
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.system.slices import slices
-from lightning_gsq.training.target import TARGETS, TargetName
+from lightning_gsq.training import settings
+from lightning_gsq.training.losses import LOSS_POSITIONS, loss_mean, refuse_non_finite
+from lightning_gsq.training.target import TargetName
 from lightning_gsq.weights.assignment import SchemeOverride
 from lightning_gsq.weights.scheme import QuantScheme
-
-LOSS_POSITIONS = 128
-"""Positions whose fp32 log-probabilities are held at once: a vocabulary of 128,000 takes half a megabyte each."""
 
 
 class ModelQuantization(LightningModule):
@@ -46,7 +40,7 @@ class ModelQuantization(LightningModule):
             that low bits get wrong; null: all tokens count alike.
         warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
         hessian_sequences: Calibration sequences whose inputs the warm start sees.
-        saliency: How the salient part of a matrix is chosen, where the scheme leaves that open.
+        saliency: How the salient part of each matrix is chosen, where the scheme has one or a budget.
         gumbel: How the logits start and how noisy their samples are.
         optimizer: Optimizer of the logits and scales; lr is the logits' learning rate.
         scale_learning_rate: Learning rate of the scales, relative to each scale.
@@ -68,7 +62,7 @@ class ModelQuantization(LightningModule):
         exclude: list[str] = [],  # noqa: B006
         overrides: dict[str, SchemeOverride] = {},  # noqa: B006
         blocks: str | None = None,
-        phases: list[Literal["init", "blocks", "end_to_end"]] = ["init", "blocks", "end_to_end"],  # noqa: B006
+        phases: list[settings.Phase] = ["init", "blocks", "end_to_end"],  # noqa: B006
         target: TargetName = "stream",
         inherited_error: float | None = None,
         warm_start: WarmStart | None = None,
@@ -79,77 +73,59 @@ class ModelQuantization(LightningModule):
         scale_learning_rate: float = 3e-3,
         learning_rate_floor: float = 0.1,
         compile_blocks: bool = False,
-        scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        scale_dtype: settings.ScaleDtype = "float16",
         dtype: loading.Dtype = "auto",
-        output_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        output_dtype: settings.OutputDtype = "bfloat16",
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in (
-            ("scale_learning_rate", scale_learning_rate),
-            ("hessian_sequences", hessian_sequences),
-        ):
-            if number <= 0:
-                raise ConfigurationError(f"model.{name} must be positive, got {number}")
-        if inherited_error is not None and inherited_error <= 0:
-            raise ConfigurationError(f"model.inherited_error must be positive or null, got {inherited_error}")
-        if inherited_error is not None and not TARGETS[target].follows_original:
-            raise ConfigurationError(
-                f"model.inherited_error={inherited_error} needs --model.target stream, got {target}, which knows no "
-                "error of the blocks before; use null"
-            )
-        if not phases:
-            raise ConfigurationError("model.phases is empty: name one or more of init, blocks and end_to_end")
-        if not 0 <= learning_rate_floor <= 1:
-            raise ConfigurationError(f"model.learning_rate_floor must lie between 0 and 1, got {learning_rate_floor}")
-        self.pretrained, self.revision, self.trust_remote_code = pretrained, revision, trust_remote_code
-        self.scheme, self.include, self.exclude, self.overrides = scheme, include, exclude, overrides
-        self.blocks, self.phases, self.target = blocks, phases, TARGETS[target]
-        self.inherited_error = inherited_error
-        self.warm_start, self.hessian_sequences = warm_start or RTN(weighted=True), hessian_sequences
-        self.saliency, self.gumbel, self.optimizer = saliency, gumbel, optimizer
-        self.scale_learning_rate, self.learning_rate_floor = scale_learning_rate, learning_rate_floor
-        self.compile_blocks = compile_blocks
-        self.scale_dtype: torch.dtype = getattr(torch, scale_dtype)
-        self.dtype_name, self.output_dtype = dtype, getattr(torch, output_dtype)
-        self.negative_log_likelihood = MeanMetric()
+        settings.check_phases(phases)
+        self.phases = phases
+        self.address = settings.Address(pretrained, revision, trust_remote_code, dtype)
+        self.selection = settings.Selection(scheme, include, exclude, overrides, blocks)
+        self.start = settings.StartOptions(warm_start or RTN(weighted=True), hessian_sequences, saliency)
+        self.block = settings.BlockOptions(
+            settings.target_of(target),
+            inherited_error,
+            gumbel,
+            optimizer,
+            scale_learning_rate,
+            learning_rate_floor,
+            compile_blocks,
+        )
+        self.storage = settings.StorageOptions(getattr(torch, scale_dtype), getattr(torch, output_dtype))
+        self.negative_log_likelihood = loss_mean()
         self.network: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
 
     def load(self, source: loading.ModelSource, quantized: bool = False) -> None:
         """Fills ``tokenizer`` and ``network``; ``quantized``: a model that is quantized already will do."""
         self.tokenizer = loading.load_tokenizer(source)
-        self.network = loading.load_model(source, self.dtype_name, quantized)
+        self.network = loading.load_model(source, self.address.dtype, quantized)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Adds the predictions of a window ``1 T`` of token ids, its first token being context only."""
         logits_TV, target_T = self.network(batch, use_cache=False).logits[0, :-1], batch[0, 1:]
-        for own in slices(len(target_T), LOSS_POSITIONS):
-            self.add_predictions(logits_TV[own], target_T[own])
+        for part in slices(len(target_T), LOSS_POSITIONS):
+            self.add_predictions(logits_TV[part], target_T[part], batch_idx)
 
-    def add_predictions(self, logits_NV: Tensor, target_N: Tensor) -> None:
-        """Adds what the logits of some positions say of the tokens that follow them."""
+    def add_predictions(self, logits_NV: Tensor, target_N: Tensor, window: int) -> None:
+        """Adds what the logits of some positions say of the tokens that follow them.
+
+        Raises:
+            NonFiniteLossError: their loss is NaN or infinite, so that the window has no perplexity.
+        """
         loss = nn.functional.cross_entropy(logits_NV.float(), target_N)
+        refuse_non_finite(
+            loss,
+            f"the loss of evaluation window {window + 1}",
+            "a weight of the model is not finite, or its activations overflow in "
+            f"{str(self.network.dtype).removeprefix('torch.')}: see --model.dtype and --trainer.precision",
+        )
         self.negative_log_likelihood.update(loss, weight=len(target_N))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the perplexity of all windows."""
         self.log("perplexity", self.negative_log_likelihood.compute().exp())
         self.negative_log_likelihood.reset()
-
-    def selected_blocks(self, count: int) -> range:
-        """The range of blocks to quantize.
-
-        Raises:
-            ConfigurationError: ``blocks`` is no range, or an empty one.
-        """
-        if self.blocks is None:
-            return range(count)
-        match = re.fullmatch(r"(\d*):(\d*)", self.blocks)
-        if not match:
-            raise ConfigurationError(f"model.blocks must be a range such as 0:4, got {self.blocks!r}")
-        start, stop = int(match[1] or 0), int(match[2] or count)
-        if not 0 <= start < stop <= count:
-            raise ConfigurationError(f"model.blocks: {self.blocks} is not a range within the model's {count} blocks")
-        return range(start, stop)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,29 +89,3 @@ class StudentBlock(nn.Module):
             site.name: weight.tensor()  # type: ignore[operator]
             for site, weight in zip(self.sites, self.weights, strict=True)
         }
-
-
-@contextmanager
-def standing_in(others: Mapping[int, Callable[..., Any]], originals: nn.ModuleList) -> Iterator[None]:
-    """While active, a model that runs its own blocks runs others in their place: modules, or plain functions."""
-
-    def forward_of(other: Callable[..., Any]) -> Any:
-        return lambda *args, **kwargs: other(*args, **kwargs)
-
-    try:
-        for index, other in others.items():
-            originals[index].__dict__["forward"] = forward_of(other)
-        yield
-    finally:
-        for index in others:
-            originals[index].__dict__.pop("forward", None)
-
-
-def norm_names(module: nn.Module) -> list[str]:
-    """Names of the parameters of norms: modules that own vectors and nothing else."""
-    names = []
-    for prefix, part in module.named_modules():
-        own = dict(part.named_parameters(recurse=False))
-        if own and all(parameter.ndim == 1 for parameter in own.values()):
-            names += [f"{prefix}.{name}" if prefix else name for name in own]
-    return names

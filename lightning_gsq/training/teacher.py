@@ -17,10 +17,9 @@ from torch.utils.data import Dataset
 
 from lightning_gsq.ops.distillation import Head
 from lightning_gsq.system.files import write_atomically
+from lightning_gsq.training.losses import LOSS_POSITIONS
 
 SEQUENCES_A_FILE = 32
-POSITIONS = 128
-"""Positions whose logits are held at once."""
 
 
 class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -93,7 +92,7 @@ class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
 def top_tokens(hidden_BTD: Tensor, head: Head, temperature: float, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` most probable tokens and their log-probabilities, ``B T k`` each, some positions at a time."""
     tokens, log_probs = [], []
-    for hidden_CD in hidden_BTD.flatten(0, 1).split(POSITIONS):
+    for hidden_CD in hidden_BTD.flatten(0, 1).split(LOSS_POSITIONS):
         logits_CV = head.to(hidden_CD.dtype).logits(hidden_CD).float() / temperature
         log_probs_CK, tokens_CK = torch.log_softmax(logits_CV, dim=-1).topk(k)
         tokens.append(tokens_CK)

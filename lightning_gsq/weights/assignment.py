@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.grid import Bits
@@ -15,22 +16,34 @@ from lightning_gsq.weights.scheme import QuantScheme
 
 @dataclass(frozen=True)
 class SchemeOverride:
-    """Settings that replace the scheme's own for the weights that a pattern names; None keeps the scheme's.
+    """Settings that replace the scheme's own for the weights that a pattern names; null keeps the scheme's.
 
     Args:
         bits: Bits a weight, 1 to 8, or "ternary".
         group_size: Weights that share one scale; -1 for one scale a row.
-        salient: The salient part.
+        salient: The salient part; false for none.
+        budget: True bits a weight, instead of the scheme's; false for no budget.
+
+    Raises:
+        ConfigurationError: ``true``, which says nothing.
     """
 
     bits: Bits | None = None
     group_size: int | None = None
-    salient: SalientPart | None = None
+    salient: bool | SalientPart | None = None
+    budget: bool | float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("salient", "budget"):
+            if getattr(self, name) is True:
+                raise ConfigurationError(f"{name}: true says nothing; give its settings, or false to switch it off")
 
     def apply(self, scheme: QuantScheme) -> QuantScheme:
         """The scheme with this override's settings in place."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changes = {name: value for name, value in own.items() if value is not None}
+        settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changes: dict[str, Any] = {
+            name: None if value is False else value for name, value in settings.items() if value is not None
+        }
         return dataclasses.replace(scheme, **changes)
 
 
@@ -67,11 +80,19 @@ def assign_schemes(
         own = scheme
         for pattern, override in overrides.items():
             if _matches(name, pattern):
-                own = override.apply(own)
+                own = _applied(pattern, override, own)
         chosen[name] = own
     if not chosen:
         raise ConfigurationError(f"include={list(include)} and exclude={list(exclude)} leave no weight to quantize")
     return chosen
+
+
+def _applied(pattern: str, override: SchemeOverride, scheme: QuantScheme) -> QuantScheme:
+    try:
+        return override.apply(scheme)
+    except ConfigurationError as error:
+        way = "; budget: false and salient: false in the override switch them off" if scheme.mixed else ""
+        raise ConfigurationError(f"overrides: {pattern!r}: {error}{way}") from error
 
 
 def _matches(name: str, pattern: str) -> bool:

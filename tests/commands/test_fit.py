@@ -157,7 +157,7 @@ def test_loss_that_is_not_finite_stops_with_the_blocks_name(
 
     monkeypatch.setattr(BlockQuantization, "loss", broken)
     assert main(["fit", "--config", str(config)]) == 1
-    assert "the loss of model.layers.1 is nan at step 0" in capsys.readouterr().err
+    assert "the loss of model.layers.1 at step 0 is nan" in capsys.readouterr().err
     assert set(block_files(tmp_path)) == {"block-000.safetensors"}
 
 

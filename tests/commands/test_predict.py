@@ -13,7 +13,8 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import ExportOptions, open_run
 from lightning_gsq.export.formats.native import NativeFormat
 from lightning_gsq.models.loading import load_tokenizer, resolve
-from tests.support.tiny import byte_tokenizer
+from tests.support.odd import BOS, larger_tokenizer, starting_tokenizer
+from tests.support.tiny import byte_tokenizer, save_tiny_model
 
 
 def _greedy(model: Path, prompt: str) -> str:
@@ -69,6 +70,57 @@ def test_chat_template() -> None:
     assert torch.equal(encode(tokenizer, "Hi", chat_template=False)["input_ids"], plain)
 
 
+def test_prompts_start_as_texts_do() -> None:
+    tokenizer = starting_tokenizer()
+    assert (
+        encode(tokenizer, "Hi", chat_template=False)["input_ids"].tolist()
+        == tokenizer("Hi", return_tensors="pt")["input_ids"].tolist()
+    )
+    assert encode(tokenizer, "Hi", chat_template=False)["input_ids"][0, 0] == BOS
+
+
+def test_a_template_that_refuses() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('A system message must come first') }}"
+    message = "prompt: 'Hi': the chat template refuses it: A system message must come first; try --chat_template false"
+    with pytest.raises(ConfigurationError, match=message):
+        encode(tokenizer, "Hi", chat_template=True)
+
+
+def test_ids_beyond_the_embedding(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    larger_tokenizer().save_pretrained(folder)
+    with pytest.raises(ConfigurationError, match=r"prompt: it has the token 259 .* embedding has 258 rows"):
+        predict(str(folder), ["<tool>x</tool>"])
+    assert predict(str(folder), ["Line 1"], max_new_tokens=1)
+
+
+def test_half_surrogate_pairs(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a shell hands over where an argument is not UTF-8."""
+    predict(str(tiny_llama), ["Gr\udcfc\udcdfe"], max_new_tokens=1)
+    assert "> Gr\ufffd\ufffde" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "prompt: the standard input holds none; give one with --prompt or --file"),
+        (b"\n \n", "prompt: the standard input holds none"),
+        ("Größe".encode("latin-1"), "prompt: the standard input is not utf-8 text"),
+    ],
+)
+def test_bad_standard_input(content: bytes, message: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    with pytest.raises(ConfigurationError, match=message):
+        predict(str(tiny_llama))
+
+
+def test_prompts_in_another_encoding(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("Line 1\n".encode("utf-16"))
+    with pytest.raises(ConfigurationError, match=r"file: cannot read .*prompts.txt: it is UTF-16 text"):
+        predict(str(tiny_llama), file=str(tmp_path / "prompts.txt"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -77,7 +129,7 @@ def test_chat_template() -> None:
         ({"top_p": 0.0}, "top_p must lie between 0 and 1"),
         ({"device": "nonsense"}, "device: 'nonsense' cannot be used"),
         ({"file": "x.txt"}, "prompt, file: give one of them"),
-        ({"prompt": None, "file": "/no/such/file"}, "/no/such/file cannot be read"),
+        ({"prompt": None, "file": "/no/such/file"}, "file: cannot read /no/such/file"),
         ({"max_new_tokens": 1000}, "exceed the model's limit of 128"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

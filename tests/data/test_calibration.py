@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lightning_gsq.data import CalibrationDataModule, Mixture, ModelSamples, Per
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.run.hidden_states import ActivationDataset, ActivationOptions, ActivationStore
+from tests.support.odd import FromTheModel, Listed
 from tests.support.tiny import FAMILIES, byte_tokenizer
 
 
@@ -65,6 +67,40 @@ def test_samples_of_the_model_are_kept_per_run(
             tokenized("two")
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_source_of_ones_own_that_needs_the_model(mixed: bool, tmp_path: Path) -> None:
+    own = FromTheModel()
+    data = CalibrationDataModule(Mixture([Mixture([own])]) if mixed else own, 16, 5, 2)
+    data.run_folder = tmp_path
+    data.check(None)
+    data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
+    assert own.attached == 258
+    assert "258 rows, line" in "".join(byte_tokenizer().batch_decode(data.train_ids_NT))
+
+
+def test_a_source_that_needs_the_model_and_does_not_take_it() -> None:
+    source = Listed(["text"])
+    source.needs_model = True
+    with pytest.raises(ConfigurationError, match=r"Listed: needs_model is true, and there is no attach\(model, token"):
+        CalibrationDataModule(source).tokenize(byte_tokenizer(), FAMILIES["llama"]())
+
+
+@pytest.mark.parametrize("make", [CalibrationDataModule, PerplexityData, lambda source: Mixture([source])])
+def test_what_is_no_source(make: Callable[[object], object]) -> None:
+    with pytest.raises(ConfigurationError, match=r"expected a TextSource, such as TextFile\('text.txt'\), got str"):
+        make("text.txt")
+
+
+def test_cache_folder_that_cannot_be(corpus: Path) -> None:
+    for folder, message in ((corpus, "is no folder"), (corpus / "below", "is no folder"), ("x" * 300, "too long")):
+        with pytest.raises(ConfigurationError, match=f"data.cache_folder: .*{message}"):
+            _data(corpus, cache_folder=str(folder)).check(None)
+    data = _data(corpus)
+    data.run_folder = corpus / "below"
+    with pytest.raises(ConfigurationError, match=r"data.cache_folder: cannot make the folder .*corpus.txt/below"):
+        data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
+
+
 def test_too_little_text_says_how_much_there_is(corpus: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"take 3,200,096 tokens, the source has 4\d,\d{3} \(\d+ sequences\)"):
         _data(corpus, num_sequences=100_000).tokenize(byte_tokenizer(), FAMILIES["llama"]())
@@ -81,6 +117,28 @@ def test_numbers_out_of_range(corpus: Path, name: str) -> None:
         _data(corpus, **{name: 0})
 
 
+def test_numbers_that_are_none(corpus: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.sequence_length must be at least 1, got '512'"):
+        _data(corpus, sequence_length="512")
+    with pytest.raises(ConfigurationError, match=r"data\.num_sequences must be at least 1, got 1\.5"):
+        _data(corpus, num_sequences=1.5)
+    with pytest.raises(ConfigurationError, match=r"evaluation\.num_windows must be at least 1, or null .*, got 'x'"):
+        PerplexityData(num_windows="x")  # type: ignore[arg-type]
+
+
+def test_batches_before_there_are_any(corpus: Path) -> None:
+    for batches in (_data(corpus).train_dataloader, _data(corpus).val_dataloader, PerplexityData().val_dataloader):
+        with pytest.raises(ConfigurationError, match="call tokenize first"):
+            batches()
+
+
+def test_a_run_folder_whose_name_is_too_long(corpus: Path, tmp_path: Path) -> None:
+    data = _data(corpus)
+    data.run_folder = tmp_path / ("x" * 300) / "calibration"
+    with pytest.raises(ConfigurationError, match=r"trainer.default_root_dir: .* cannot be read: File name too long"):
+        data.check(None)
+
+
 def test_chat_template(corpus: Path) -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(ConfigurationError, match="has no chat template"):
@@ -93,11 +151,13 @@ def test_chat_template(corpus: Path) -> None:
 
 def test_perplexity_windows(corpus: Path) -> None:
     data = PerplexityData(TextFile(str(corpus)), sequence_length=50, num_windows=4)
-    data.tokenize(byte_tokenizer())
+    data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
     text = corpus.read_text()
     assert byte_tokenizer().decode(data.ids_NT.flatten()) == text[:200]
     with pytest.raises(ConfigurationError, match=r"9999 windows of 50 tokens were asked for"):
-        PerplexityData(TextFile(str(corpus)), sequence_length=50, num_windows=9999).tokenize(byte_tokenizer())
+        PerplexityData(TextFile(str(corpus)), sequence_length=50, num_windows=9999).tokenize(
+            byte_tokenizer(), FAMILIES["llama"]()
+        )
 
 
 def test_store_in_memory_and_in_files(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """Datasets and local shards: layouts, order, shuffling, going on in the middle, and bad files."""
 
+import errno
 import gzip
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 from lightning_gsq.data import HuggingFaceDataset, LocalShards, Mixture, PythonDocumentation, TextFile, TextSource
+from lightning_gsq.data.retrying import RetryingReader
 from pyarrow import parquet
 
 from lightning_gsq.errors import ConfigurationError
@@ -123,6 +127,77 @@ def test_bad_shards(tmp_path: Path, name: str, content: bytes | None, message: s
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigurationError, match=message):
         LocalShards(str(tmp_path / name)).check()
+
+
+def _damaged(content: bytes) -> list[bytes]:
+    """Cut off, bits flipped, bytes gone."""
+    chance = random.Random(0)
+    damaged = [content[: len(content) * part // 8] for part in range(1, 8)]
+    for _ in range(30):
+        changed = bytearray(content)
+        place = chance.randrange(len(content))
+        if chance.random() < 0.5:
+            del changed[place : place + chance.randrange(1, 100)]
+        else:
+            changed[place] ^= 1 << chance.randrange(8)
+        damaged.append(bytes(changed))
+    return damaged
+
+
+@pytest.mark.parametrize("kind", [LocalShards, HuggingFaceDataset])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz"])
+def test_damaged_shards_are_refused_at_once(
+    kind: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line that names it, and no attempt to read it again as if a network had failed."""
+    monkeypatch.setattr("lightning_gsq.data.retrying.time.sleep", lambda _: pytest.fail("tried again"))
+    texts = [f"Document {i} " + "x" * (i % 23) for i in range(200)]
+    file = tmp_path / "shards" / name
+    _parquet(file, list(texts), row_group_size=50)
+    content = file.read_bytes()
+    if name.endswith(".gz"):
+        content = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    refused = 0
+    for damaged in _damaged(content):
+        file.write_bytes(damaged)
+        try:
+            list(RetryingReader(kind(str(file.parent))))
+        except ConfigurationError as error:
+            refused += 1
+            assert str(error).startswith(("path: ", "column: ")) and "\n" not in str(error)
+    assert refused > 25
+    assert refused == len(_damaged(content)) or name == "a.parquet", "gzip has a checksum"
+
+
+def test_failures_of_the_file_system_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _parquet(tmp_path / "a.parquet", ["a", "b"])
+    failures = [OSError(errno.EIO, "Input/output error")] * 2
+    real = parquet.ParquetFile
+
+    def fails(file: Path) -> parquet.ParquetFile:
+        if failures:
+            raise failures.pop()
+        return real(file)
+
+    monkeypatch.setattr(parquet, "ParquetFile", fails)
+    assert list(RetryingReader(LocalShards(str(tmp_path)), pause=0)) == ["a", "b"]
+    assert not failures
+
+
+def test_rows_are_named_with_their_number(tmp_path: Path) -> None:
+    _parquet(tmp_path / "a.parquet", ["a", None, *"cdefg"])
+    reader = RetryingReader(LocalShards(str(tmp_path)))
+    places = [(document, reader.place) for document in reader]
+    assert places[1] == ("c", f"row 3 of {tmp_path / 'a.parquet'}")
+    assert places[5] == ("g", f"row 7 of {tmp_path / 'a.parquet'}")
+    reader = RetryingReader(LocalShards(str(tmp_path)), {"chunk": 0, "shard": 0, "row": {"rows": 4}, "given": 0})
+    assert (next(reader), reader.place) == ("e", f"row 5 of {tmp_path / 'a.parquet'}")
+    reader = RetryingReader(Mixture([PythonDocumentation(), LocalShards(str(tmp_path), shuffle_buffer=9)]))
+    assert next(reader) and reader.place == "document 1 of PythonDocumentation"
+    letter = str(next(reader))
+    assert reader.place == f"row {'ab cdefg'.replace(' ', '').index(letter) + 1} of {tmp_path / 'a.parquet'}"
+    reader = RetryingReader(HuggingFaceDataset(str(tmp_path)))
+    assert (next(reader), next(reader)) == ("a", "c") and reader.place.startswith("row 3 of a shard of the dataset")
 
 
 def test_missing_columns(repository: Path) -> None:

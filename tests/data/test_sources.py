@@ -101,3 +101,23 @@ def test_model_samples_repeat_with_their_seed() -> None:
         texts.append(list(source.documents()))
     assert len(texts[0]) == 3
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_model_samples_out_of_range() -> None:
+    for name in ("num_tokens", "length", "batch_size"):
+        with pytest.raises(ConfigurationError, match=f"ModelSamples: {name} must be at least 1, got -1"):
+            ModelSamples(**{name: -1})
+    for name, value in (("temperature", 0.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5)):
+        with pytest.raises(ConfigurationError, match=f"ModelSamples: {name} must .*, got {value}"):
+            ModelSamples(**{name: value})  # type: ignore[arg-type]
+
+
+def test_model_samples_that_the_model_cannot_write() -> None:
+    model, tokenizer = FAMILIES["llama"](), byte_tokenizer()
+    with pytest.raises(ConfigurationError, match=r"call attach\(model, tokenizer\) first"):
+        list(ModelSamples().documents())
+    with pytest.raises(ConfigurationError, match="the start token and 128 more exceed the model's limit of 128"):
+        ModelSamples(length=128).attach(model, tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<another>"})
+    with pytest.raises(ConfigurationError, match=r"ModelSamples: the start has the token 258 \('<another>'\)"):
+        ModelSamples(length=8).attach(model, tokenizer)

@@ -1,13 +1,16 @@
 """Tokens in a file: read once, continued after an interrupt or a failure, refused when damaged."""
 
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning_gsq.data import CalibrationDataModule, LocalShards, Mixture, PythonDocumentation, TextFile, TextSource
 from lightning_gsq.data import tokens as tokens_module
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_gsq.errors import ConfigurationError
@@ -181,7 +184,10 @@ def test_a_failure_that_passes(shards: Path, caplog: pytest.LogCaptureFixture) -
 
 def test_a_failure_that_stays_loses_nothing(shards: Path, tmp_path: Path) -> None:
     failing = Failing(TextFile(str(shards)), {40: [OSError("no route")] * 3})
-    with pytest.raises(ConfigurationError, match=r"failed 3 times in a row .* OSError: no route. The [\d,]+ tokens of"):
+    message = (
+        r"failed 3 times in a row .* OSError: no route. The [\d,]+ tokens of .*; the same command goes on from there"
+    )
+    with pytest.raises(ConfigurationError, match=message):
         _data(failing, tmp_path / "cache", retries=2).tokenize(TOKENIZER, MODEL)
     expected = _ids(_data(TextFile(str(shards))))
     assert torch.equal(_ids(_data(failing, tmp_path / "cache")), expected)
@@ -195,13 +201,77 @@ def test_a_failure_that_cannot_pass_is_not_retried(shards: Path, error: Exceptio
     assert source.read == 3
 
 
+def test_more_attempts_than_a_float_can_double(shards: Path) -> None:
+    source = Failing(TextFile(str(shards)), {3: [ConnectionError("reset")] * 1100})
+    assert torch.equal(_ids(_data(source, retries=1100)), _ids(_data(TextFile(str(shards)))))
+
+
 def test_pauses_grow(monkeypatch: pytest.MonkeyPatch, shards: Path) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(tokens_module.time, "sleep", pauses.append)
+    monkeypatch.setattr("lightning_gsq.data.retrying.time.sleep", pauses.append)
     source = Failing(TextFile(str(shards)), {3: [ConnectionError("reset")] * 9})
     with pytest.raises(ConfigurationError, match="failed 9 times"):
         _data(source, retries=8, retry_pause=1).tokenize(TOKENIZER, MODEL)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes what a token file says beside its tensors."""
+    with safe_open(file, "pt") as content:
+        state = json.loads(content.metadata()["state"])
+    change(state)
+    save_file(load_file(file), file, {"state": json.dumps(state)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("position", {"documents": 3}), ("position", None), ("exhausted", True), ("characters", 7), ("format", 3)],
+)
+def test_a_file_that_says_something_else_is_refused(shards: Path, tmp_path: Path, name: str, value: object) -> None:
+    """A changed position would lose text or read it twice."""
+    _ids(_data(TextFile(str(shards)), tmp_path / "cache"))
+    (file,) = (tmp_path / "cache").iterdir()
+    _rewrite(file, lambda state: state.update({name: value}))
+    with pytest.raises(ConfigurationError, match=r"its checksum does not fit. Delete the file"):
+        _ids(_data(TextFile(str(shards)), tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_files_of_the_first_format(shards: Path, tmp_path: Path, ended: bool) -> None:
+    """They serve, except where they say that the text ended: it may have been a null."""
+    few, many = {"num_sequences": 8}, {"num_sequences": 40}
+    _ids(_data(TextFile(str(shards)), tmp_path / "cache", **few))
+    (file,) = (tmp_path / "cache").iterdir()
+
+    def older(state: dict[str, Any]) -> None:
+        del state["format"], state["characters"]
+        state["exhausted"] = ended
+        state["digest"] = tokens_module._digest({**load_file(file)})
+
+    _rewrite(file, older)
+    source = TextFile(str(shards))
+    expected = _ids(_data(source, **many))
+    assert torch.equal(_ids(_data(source, tmp_path / "cache", **many)), expected)
+
+
+def test_mutated_files(shards: Path, tmp_path: Path) -> None:
+    """No byte of a token file can be changed so that other tokens are used, or anything but one line is said."""
+    source = TextFile(str(shards))
+    expected = _ids(_data(source, tmp_path / "cache"))
+    (file,) = (tmp_path / "cache").iterdir()
+    content, chance, refused = file.read_bytes(), random.Random(0), 0
+    header = 8 + int.from_bytes(content[:8], "little")
+    for number in range(200):
+        changed = bytearray(content)
+        for _ in range(chance.choice([1, 1, 5])):
+            changed[chance.randrange(header if number % 2 else len(changed))] ^= 1 << chance.randrange(8)
+        file.write_bytes(changed)
+        try:
+            assert torch.equal(_ids(_data(source, tmp_path / "cache")), expected)
+        except ConfigurationError as error:
+            assert "Delete the file" in str(error)
+            refused += 1
+    assert refused > 150
 
 
 @pytest.mark.parametrize("damage", ["cut", "token", "ends", "digest"])
@@ -212,8 +282,6 @@ def test_damaged_files_are_refused(shards: Path, tmp_path: Path, damage: str) ->
         file.write_bytes(file.read_bytes()[:-8])
     else:
         tensors = load_file(file)
-        from safetensors import safe_open
-
         with safe_open(file, "pt") as content:
             metadata = content.metadata()
         if damage == "ends":
@@ -222,11 +290,23 @@ def test_damaged_files_are_refused(shards: Path, tmp_path: Path, damage: str) ->
             tensors["tokens"][3] = 100_000 if damage == "token" else 65
         if damage != "digest":
             state = json.loads(metadata["state"])
-            state["digest"] = tokens_module._digest(tensors["tokens"], tensors["ends"])
+            del state["digest"]
+            state["digest"] = tokens_module._digest({**state, **tensors})
             metadata = {"state": json.dumps(state)}
         save_file(tensors, file, metadata)
     with pytest.raises(ConfigurationError, match=r"cannot be used: .* Delete the file"):
         _ids(_data(TextFile(str(shards)), tmp_path / "cache"))
+
+
+def test_a_state_that_contradicts_itself(shards: Path) -> None:
+    data = _data(TextFile(str(shards)))
+    _ids(data)
+    state = data.state_dict()
+    for change in ({"position": 5}, {"characters": -1}, {"ends": -state["ends"]}, {"tokens": state["tokens"].long()}):
+        again = _data(TextFile(str(shards)))
+        again.load_state_dict({**state, **change})
+        with pytest.raises(ConfigurationError, match="data: the state to go on from cannot be used"):
+            _ids(again)
 
 
 def test_a_source_of_unknown_identity_leaves_no_file(tmp_path: Path) -> None:
@@ -235,6 +315,6 @@ def test_a_source_of_unknown_identity_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_numbers_out_of_range() -> None:
-    for name in ("retries", "retry_pause"):
-        with pytest.raises(ConfigurationError, match=f"data.{name} must not be negative, got -1"):
-            _data(PythonDocumentation(), **{name: -1})
+    for name, value in (("retries", -1), ("retry_pause", -1), ("retry_pause", float("nan"))):
+        with pytest.raises(ConfigurationError, match=f"data.{name} must not be negative, got {value}"):
+            _data(PythonDocumentation(), **{name: value})

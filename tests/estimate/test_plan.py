@@ -88,9 +88,9 @@ def test_terms_of_training_are_the_tensors_of_a_block(bits: object) -> None:
     starts = {s: RTN()(s.to_matrix(block.get_parameter(s.name)), None, scheme) for s in sites}
     own = {s: GumbelQuantizer(starts[s], scheme, GumbelOptions(backend="eager"), torch.Generator()) for s in sites}
     settings = ModelQuantization("x", scheme=scheme, gumbel=GumbelOptions(backend="eager"))
-    module = BlockQuantization(block, traced.calls[0], own, settings.optimizer)
+    module = BlockQuantization(block, traced.calls[0], own, settings.block.optimizer)
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = settings.optimizer([{"params": trained, "name": "logits"}])
+    optimizer = settings.block.optimizer([{"params": trained, "name": "logits"}])
     module.loss((traced.inputs_BTD[0], traced.inputs_BTD[1]), module.sampled_weights(0)).backward()
     optimizer.step()
     around = quantities.Surroundings(False, quantities.optimizer_state(settings), 0, None, False, True)

@@ -5,6 +5,7 @@ import torch
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer, Start
+from lightning_gsq.quantizers.gumbel import NEVER
 from lightning_gsq.weights.scheme import QuantScheme
 
 ALL_BITS = [1, "ternary", 2, 3, 4, 8]
@@ -53,7 +54,7 @@ def test_local_shifts_never_leave_the_grid(shifts: int) -> None:
     assert quantizer.logits.shape[0] == 2 * shifts + 1
     with torch.no_grad():
         quantizer.logits.copy_(
-            torch.where(quantizer.logits.isinf(), quantizer.logits, torch.rand(quantizer.logits.shape))
+            torch.where(quantizer.logits == NEVER, quantizer.logits, torch.rand(quantizer.logits.shape))
         )
     for seed in range(20):
         levels = quantizer(seed).detach().round()
@@ -131,3 +132,17 @@ def test_low_precision_logits() -> None:
     torch.testing.assert_close(made[1].entropy_OI(), made[0].entropy_OI(), rtol=1e-2, atol=1e-2)
     with pytest.raises(ConfigurationError, match="logits_dtype"):
         GumbelOptions(logits_dtype="float16")  # type: ignore[arg-type]
+
+
+def test_decay_in_the_gradient_leaves_candidates_outside_of_the_grid_out() -> None:
+    scheme = QuantScheme(3, 8)
+    start = RTN()(torch.randn(8, 16), None, scheme)
+    quantizer = GumbelQuantizer(start, scheme, GumbelOptions(), torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam([quantizer.logits], lr=1e-2, weight_decay=0.1)
+    for step in range(20):
+        optimizer.zero_grad()
+        quantizer(step).square().mean().backward()
+        optimizer.step()
+    codes_OI = quantizer.codes_OI()
+    assert bool(torch.isfinite(quantizer.logits).all())
+    assert scheme.low <= int(codes_OI.min()) and int(codes_OI.max()) <= scheme.high

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from lightning_gsq.quantizers import GPTQ, RTN, WarmStart
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.quantizers import GPTQ, RTN, DualMode, Matrix, WarmStart
 from lightning_gsq.quantizers.gptq import inverse_cholesky
 from lightning_gsq.quantizers.scale_search import search_scale
+from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.weights.scheme import QuantScheme
 
 SCHEMES = [QuantScheme(bits, 8) for bits in (1, "ternary", 2, 3, 4, 8)]  # type: ignore[arg-type]
@@ -63,6 +65,48 @@ def test_gptq_survives_dead_and_degenerate_inputs() -> None:
     hessian[:8, :8] = 1.0  # rank one, and eight inputs that are always zero
     result = GPTQ()(w, hessian, QuantScheme(2, 8))
     assert bool(torch.isfinite(result.scales_OG).all())
+
+
+def test_gptq_keeps_the_weights_of_dead_inputs() -> None:
+    """An input that this text never used may matter on another: its weights are rounded, not lost."""
+    w = torch.randn(4, 16)
+    x = torch.randn(64, 16)
+    x[:, 5:9] = 0
+    scheme = QuantScheme(8, 16)
+    start = GPTQ()(w, 2 * x.T @ x / 64, scheme)
+    dense = quantized(start, scheme, torch.float32).dequantize()
+    assert float((dense - w)[:, 5:9].abs().max()) < 0.6 * float(start.scales_OG.abs().max())
+
+
+@pytest.mark.parametrize("warm_start", [GPTQ(), GPTQ(weighted=True), RTN(weighted=True)], ids=["gptq", "both", "rtn"])
+def test_without_tokens_weights_are_rounded_unweighted(warm_start: WarmStart) -> None:
+    w, scheme = torch.randn(4, 16), QuantScheme(3, 8)
+    start, plain = warm_start(w, torch.zeros(16, 16), scheme), RTN()(w, None, scheme)
+    assert torch.equal(start.codes_OI, plain.codes_OI) and torch.equal(start.scales_OG, plain.scales_OG)
+
+
+def test_dual_mode_without_tokens_is_least_squares_rounding() -> None:
+    w, scheme = torch.randn(4, 16), QuantScheme(3, 8)
+    start, plain = DualMode()(w, torch.zeros(16, 16), scheme), DualMode(False, False)(w, None, scheme)
+    assert torch.equal(start.codes_OI, plain.codes_OI) and torch.equal(start.scales_OG, plain.scales_OG)
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    w = torch.randn(4, 16)
+    w[1, 2], w[3, 4] = torch.nan, torch.inf
+    with pytest.raises(ConfigurationError, match=r"2 of the 64 values of model\.layers\.0\.up\.weight are not finite"):
+        Matrix(w, None, QuantScheme(2), "model.layers.0.up.weight")
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"inputs of up\.weight are not finite"):
+        Matrix(torch.randn(4, 2), [torch.full((2, 2), torch.inf)], QuantScheme(2), "up.weight")
+
+
+@pytest.mark.parametrize(("options", "said"), [({"damping": 1.5}, "damping"), ({"block_columns": 0}, "block_columns")])
+def test_options_out_of_range_are_refused(options: dict, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"warm_start\.{said} must"):
+        GPTQ(**options)
 
 
 def test_gptq_without_hessian() -> None:

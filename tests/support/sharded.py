@@ -82,8 +82,8 @@ def run(case: str, strategy: str, rank: int, folder: Path) -> None:
     ids = torch.randint(0, 250, (37, 12), generator=torch.Generator().manual_seed(1))
     train, held_out = ids[:32], ids[32:]  # one file of the teacher, and 3 and 2 sequences held out: unequal work
     sequences: Any = TensorDataset(train)
-    if options.top_k is not None:
-        sequences = module.stored = StoredTeacher(folder / f"{case}-{strategy}", train, options.top_k, {})
+    if options.loss.top_k is not None:
+        sequences = module.stored = StoredTeacher(folder / f"{case}-{strategy}", train, options.loss.top_k, {})
     own = torch.utils.data.Subset(sequences, list(range(rank, 32, 2)))
     sizes = _Sizes()
     trainer = Trainer(
@@ -101,8 +101,8 @@ def run(case: str, strategy: str, rank: int, folder: Path) -> None:
         use_distributed_sampler=False,
         **QUIET_TRAINER,
     )
-    batches = DataLoader(own, batch_size=options.batch_size)
-    validation = DataLoader(TensorDataset(held_out[rank::2]), batch_size=options.batch_size)
+    batches = DataLoader(own, batch_size=options.passes.batch_size)
+    validation = DataLoader(TensorDataset(held_out[rank::2]), batch_size=options.passes.batch_size)
     (found,) = trainer.validate(module, validation, verbose=False)
     trainer.fit(module, batches, validation)
     if module.validated_step != trainer.global_step:

@@ -4,6 +4,7 @@ import pytest
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes
+from lightning_gsq.weights.salient_part import SalientPart
 from lightning_gsq.weights.scheme import QuantScheme
 
 NAMES = [f"model.layers.{i}.{part}.weight" for i in range(2) for part in ("attn.q_proj", "mlp.down_proj")]
@@ -68,3 +69,22 @@ def test_a_pattern_that_matches_nothing(option: str) -> None:
 def test_nothing_left() -> None:
     with pytest.raises(ConfigurationError, match="leave no weight to quantize"):
         assign_schemes(NAMES, QuantScheme(2), exclude=["*"])
+
+
+def test_an_override_switches_salient_part_and_budget_off() -> None:
+    base = QuantScheme(1, 64, SalientPart(), budget=2.2)
+    override = SchemeOverride(bits=4, salient=False, budget=False)
+    schemes = assign_schemes(NAMES, base, overrides={"*.down_proj": override})
+    assert schemes["model.layers.0.mlp.down_proj.weight"] == QuantScheme(4, 64)
+    assert {scheme for name, scheme in schemes.items() if "down_proj" not in name} == {base}
+
+
+def test_an_override_that_the_budget_forbids_says_how_to_leave_it() -> None:
+    base = QuantScheme(1, 64, budget=2.2)
+    with pytest.raises(ConfigurationError, match=r"overrides: '\*\.down_proj'.*4 bits.*budget: false"):
+        assign_schemes(NAMES, base, overrides={"*.down_proj": SchemeOverride(bits=4)})
+
+
+def test_true_switches_nothing_on() -> None:
+    with pytest.raises(ConfigurationError, match="budget: true says nothing"):
+        SchemeOverride(budget=True)
