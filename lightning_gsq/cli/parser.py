@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from docstring_parser import parse as parse_docstring
@@ -35,6 +36,24 @@ class GSQArgumentParser(LightningArgumentParser):
             if nearest:
                 message += f"\ndid you mean {nearest[0]!r}?"
         self.exit(EXIT_USAGE, f"error: {message}\n(every option: {self.prog} --help)\n")
+
+    def accept_name(self, option: str, settings: Mapping[str, Any], name: str) -> None:
+        """Lets a group of settings be given as one name as well, on the command line and in configurations.
+
+        Args:
+            option: The group.
+            settings: All of its settings with their defaults, which a name sets back.
+            name: The setting that takes the name.
+        """
+        group: Any = self._option_string_actions[f"--{option}"]
+        otherwise = group.resolve_subclass_spec
+
+        def resolve(value: Any) -> Any:
+            if isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value) and not Path(value).is_file():
+                return {**settings, name: value}
+            return otherwise(value)
+
+        group.resolve_subclass_spec = resolve
 
     def _parsers(self) -> list[LightningArgumentParser]:
         subcommands = getattr(self, "_subcommands_action", None)

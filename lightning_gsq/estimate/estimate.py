@@ -182,7 +182,8 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
         for site in skeleton.blocks[index].sites
     }
     plan: dict[int, Weights] = defaultdict(dict)
-    for name, scheme in model.selection.schemes(sites).items():
+    schemes = model.selection.schemes({name: site.in_features for name, (_, site) in sites.items()})
+    for name, scheme in schemes.items():
         index, site = sites[name]
         plan[index][site] = scheme
     return dict(plan)
