@@ -59,6 +59,7 @@ def export_run(
     check: bool,
     overwrite: bool,
     console: Console,
+    announced: bool = False,
 ) -> Exported:
     """Writes an opened run in each format.
 
@@ -70,6 +71,7 @@ def export_run(
         check: Load each folder back.
         overwrite: Replace earlier exports.
         console: Where to print.
+        announced: Whether :func:`announce` has said what the files will be like.
 
     Raises:
         ConfigurationError: none of the formats can be written; nothing was.
@@ -80,7 +82,8 @@ def export_run(
         raise ConfigurationError(describe(result.failures))
     for name, reason in result.failures.items():
         console.print(f"{name} is left out: {reason}", soft_wrap=True)
-    report.print_loadability(console, possible, run)
+    if not announced:
+        report.print_loadability(console, possible, run)
     for format_ in possible:
         folder = root / format_.name
         try:
@@ -137,7 +140,8 @@ def bring_up_to_date(run: FinishedRun, chosen: Sequence[ExportFormat], console: 
         else:
             stale.append(format_)
     if stale:
-        export_run(run, stale, root, options, check=True, overwrite=True, console=console).verify()
+        done = export_run(run, stale, root, options, check=True, overwrite=True, console=console, announced=True)
+        done.verify()
 
 
 def made_of(run: FinishedRun, options: ExportOptions) -> dict[str, Any]:
