@@ -73,7 +73,9 @@ def _option(name: str, value: str | None) -> list[str]:
         return _source(name, class_path(name, value))
     if name in LISTS and not value.startswith("["):
         value = json.dumps([part.strip() for part in value.split(",")])
-    return [f"--{name}={class_path(name, value)}"]
+    if name == "trainer.callbacks" and not value.startswith("[") and value != "null":
+        name += "+"  # a list replaces those of the recipe, a single one comes to them
+    return [f"--{name}={class_path(name.removesuffix('+'), value)}"]
 
 
 def _is_settings(value: str) -> bool:

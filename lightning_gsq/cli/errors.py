@@ -29,7 +29,10 @@ LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
     RecursionError: (EXIT_USAGE, lambda error: f"a file or an option is nested too deeply to be read ({error})"),
     SafetensorError: (EXIT_FAILURE, lambda error: f"a safetensors file cannot be read or written: {error}"),
     torch.OutOfMemoryError: (EXIT_FAILURE, lambda error: f"the device has too little memory: {error}"),
-    MemoryError: (EXIT_FAILURE, lambda error: f"this machine has too little memory: {error or 'plan says how much'}"),
+    MemoryError: (
+        EXIT_FAILURE,
+        lambda error: f"this machine has too little memory: {str(error) or 'plan says how much is needed'}",
+    ),
     OSError: (EXIT_FAILURE, lambda error: ": ".join(str(x) for x in (error.strerror or error, error.filename) if x)),
 }
 """Exit code and line of the errors that are told in one; the first that fits."""
