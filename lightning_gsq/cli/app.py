@@ -57,7 +57,7 @@ VERBS = {
     "fit": Verb(trains=True),
     "validate": Verb(trains=True),
     "plan": Verb(plan, PARTS, trains=True),
-    "export": Verb(export, repeated=("format",), flags=("overwrite",)),
+    "export": Verb(export, repeated=("format",), flags=("overwrite", "trust_remote_code")),
     "predict": Verb(predict, repeated=("prompt",)),
 }
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from lightning_gsq.cli.app import GSQCLI
 from lightning_gsq.cli.defaults import EXIT_FAILURE, EXIT_USAGE, quiet_libraries
-from lightning_gsq.errors import ConfigurationError, ProcessLostError
+from lightning_gsq.errors import ConfigurationError, ProcessLostError, WorkFailedError
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import NonFiniteLossError
 
@@ -25,6 +25,7 @@ LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
     MisconfigurationException: (EXIT_USAGE, str),
     NonFiniteLossError: (EXIT_FAILURE, str),
     ProcessLostError: (EXIT_FAILURE, str),
+    WorkFailedError: (EXIT_FAILURE, str),
     jinja2.TemplateError: (EXIT_USAGE, lambda error: f"the tokenizer's chat template cannot be used: {error}"),
     RecursionError: (EXIT_USAGE, lambda error: f"a file or an option is nested too deeply to be read ({error})"),
     SafetensorError: (EXIT_FAILURE, lambda error: f"a safetensors file cannot be read or written: {error}"),
