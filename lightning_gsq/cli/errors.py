@@ -18,6 +18,7 @@ from lightning_gsq.cli.app import GSQCLI
 from lightning_gsq.cli.defaults import EXIT_FAILURE, EXIT_USAGE, quiet_libraries
 from lightning_gsq.errors import ConfigurationError, ProcessLostError, WorkFailedError
 from lightning_gsq.system.console import make_console
+from lightning_gsq.system.progress_bars import no_foreign_bars
 from lightning_gsq.training import NonFiniteLossError
 
 LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
@@ -48,7 +49,8 @@ def run(arguments: list[str], debug: bool) -> int:
     """
     quiet_libraries()
     try:
-        GSQCLI(arguments)
+        with no_foreign_bars():
+            GSQCLI(arguments)
     except tuple(LINES) as error:
         if debug:
             traceback.print_exception(error)
