@@ -54,7 +54,10 @@ VERBS = {
     "validate": Verb("Measure the perplexity of a model, a finished run folder or an exported one.", trains=True),
     "plan": Verb("Say what fit would take with the same options, without doing it.", plan, PARTS, trains=True),
     "export": Verb(
-        "Write a finished run as files that other programs load.", export, repeated=("format",), flags=("overwrite",)
+        "Write a finished run as files that other programs load.",
+        export,
+        repeated=("format",),
+        flags=("overwrite", "trust_remote_code"),
     ),
     "predict": Verb("Write text from prompts.", predict, repeated=("prompt",)),
 }

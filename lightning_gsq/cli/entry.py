@@ -6,7 +6,7 @@ import sys
 
 from lightning_gsq.cli.app import GSQCLI
 from lightning_gsq.cli.defaults import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, quiet_libraries
-from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.errors import ConfigurationError, WorkFailedError
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import NonFiniteLossError
 
@@ -20,7 +20,7 @@ def main(args: list[str] | None = None) -> int:
         if not arguments:
             arguments, args = ["--help"], ["--help"]
         GSQCLI(args)
-    except (ConfigurationError, NonFiniteLossError) as error:
+    except (ConfigurationError, NonFiniteLossError, WorkFailedError) as error:
         errors.print(f"error: {error}", soft_wrap=True)
         return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
     except KeyboardInterrupt:

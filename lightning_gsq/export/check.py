@@ -48,7 +48,13 @@ def compare_model(
         CheckFailedError: it does not load, or differs.
     """
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            # a plain yes or no: with None, transformers asks the user
+            trust_remote_code=run.model.address.trust_remote_code,
+        )
     except Exception as error:  # whatever the package raises, the file is not what it should be
         raise CheckFailedError(f"{package} cannot load {folder}: {error}") from error
     return compare(run, loaded.eval(), f"{package} {version(package)}", dense_of or nn.Module.get_parameter, rounded_to)
@@ -67,14 +73,14 @@ def compare(
     Raises:
         CheckFailedError: a weight differs, or the logits differ by more than the order of summation explains.
     """
-    different = [
-        name
-        for name in run.weights
-        if not torch.equal(
-            dense_of(loaded, name).float(),
-            run.dense(name, rounded_to or torch.float32).float(),
-        )
-    ]
+    try:
+        different = [
+            name
+            for name in run.weights
+            if not torch.equal(dense_of(loaded, name).float(), run.dense(name, rounded_to or torch.float32).float())
+        ]
+    except (AttributeError, TypeError, KeyError) as error:
+        raise CheckFailedError(f"{runtime} loads another model than was written: {error}") from error
     if different:
         raise CheckFailedError(
             f"{runtime} loads {len(different)} of {len(run.weights)} weights with other values, first {different[0]}"

@@ -10,6 +10,8 @@ processes            several processes that share the sequences
 sharding             a model spread over processes (FSDP2)
 stopwatch            where the seconds go
 slices               work in parts of a bounded size
-fingerprint          digests of tensors
+fingerprint          digests of tensors and files
+yaml_files           YAML from anywhere, of a bounded size
+progress_bars        those of other packages, silenced
 versions             what a result was made with
 """
