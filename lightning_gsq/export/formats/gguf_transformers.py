@@ -20,12 +20,14 @@ from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import GGUFFile
 
 COMPUTES = (
+    "attention_bias",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "head_dim",
     "hidden_act",
     "hidden_activation",
     "layer_types",
+    "mlp_bias",
     "moe_intermediate_size",
     "no_rope_layers",
     "norm_topk_prob",
