@@ -49,8 +49,18 @@ class LinearFormat(ExportFormat):
     def refuse(self, run: PlannedRun) -> str | None:
         """Refuses fused experts, transposed weights, and what :meth:`refuse_weight` names."""
         weights = list(run.weights.values())
+        for weight in weights:
+            if not self.holds_layout(weight.scheme, run):
+                return (
+                    f"{self.name} does not hold the scales or levels of {weight.scheme} ({weight.name}); native and "
+                    "dequantized hold them"
+                )
         reasons = [*map(self.refuse_weight, weights), refuse_other_than_linear(self.name, weights)]
         return next((reason for reason in reasons if reason), None) or self.refuse_values(run)
+
+    def holds_layout(self, scheme: QuantScheme, run: PlannedRun) -> bool:
+        """Whether the format knows such levels and such a layout of scales: a float a group, and no offset."""
+        return scheme.plain_symmetric
 
     def refuse_values(self, run: PlannedRun) -> str | None:
         """Why the format cannot hold the scales or the plain numbers; None if it can."""
