@@ -29,6 +29,8 @@ class ModelQuantization(LightningModule):
         include: Patterns of the weights to quantize, matched against names such as model.layers.3.mlp.down_proj.
         exclude: Patterns of weights to leave in full precision.
         overrides: Bits or group size for the weights that a pattern names.
+        embedding: Bits and group size of the embedding, and with it of a head that is tied to it; null: 16 bits.
+        head: Bits and group size of a head with a matrix of its own; null: 16 bits.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
             block; "end_to_end", training the scales of the whole model. A phase that was left out can be run later on
@@ -61,6 +63,8 @@ class ModelQuantization(LightningModule):
         include: list[str] = ["*"],  # noqa: B006 - jsonargparse shows the default; never changed
         exclude: list[str] = [],  # noqa: B006
         overrides: dict[str, SchemeOverride] = {},  # noqa: B006
+        embedding: QuantScheme | None = None,
+        head: QuantScheme | None = None,
         blocks: str | None = None,
         phases: list[settings.Phase] = ["init", "blocks", "end_to_end"],  # noqa: B006
         target: TargetName = "stream",
@@ -84,6 +88,7 @@ class ModelQuantization(LightningModule):
         self.phases = phases
         self.address = settings.Address(pretrained, revision, trust_remote_code, dtype)
         self.selection = settings.Selection(scheme, include, exclude, overrides, blocks)
+        self.outer = settings.OuterOptions(embedding, head)
         self.start = settings.StartOptions(warm_start or RTN(weighted=True), hessian_sequences, saliency)
         self.block = settings.BlockOptions(
             settings.target_of(target),
