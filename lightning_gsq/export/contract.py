@@ -91,6 +91,8 @@ class ExportFormat(ABC):
     name: ClassVar[str]
     salient: ClassVar[bool] = False
     """Whether it holds weights of which some have more bits."""
+    outer: ClassVar[bool] = False
+    """Whether a quantized embedding and head are among the weights that it is given; else both are plain numbers."""
 
     @abstractmethod
     def refuse(self, run: PlannedRun) -> str | None:

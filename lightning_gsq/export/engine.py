@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -21,9 +21,11 @@ from lightning_gsq.export.card import model_card
 from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions
 from lightning_gsq.export.figure import draw_ledger
 from lightning_gsq.export.planned import PlannedRun
-from lightning_gsq.export.report import print_ledger, print_loadability
+from lightning_gsq.export.report import print_ledger, print_loadability, unpacked
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.weights.ledger import Ledger
+
+Run = TypeVar("Run", bound=PlannedRun)
 
 
 def check_free(folder: Path) -> None:
@@ -34,6 +36,11 @@ def check_free(folder: Path) -> None:
     """
     if folder.exists():
         raise ConfigurationError(f"output: {folder} exists; use --overwrite to replace it, or another --output")
+
+
+def seen_by(format_: ExportFormat, run: Run) -> Run:
+    """The run with those quantized weights that the format holds."""
+    return run if format_.outer or not run.outer else run.within_blocks()
 
 
 def check_possible(chosen: Sequence[ExportFormat], run: PlannedRun) -> None:
@@ -49,7 +56,7 @@ def check_possible(chosen: Sequence[ExportFormat], run: PlannedRun) -> None:
             f"format: {mixed} has salient weights of other bits, which {', '.join(unable)} cannot hold; use native or "
             "dequantized"
         )
-    refusals = [reason for reason in (format_.refuse(run) for format_ in chosen) if reason]
+    refusals = [reason for reason in (format_.refuse(seen_by(format_, run)) for format_ in chosen) if reason]
     if refusals:
         raise ConfigurationError("format: " + "\n".join(refusals))
 
@@ -64,11 +71,14 @@ def export_run(
 ) -> dict[str, Path]:
     """Writes an opened run in each format, replacing folders that are there; see ``commands.export``."""
     check_possible(chosen, run)
-    print_loadability(console, chosen, list(run.weights.values()))
+    views = {format_.name: seen_by(format_, run) for format_ in chosen}
+    print_loadability(console, {format_: list(views[format_.name].weights.values()) for format_ in chosen})
     folders = {}
     for format_ in chosen:
-        folder = root / format_.name
-        ledger, report = _write(run, format_, folder, options, check)
+        folder, view = root / format_.name, views[format_.name]
+        if len(view.weights) < len(run.weights):
+            console.print(unpacked(run, format_), soft_wrap=True)
+        ledger, report = _write(view, format_, folder, options, check)
         print_ledger(console, ledger, f"{format_.name}: {folder}")
         if report is not None:
             console.print(report.describe(), soft_wrap=True)

@@ -77,11 +77,17 @@ def _model_of(recipe: Mapping[str, Any], root: Path) -> ModelQuantization:
     try:
         return ModelQuantization(
             scheme=QuantScheme(**_with_salient(settings["scheme"])),
+            embedding=_scheme_or_none(settings.get("embedding")),
+            head=_scheme_or_none(settings.get("head")),
             overrides={name: SchemeOverride(**_with_salient(fields)) for name, fields in overrides.items()},
             **{key: settings[key] for key in _MODEL_SETTINGS if key in settings},
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"run: the recipe in {root} is not one of this version: {error}") from error
+
+
+def _scheme_or_none(fields: Mapping[str, Any] | None) -> QuantScheme | None:
+    return None if fields is None else QuantScheme(**_with_salient(fields))
 
 
 def _with_salient(fields: Mapping[str, Any]) -> dict[str, Any]:

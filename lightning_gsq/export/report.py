@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from lightning_gsq.export.contract import ExportFormat
-from lightning_gsq.export.planned import ExportedWeight
+from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.weights.ledger import PARTS, Ledger
 
 
-def print_loadability(console: Console, chosen: Sequence[ExportFormat], weights: Sequence[ExportedWeight]) -> None:
-    """Prints which program loads which folder, and how exactly."""
-    schemes = " and ".join(sorted({str(weight.scheme) for weight in weights}))
+def print_loadability(console: Console, chosen: Mapping[ExportFormat, Sequence[ExportedWeight]]) -> None:
+    """Prints which program loads which folder, and how exactly; given the weights that each format quantizes."""
+    schemes = " and ".join(sorted({str(weight.scheme) for weights in chosen.values() for weight in weights}))
     table = Table("format", "runtime", "weights", title=f"What loads {schemes}", title_justify="left")
     table.add_column("how to load", overflow="fold")
-    for format_ in chosen:
+    for format_, weights in chosen.items():
         for runtime in format_.runtimes(weights):
             table.add_row(format_.name, runtime.name, runtime.exactness, runtime.usage.format(folder="FOLDER"))
     console.print(table)
+
+
+def unpacked(run: PlannedRun, format_: ExportFormat) -> str:
+    """What is said of a format whose readers take no quantized embedding or head."""
+    dtype = str(run.dtype).removeprefix("torch.")
+    names = " and ".join(run.outer)
+    return f"{format_.name}: {names}, quantized in the run, rounded to {dtype}: its readers take plain numbers there"
 
 
 def print_ledger(console: Console, ledger: Ledger, title: str) -> None:

@@ -2,9 +2,9 @@
 
 At low bits they are most of a small model's file, and no block trains them. So they come first:
 
-1. Each is a matrix ``V D`` with groups along ``D``, rounded to nearest in row chunks on the device. What is a head, also
-   one tied to the embedding, is rounded with importance: an error in column ``d`` counts by the mean square of feature
-   ``d`` of the last hidden states. A pure embedding is looked up, not multiplied, and has no such weights.
+1. Each is a matrix ``V D`` with groups along ``D``, rounded to nearest in row chunks on the device. What is a head,
+   also one tied to the embedding, is rounded with importance: an error in column ``d`` counts by the mean square of
+   feature ``d`` of the last hidden states. A pure embedding is looked up, not multiplied, and has no such weights.
 2. A tied head shares the embedding's codes, as it shared its numbers: ``model.embedding`` is for both, and
    ``model.head`` is refused there (two matrices would make the file larger, which is not what the option is for).
 3. The quantized stream of the warm start and of the blocks phase begins with the quantized embedding, the

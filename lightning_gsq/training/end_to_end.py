@@ -271,7 +271,7 @@ class EndToEndQuantization(LightningModule):
                     yield int(index), block.tensors()
 
     def outer_tensors(self) -> dict[str, QuantizedWeight]:
-        """The quantized weights outside of the blocks as they stand, by name in the model; all processes have to ask."""
+        """The quantized weights outside of the blocks as they stand, by name; all processes have to ask."""
         with whole(self):
             return {name: tensor.cpu() for name, tensor in self.outer.tensors().items()}
 

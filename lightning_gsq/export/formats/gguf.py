@@ -41,6 +41,7 @@ class GGUFFormat(ExportFormat):
     """One GGUF file."""
 
     name: ClassVar[str] = "gguf"
+    outer: ClassVar[bool] = True
 
     def refuse(self, run: PlannedRun) -> str | None:
         """Refuses fused experts and transposed weights."""
@@ -48,6 +49,11 @@ class GGUFFormat(ExportFormat):
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes ``model.gguf``."""
+        if run.outer and options.gguf_embedding is not None:
+            raise ConfigurationError(
+                f"gguf_embedding: the run quantized {' and '.join(run.outer)}, which the file stores as they are; got "
+                f"{options.gguf_embedding}, leave it out"
+            )
         layout = Layout.of(run.config)
         source = source_file(run)
         names = {layout.name_of(name): name for name in [*run.other_names(), *run.weights]}
