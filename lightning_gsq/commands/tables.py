@@ -77,6 +77,9 @@ def print_estimate(console: Console, plan: Estimate, data: CalibrationDataModule
             f"{ledger.weights:,} weights, {bits['total']:.3f} bits each ({bits['codes']:.3f} codes + "
             f"{bits['scales']:.3f} scales), {_size(ledger.num_bytes)}",
         )
+    for name, (scheme, ledger) in plan.outer.items():
+        table.add_row(f"{name}, {scheme}", f"{ledger.weights:,} weights, {_size(ledger.num_bytes)}")
+        weights, packed = weights + ledger.weights, packed + ledger.num_bytes
     kept = 2 * (skeleton.parameters - weights)
     table.add_row("result", f"{_size(packed + kept)}, {_size(kept)} of it at 16 bits")
     console.print(table)
