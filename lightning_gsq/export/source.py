@@ -12,6 +12,7 @@ whose address stands in the recipe. :class:`FinishedRun` joins the two under the
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -26,8 +27,12 @@ from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import OUTER, RunFolder
 from lightning_gsq.run.outer_weights import outer_kind
 from lightning_gsq.run.substitution import replace
+from lightning_gsq.system.fingerprint import file_digest
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight
+
+KINDS = ("warm_start", "block", "end_to_end")
+"""Whose result a run may have saved last."""
 
 
 class FinishedRun(PlannedRun):
@@ -54,7 +59,12 @@ class FinishedRun(PlannedRun):
     ) -> None:
         super().__init__(model, plan, recipe["settings"]["model"])
         self.folder, self.recipe, self.summary = folder, recipe, summary
-        self.kind = folder.progress.get("model", "block")
+        self.kind = folder.progress.get("model") or "block"
+        if self.kind not in KINDS:
+            raise ConfigurationError(
+                f"run: {folder.root / 'progress.json'} is damaged (model: {self.kind!r}); remove it, and the command "
+                "that started the run writes it anew"
+            )
         for index in self.plans:
             if not folder.block_file(self.kind, index).is_file():
                 raise ConfigurationError(
@@ -67,7 +77,7 @@ class FinishedRun(PlannedRun):
                 f"run: {folder.root} has no {outer_file.name}; resume the run with the command that started it"
             )
         self._trained = self._read_trained()
-        self._values = {name: value.detach() for name, value in self.network.state_dict().items()} | self._trained
+        self.values = self.values | self._trained
         self._config = copy.deepcopy(self.network.config)
         head = self.network.get_output_embeddings()
         if any(self.network.get_submodule(name.rpartition(".")[0]) is head for name in self._trained):
@@ -88,6 +98,20 @@ class FinishedRun(PlannedRun):
                     f"model has {shape}; it is the file of another run. Delete it to have that phase run again"
                 )
         return {name: value.to(parameters[name].dtype) for name, value in dense[0].items()}
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """What everything here follows from: a digest of each file of the run, and of the original model."""
+        files = [self.folder.block_file(self.kind, index) for index in self.plans]
+        if self.model.outer.expected(self.network):
+            files.append(self.folder.block_file(outer_kind(self.kind), OUTER))
+        if self._trained:
+            files.append(self.folder.dense_file(self.kind))
+        model = self.recipe.get("fingerprints", {}).get("model", "")
+        return {
+            "original": str(model),
+            **{str(file.relative_to(self.folder.root)): file_digest(file) for file in files},
+        }
 
     @property
     def config(self) -> PretrainedConfig:
@@ -122,14 +146,16 @@ class FinishedRun(PlannedRun):
             return self.folder.read_block(outer_kind(self.kind), OUTER, expected)
         return self.folder.read_block(self.kind, block, self.plans[block].expected)
 
+    @functools.cached_property
     def within_blocks(self) -> Self:
-        """See :meth:`PlannedRun.within_blocks`; the values are the quantized ones, rounded to :attr:`dtype`."""
-        inside = super().within_blocks()
+        """See :attr:`PlannedRun.within_blocks`; the values are the quantized ones, rounded to :attr:`dtype`."""
+        inside = copy.copy(self)
+        inside.weights = {name: weight for name, weight in self.weights.items() if weight.block is not None}
         for name in self.outer:
-            shared, value = self._values[name].data_ptr(), self.dense(name, self.dtype)
+            shared, value = self.values[name].data_ptr(), self.dense(name, self.dtype)
             # A tied head is another name of the same numbers, and stays one.
-            same = {key: value for key, other in self._values.items() if other.data_ptr() == shared}
-            inside._values = inside._values | same
+            same = {key: value for key, other in self.values.items() if other.data_ptr() == shared}
+            inside.values = inside.values | same
         return inside
 
     def dense(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -155,20 +181,6 @@ class FinishedRun(PlannedRun):
             model.get_parameter(name).copy_(self.dense(name, weight_dtype))
         return model
 
-    def other_names(self) -> list[str]:
-        """Names of all stored parameters and buffers that are not quantized, in the model's order.
-
-        Parameters that share their memory with one before them (a head tied to the embedding) are left out.
-        """
-        seen: set[tuple[int, torch.Size]] = set()
-        names = []
-        for name, value in self._values.items():
-            key = (value.data_ptr(), value.shape)
-            if not (value.numel() and key in seen) and name not in self.weights:
-                names.append(name)
-            seen.add(key)
-        return names
-
     def units(self) -> Iterator[list[str]]:
         """All stored names, in parts that are written together: one a block, one for each parameter outside of them."""
         others, quantized = self.other_names(), list(self.weights)
@@ -186,11 +198,3 @@ class FinishedRun(PlannedRun):
             else:
                 inside[block].append(name)
         yield from (names for names in inside.values() if names)
-
-    def parameter(self, name: str) -> Tensor:
-        """A parameter or buffer that is not quantized, as a file stores it: floating point in :attr:`dtype`.
-
-        This is the one place where such values come from: the original model, with what a run trained in its place.
-        """
-        value = self._values[name]
-        return value.to(self.dtype) if value.is_floating_point() else value

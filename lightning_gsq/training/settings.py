@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -227,3 +227,8 @@ def check_phases(phases: Sequence[Phase]) -> None:
     """
     if not phases:
         raise ConfigurationError("model.phases is empty: name one or more of init, blocks and end_to_end")
+    if list(phases) != [phase for phase in get_args(Phase) if phase in phases]:
+        raise ConfigurationError(
+            f"model.phases: {', '.join(phases)} cannot be done in that order; name each once, in the order "
+            f"{', '.join(get_args(Phase))}"
+        )
