@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.ops.packed_linear import dequantize_packed, packed_linear
 from lightning_gsq.packed.layers import PackedWeight, made_on_demand
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -59,7 +58,7 @@ class QuantEmbedding(PackedWeight):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of token ids: ``...`` to ``... D``."""
         flat = ids.flatten()
-        rows_ND = dequantize_packed(self.codes[flat], self.scales[flat], **self.layout, dtype=self.cast.dtype)
+        rows_ND = self.dense({name: part[flat] for name, part in self.parts.items()}, self.cast.dtype)
         rows = rows_ND.view(*ids.shape, self.embedding_dim)
         # The factor is rounded to the dtype of the rows first, as where it comes from.
         return rows if self.factor is None else rows * torch.tensor(self.factor, dtype=rows.dtype, device=rows.device)
@@ -88,10 +87,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``... D`` to ``... V``."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        table = self._table[0]
-        return packed_linear(x, table.codes, table.scales, self.bias, **table.layout)
+        return self._table[0].product(x, self.bias)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -29,6 +29,7 @@ from lightning_gsq.models.norms import norm_names
 from lightning_gsq.models.standing_in import standing_in
 from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
 from lightning_gsq.quantizers import GumbelOptions
+from lightning_gsq.quantizers.trained_scales import SCALE_PARAMETERS
 from lightning_gsq.system.sharding import (
     FSDP2Strategy,
     idle_batch,
@@ -102,15 +103,14 @@ class EndToEndQuantization(LightningModule):
         )
         self.head = nn.Parameter(head.weight_VD.detach().float().clone()) if "head" in options.train else None
         for name, parameter in self.named_parameters():
-            if "scales" not in options.train and name.endswith("log_scale"):
+            if "scales" not in options.train and name.rpartition(".")[2] in SCALE_PARAMETERS:
                 parameter.requires_grad_(False)
         self.outer = StudentOuter(network, outer or {}, trains="embedding" in options.train)
         # Means over the sequences of all processes, however many each of them has.
         self.held_out = nn.ModuleDict({name: loss_mean() for name in ("loss", "divergence", "cross_entropy")})
         self.stored: StoredTeacher | None = None
         """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
-        self.idle_passes = 0
-        """Forward passes of a validation that other processes make and this one does not."""
+        self.idle_passes = 0  # forward passes of a validation that other processes make and this one does not
         self.best_loss, self.last_loss, self.validated_step = math.inf, math.inf, -1
         self.best_state: dict[str, Tensor] = {}
 
