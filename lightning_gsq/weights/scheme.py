@@ -89,8 +89,9 @@ class QuantScheme:
                 f"the preset {name} has no salient weights and no budget: leave them out, or give bits and group_size "
                 "in place of the preset"
             )
-        for option, value in (("bits", bits), ("group_size", group_size), ("preset", preset and preset.name)):
-            object.__setattr__(self, option, value)
+        settings = {"bits": bits, "group_size": group_size, "preset": None if preset is None else preset.name}
+        for option, setting in settings.items():
+            object.__setattr__(self, option, setting)
 
     @property
     def mixed(self) -> bool:
