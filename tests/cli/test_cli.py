@@ -125,7 +125,7 @@ def test_unknown_option_names_the_nearest(fit: Run) -> None:
         (["--model.scheme.group_size", "0"], "group_size must be a positive number"),
         (["--model.scheme", "q4k"], "there is no preset 'q4k'; the nearest is q4_k"),
         (["--model.scheme", "q3_k"], "q3_k holds rows of whole blocks of 256 weights"),
-        (["--model.scheme", "q4_0", "--model.scheme.bits", "3"], "bits 3 does not go with the preset q4_0"),
+        (["--model.scheme", "q4_0", "--model.scheme.bits", "5"], "bits 5 does not go with the preset q4_0"),
         (["--model.overrides", '{"*.down_proj": "mlx7g64"}'], "model.overrides: '*.down_proj': there is no preset"),
         (["--model.overrides", '{"*.down_proj": {"bit": 4}}'], "expected the name of a preset, or settings (bits, "),
         (["--model.include", "[nothing*]"], "include: the pattern 'nothing*' matches none"),
