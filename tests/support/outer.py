@@ -15,7 +15,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "untied": LlamaConfig(**SHAPE, tie_word_embeddings=False),
     "scaled": Gemma3TextConfig(
-        **{**COMMON, "vocab_size": 272}, head_dim=8, sliding_window=4, sliding_window_pattern=2, tie_word_embeddings=True
+        **{**COMMON, "vocab_size": 272},
+        head_dim=8,
+        sliding_window=4,
+        sliding_window_pattern=2,
+        tie_word_embeddings=True,
     ),
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
