@@ -81,8 +81,8 @@ def test_embeddings_that_do_more_have_no_packed_form() -> None:
 
 
 def test_a_loaded_tied_model_moves_compiles_and_saves(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from lightning_gsq.export.engine import export_run
     from lightning_gsq.export import ExportOptions, format_of
+    from lightning_gsq.export.engine import export_run
     from lightning_gsq.packed.load import load
     from lightning_gsq.system.console import make_console
     from tests.support.outer import EMBEDDING, outer_run
