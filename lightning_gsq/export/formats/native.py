@@ -50,7 +50,10 @@ class NativeFormat(ExportFormat):
         for weight in run.weights.values():
             owner = run.network.get_submodule(weight.stem)
             if weight.block is None and not (type(owner) is nn.Linear or is_packable_embedding(owner)):
-                return f"native has no packed form of {weight.name}, a {type(owner).__name__}; use dequantized"
+                return (
+                    f"native has no packed form of {weight.name}, a {type(owner).__name__}; use dequantized, or "
+                    "--model.embedding null"
+                )
             if weight.scheme.mixed and weight.site.experts:
                 return f"native has no salient weights in fused experts ({weight.name}); use dequantized"
         return None
