@@ -50,7 +50,7 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
         run = functools.partial(run_block, blocks[index], traced.inputs_BTD[index], traced.calls[index])
         found = find_linear_sites(blocks[index], run)
         sites |= {f"{prefix}.{index}.{site.name}": (index, site) for site in found}
-    schemes = model.selection.schemes(sites)
+    schemes = model.selection.schemes({name: site.in_features for name, (_, site) in sites.items()})
     refuse_shared(model.network, schemes)
     plans: dict[int, BlockPlan] = {}
     for name, scheme in schemes.items():

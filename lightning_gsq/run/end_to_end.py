@@ -67,11 +67,6 @@ def check_end_to_end(
         raise ConfigurationError(
             f"end_to_end.top_k: {options.loss.top_k} tokens were asked for, the vocabulary has {vocabulary}"
         )
-    if trainer.limit_val_batches == 0:
-        raise ConfigurationError(
-            "trainer.limit_val_batches: the end-to-end phase keeps the state that is best on the held-out sequences, "
-            "so it needs them; leave the option out"
-        )
     logits = "logits" in options.train and model.block.gumbel.logits_dtype != "float32"
     if logits and _is_spread(options, trainer.world_size):
         raise ConfigurationError(
@@ -226,8 +221,6 @@ def _train(
     """Trains; returns the held-out loss before it."""
     (before,) = trainer.validate(module, held_out, verbose=False)
     trainer.fit(module, training, held_out)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     if module.validated_step != trainer.global_step:
         trainer.validate(module, held_out, verbose=False)
     return float(before["end_to_end/val_loss"])

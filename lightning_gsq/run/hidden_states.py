@@ -32,6 +32,13 @@ class ActivationOptions:
     memory_limit_gb: float = 8.0
     folder: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.memory_limit_gb >= 0:
+            raise ConfigurationError(
+                f"activations.memory_limit_gb must not be negative, got {self.memory_limit_gb}; 0 keeps all of them in "
+                "files"
+            )
+
 
 class ActivationStore:
     """Room for hidden states ``N T D`` at one depth, several times (the streams of a run).

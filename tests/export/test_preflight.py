@@ -13,7 +13,8 @@ from lightning_gsq.export.readers import packages
 from lightning_gsq.models import loading
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.scheme import QuantScheme, SalientPart
+from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import SHAPE, save_model
 from tests.support.tiny import save_tiny_model
 
