@@ -20,7 +20,8 @@ from transformers import (
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.names import Names
+from lightning_gsq.gguf.rows import interleaved
 from lightning_gsq.models import loading
 from lightning_gsq.models.gguf_weights import compare_gguf
 from lightning_gsq.models.weight_names import UnusedWeightsWarning
@@ -30,18 +31,20 @@ Arrays = dict[str, np.ndarray]
 
 
 def tensors_of(model: PreTrainedModel) -> Arrays:
-    layout = Layout.of(model.config)
+    config = model.config
+    names = Names(config.model_type, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     arrays = {}
     for name, parameter in model.state_dict().items():
-        stored = layout.name_of(name)
-        rows = layout.rows_of(stored, len(parameter))
-        arrays[stored] = (parameter if rows is None else parameter[rows]).numpy()
+        count = heads.get(name.split(".")[-2]) if config.model_type == "llama" else None
+        rows = slice(None) if count is None else interleaved(len(parameter), count)
+        arrays[names.of(name)[0]] = parameter[rows].numpy()
     return arrays
 
 
 def write(path: Path, model: PreTrainedModel, arrays: Arrays) -> Path:
     config = model.config
-    writer = GGUFWriter(path, Layout.of(config).architecture)
+    writer = GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
