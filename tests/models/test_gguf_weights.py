@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.gguf.architectures.table import architecture_of
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.gguf.names import Names
-from lightning_gsq.gguf.rows import interleaved
+from lightning_gsq.gguf.layout import places_in_folder
 from lightning_gsq.models import loading
 from lightning_gsq.models.gguf_weights import compare_gguf
 from lightning_gsq.models.weight_names import UnusedWeightsWarning
@@ -31,20 +31,18 @@ Arrays = dict[str, np.ndarray]
 
 
 def tensors_of(model: PreTrainedModel) -> Arrays:
-    config = model.config
-    names = Names(config.model_type, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    parameters = model.state_dict()
+    rows = {name: len(parameter) for name, parameter in parameters.items()}
     arrays = {}
-    for name, parameter in model.state_dict().items():
-        count = heads.get(name.split(".")[-2]) if config.model_type == "llama" else None
-        rows = slice(None) if count is None else interleaved(len(parameter), count)
-        arrays[names.of(name)[0]] = parameter[rows].numpy()
+    for name, stored in places_in_folder(architecture_of(model.config), model.config, rows).items():
+        (place,) = stored.places
+        arrays[place.name] = place.of_file(parameters[name]).numpy()
     return arrays
 
 
 def write(path: Path, model: PreTrainedModel, arrays: Arrays) -> Path:
     config = model.config
-    writer = GGUFWriter(path, config.model_type)
+    writer = GGUFWriter(path, architecture_of(config).name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
