@@ -21,9 +21,10 @@ from lightning_gsq.gguf.file import Field, GGUFFile
 from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, rotary_factors
 from lightning_gsq.gguf.names import Layout
 from lightning_gsq.gguf.types.codec import dequantize
+from lightning_gsq.gguf.types.levels import scale_bits
+from lightning_gsq.gguf.types.table import BY_NUMBER
 from lightning_gsq.gguf.write import NewTensor
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
-from lightning_gsq.weights.quantized import QuantizedTensor
 
 
 def from_file(source: GGUFFile, layout: Layout, options: ExportOptions) -> tuple[dict[str, Field], Iterator[NewTensor]]:
@@ -93,9 +94,7 @@ def quantized(run: FinishedRun, weight: ExportedWeight, layout: Layout, name: st
             return fits_dtype(weight.name, dense, torch.float16).numpy()
         if not storage.exact:
             return projection(in_file_order(layout, name, tensor.dequantize()), storage.kind)
-        codes = in_file_order(layout, name, tensor.codes_OI)
-        scales = in_file_order(layout, name, tensor.scales_OG)
-        return encode(QuantizedTensor(codes, scales, tensor.scheme), storage.kind)
+        return encode(tensor.map(lambda part: in_file_order(layout, name, part)), storage.kind)
 
     return NewTensor(name, weight.shape, storage.number, content)
 
@@ -110,11 +109,11 @@ def ledger_of(path: Path, tensors: Sequence[NewTensor], names: dict[str, str], q
         quantized: Names of the quantized parameters.
     """
     entries = []
-    kinds = {kind.number: kind for kind in BLOCK_TYPES.values()}
     for tensor in tensors:
         name, weights, bits = names.get(tensor.name, tensor.name), math.prod(tensor.shape), 8 * tensor.num_bytes
-        if name in quantized and tensor.number in kinds:
-            scales = 16 * (weights // kinds[tensor.number].length)
+        if name in quantized and tensor.number not in (F32, F16):
+            kind = BY_NUMBER[tensor.number]
+            scales = weights // kind.length * scale_bits(kind)
             entries.append(LedgerEntry(name, weights, codes=bits - scales, scales=scales))
         else:
             entries.append(LedgerEntry(name, weights, unquantized=bits))
