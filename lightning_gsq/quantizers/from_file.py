@@ -1,9 +1,9 @@
 """The start from a GGUF file: its own codes and scales, to be refined and written back as the same type.
 
-A file that people deploy already has a grid and a layout of scales: Q4_0 is -8 ... 7 in groups of 32, Q4_K 0 ... 15 with
-two-level scales and offsets, and so on. With this start, the block phase moves codes to neighbouring levels and trains
-the scales against the full-precision model that ``--model.pretrained`` names; the export then writes the same types,
-with everything else copied from the file.
+A file that people deploy already has a grid and a layout of scales: Q4_0 is -8 ... 7 in groups of 32, Q4_K 0 ... 15
+with two-level scales and offsets, and so on. With this start, the block phase moves codes to neighbouring levels and
+trains the scales against the full-precision model that ``--model.pretrained`` names; the export then writes the same
+types, with everything else copied from the file.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class FromFile(WarmStart):
             if plain is not None:
                 way += f" (or --model.scheme.bits {plain.bits} --model.scheme.group_size {plain.group_size})"
             raise ConfigurationError(
-                f"model.warm_start.file: {stored_name} is stored as {kind.name}, the run's scheme is {scheme}; use {way}, "
+                f"model.warm_start.file: {stored_name} is stored as {kind.name}, the run's is {scheme}; use {way}, "
                 f'name it for some weights with --model.overrides \'{{"PATTERN": "{preset.preset}"}}\', or leave it '
                 "out with --model.exclude"
             )

@@ -40,7 +40,7 @@ def random_tensor(name: str, seed: int, rows: int = 3, columns: int = 512) -> Qu
 
 
 @pytest.mark.parametrize("name", NAMED)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_packing_loses_nothing_and_is_counted_to_the_bit(name: str, seed: int) -> None:
     tensor = random_tensor(name, seed)
@@ -54,7 +54,7 @@ def test_packing_loses_nothing_and_is_counted_to_the_bit(name: str, seed: int) -
 
 
 @pytest.mark.parametrize("name", GGML)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_ggml_computes_the_same_weights_from_the_same_bytes(name: str, seed: int) -> None:
     tensor = random_tensor(name, seed)
