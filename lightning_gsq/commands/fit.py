@@ -21,7 +21,7 @@ from lightning_gsq.export.engine import bring_up_to_date
 from lightning_gsq.export.preflight import refuse_exports
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
-from lightning_gsq.run.block_plan import BlockPlan, make_plan
+from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
 from lightning_gsq.run.end_to_end import check_end_to_end
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -96,6 +96,8 @@ def fit(
     folder.check_room(_bytes_to_write(model))
     evaluation.tokenize(model.tokenizer, model.network)
     plan = make_plan(model)
+    for line in not_quantized(model, plan):
+        console.print(line, soft_wrap=True)
     _check_layouts(model, plan)
     model.start.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
     planned = PlannedRun(model, plan, settings["model"])

@@ -8,21 +8,21 @@ types, with everything else copied from the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.blocks import Q1_0, Q2_0, Q4_0, Q5_0, Q8_0, tensor_of
-from lightning_gsq.gguf.file import GGUFFile, StoredTensor
-from lightning_gsq.gguf.names import ARCHITECTURES, Layout
-from lightning_gsq.gguf.types.codec import decode as decode_stored
-from lightning_gsq.gguf.types.codec import verify_finite
+from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.gguf.layout import architecture_name
+from lightning_gsq.gguf.names import Names
+from lightning_gsq.gguf.rows import Place, places_in_file, to_model, verify_shapes
+from lightning_gsq.gguf.types.codec import decode, verify_finite
 from lightning_gsq.gguf.types.levels import LevelBlocks
-from lightning_gsq.gguf.types.table import TYPES
+from lightning_gsq.gguf.types.table import TYPES, GgmlType
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
 from lightning_gsq.weights.layout import SCALES
 from lightning_gsq.weights.presets import GGML
@@ -55,15 +55,8 @@ class FromFile(WarmStart):
     def __init__(self, file: str) -> None:
         self.needs_hessian = False
         self.file = GGUFFile(Path(file).expanduser())
-        architecture = self._field("general.architecture")
-        if architecture not in ARCHITECTURES.values():
-            raise ConfigurationError(
-                f"model.warm_start.file: {file} is of the architecture {architecture}; read are "
-                f"{', '.join(sorted(set(ARCHITECTURES.values())))}"
-            )
-        heads = self._field(f"{architecture}.attention.head_count")
-        kv_heads = self._field(f"{architecture}.attention.head_count_kv")
-        self.layout = Layout(architecture, self._field(f"{architecture}.block_count"), heads, kv_heads)
+        self.names = Names(architecture_name(self.file), self._numbers("block_count")[0])
+        self.heads = {*self._numbers("attention.head_count"), *self._numbers("attention.head_count_kv")}
 
     def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:
         """Verifies that the file holds every weight in its scheme.
@@ -76,62 +69,74 @@ class FromFile(WarmStart):
 
     def start(self, name: str, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """The codes and scales of one weight; its position is where the full-precision weight lies on that grid."""
-        stored_name, stored = self._stored(name, scheme, (w_OI.shape[0], w_OI.shape[1]))
-        kind = LEVEL_TYPES[stored.number]
-        blocks = decode_stored(self.file.raw(stored_name), kind)
-        assert isinstance(blocks, LevelBlocks)
-        verify_finite(blocks, f"model.warm_start.file: {self.file.path}: {stored_name}")
-        tensor = tensor_of(blocks)
-        if scheme.preset is None and kind is Q2_0:  # -1 ... 2 as -2 ... 1
-            tensor = QuantizedTensor(-tensor.codes_OI, -tensor.scales_OG, scheme)
-        rows = self.layout.rows_of(stored_name, len(tensor.codes_OI))
-        if rows is not None:
-            order = rows.argsort()
-            tensor = tensor.map(lambda part: part[order])
+        stored_names, kind = self._stored(name, scheme, (w_OI.shape[0], w_OI.shape[1]))
+        places = places_in_file(self.file, stored_names, w_OI.cpu(), self.heads, same=False)
+        tensor = self._tensor(stored_names, places, kind, scheme)
         tensor = tensor.map(lambda part: part.to(w_OI.device))
         parts = {part: value.float() for part, value in tensor.scale_parts.items()}
-        layout, length = tensor.scheme.layout, tensor.group_length
-        s_OI = expand_groups(layout.scales(parts), w_OI.shape[1], length)
-        o_OG = layout.offsets(parts)
-        lifted_OI = w_OI if o_OG is None else w_OI - expand_groups(o_OG, w_OI.shape[1], length)
+        layout, columns, length = tensor.scheme.layout, w_OI.shape[1], tensor.group_length
+        s_OI, o_OG = expand_groups(layout.scales(parts), columns, length), layout.offsets(parts)
+        lifted_OI = w_OI if o_OG is None else w_OI - expand_groups(o_OG, columns, length)
         # A group of zeros has a scale of zero: its weights lie on any of its levels.
         codes_OI = tensor.codes_OI.float()
         position_OI = torch.where(s_OI == 0, codes_OI, tensor.scheme.grid.coordinate(lifted_OI / s_OI))
         return Start(tensor.codes_OI, parts.pop(SCALES), position_OI, parts)
 
+    def _tensor(
+        self, stored_names: list[str], places: Sequence[Place], kind: GgmlType, scheme: QuantScheme
+    ) -> QuantizedTensor:
+        """What the file holds, its rows in the model's order."""
+        stored = []
+        for name, place in zip(stored_names, places, strict=True):
+            blocks = decode(self.file.raw(place.name), kind)
+            assert isinstance(blocks, LevelBlocks)
+            verify_finite(blocks, f"model.warm_start.file: {self.file.path}: {name}")
+            stored.append(tensor_of(blocks))
+        codes_OI, scales_OG = (
+            to_model(places, parts) for parts in ([own.codes_OI for own in stored], [own.scales_OG for own in stored])
+        )
+        others = {part: to_model(places, [own.others[part] for own in stored]) for part in stored[0].others}
+        if scheme.preset is None and kind is Q2_0:  # -1 ... 2 as -2 ... 1
+            return QuantizedTensor(-codes_OI, -scales_OG, scheme)
+        return QuantizedTensor(codes_OI, scales_OG, stored[0].scheme, others)
+
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """Not possible without the weight's name; see :meth:`start`."""
         raise TypeError("FromFile needs the name of the weight: call start(name, w_OI, hessian_II, scheme)")
 
-    def _field(self, key: str) -> Any:
-        if key not in self.file.fields:
-            raise ConfigurationError(f"model.warm_start.file: {self.file.path} has no entry {key}")
-        return self.file.fields[key].value
+    def _numbers(self, key: str) -> list[int]:
+        """An entry of the architecture: one number, or one a block."""
+        field = self.file.fields.get(f"{architecture_name(self.file)}.{key}")
+        value = None if field is None else field.value
+        numbers = [own for own in (value if isinstance(value, list) else [value]) if isinstance(own, int)]
+        if not numbers:
+            raise ConfigurationError(f"model.warm_start.file: {self.file.path} has no number in an entry {key}")
+        return numbers
 
-    def _stored(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[str, StoredTensor]:
-        stored_name = self.layout.name_of(name)
-        stored = self.file.tensors.get(stored_name)
-        if stored is None or stored.shape != shape:
-            found = "no such tensor" if stored is None else f"the shape {stored.shape}"
+    def _stored(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[list[str], GgmlType]:
+        """The tensors that hold a weight, and their type."""
+        stored_names = self.names.of(name, self.file.tensors)
+        try:
+            verify_shapes(self.file, stored_names, shape)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"model.warm_start.file: {error}") from None
+        numbers = {self.file.tensors[stored].number for stored in stored_names}
+        number = numbers.pop()
+        kind = LEVEL_TYPES.get(number)
+        if kind is None or numbers:
             raise ConfigurationError(
-                f"model.warm_start.file: {self.file.path} has {found} for {name} ({stored_name}, {shape}): it is a "
-                "file of another model"
-            )
-        kind = LEVEL_TYPES.get(stored.number)
-        if kind is None:
-            raise ConfigurationError(
-                f"model.warm_start.file: {stored_name} is stored in ggml's type {stored.number}, whose grid is not one "
-                f"of this project's; those are {', '.join(other.name for other in LEVEL_TYPES.values())}. Leave it out "
+                f"model.warm_start.file: {stored_names[0]} is stored in ggml's type {number}, whose grid is not one of "
+                f"this project's; those are {', '.join(other.name for other in LEVEL_TYPES.values())}. Leave it out "
                 "with --model.exclude"
             )
-        preset, plain = QuantScheme(preset=kind.name.lower()), SCHEMES.get(stored.number)
+        preset, plain = QuantScheme(preset=kind.name.lower()), SCHEMES.get(number)
         if scheme not in (preset, plain):
             way = f"--model.scheme {preset.preset}"
             if plain is not None:
                 way += f" (or --model.scheme.bits {plain.bits} --model.scheme.group_size {plain.group_size})"
             raise ConfigurationError(
-                f"model.warm_start.file: {stored_name} is stored as {kind.name}, the run's is {scheme}; use {way}, "
+                f"model.warm_start.file: {stored_names[0]} is stored as {kind.name}, the run's is {scheme}; use {way}, "
                 f'name it for some weights with --model.overrides \'{{"PATTERN": "{preset.preset}"}}\', or leave it '
                 "out with --model.exclude"
             )
-        return stored_name, stored
+        return stored_names, kind
