@@ -15,7 +15,6 @@ from lightning_gsq.export.formats.native import NativeFormat
 from lightning_gsq.export.opening import open_run
 from lightning_gsq.export.registry import format_of
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.gguf.names import Layout
 from lightning_gsq.gguf.types.codec import dequantize
 from tests.support.exported import save_model
 from tests.support.runs import write_config
@@ -58,8 +57,7 @@ def test_a_run_of_mixed_presets(tmp_path: Path) -> None:
     logits = packed(torch.tensor([[1, 2, 3]])).logits
     assert bool(torch.isfinite(logits).all())
     GGUFFormat().write(run, gguf_folder, ExportOptions())
-    file, layout = GGUFFile(gguf_folder / FILE), Layout.of(run.config)
-    stored = layout.name_of("model.layers.0.mlp.down_proj.weight")
+    file, stored = GGUFFile(gguf_folder / FILE), "blk.0.ffn_down.weight"
     dense = dequantize(file.raw(stored), file.tensors[stored].number)
     assert torch.equal(dense, run.dense("model.layers.0.mlp.down_proj.weight", torch.float32))
     assert "mlx3g32" in (format_of("gptq").refuse(run) or "") or "iq4_nl" in (format_of("gptq").refuse(run) or "")
