@@ -107,7 +107,7 @@ class MLXFormat(LinearFormat):
         return self.bits(weight.scheme) + 16 * run.scale_dtype.itemsize / weight.group_length
 
     def plain(self, name: str, run: FinishedRun) -> Tensor:
-        """In the dtype of the scales. An embedding that is quantized too would be one more layer with scales."""
+        """In the dtype of the scales."""
         value = super().plain(name, run)
         return value.to(self.compute_dtype(run)) if value.is_floating_point() else value
 
