@@ -171,7 +171,9 @@ class PlannedRun:
     @property
     def scale_dtype(self) -> torch.dtype:
         """Stored dtype of the scales."""
-        return self.model.storage.scale_dtype
+        fixed = {weight.scheme.layout.dtype for weight in self.weights.values()}
+        (dtype,) = fixed if len(fixed) == 1 else (None,)
+        return dtype or self.model.storage.scale_dtype
 
     @property
     def dtype(self) -> torch.dtype:

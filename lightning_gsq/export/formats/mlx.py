@@ -79,11 +79,10 @@ class MLXFormat(LinearFormat):
             "biases": biases_OG,
         }
 
-    def holds_layout(self, scheme: QuantScheme, run: PlannedRun) -> bool:
-        """A float a group, and an offset where the code 0 is worth nothing else."""
+    def holds(self, scheme: QuantScheme) -> bool:
+        """Evenly spaced levels with floats a group: a scale, or a scale and an offset to codes from 0 on."""
         layout, grid = scheme.layout, scheme.grid
-        flat = layout.sub_scales is None and layout.dtype in (None, run.scale_dtype)
-        return flat and grid.table is None and (not layout.offset or grid.origin == 0)
+        return layout.sub_scales is None and grid.table is None and not (layout.offset and grid.origin)
 
     def refuse_weight(self, weight: ExportedWeight) -> str | None:
         """Refuses 7 bits, and groups that MLX has no kernels for."""
