@@ -1,4 +1,4 @@
-"""The one exception that means: what was asked for cannot be done as asked, and here is the way out."""
+"""What the command line tells in one line."""
 
 
 class ConfigurationError(ValueError):
@@ -7,3 +7,7 @@ class ConfigurationError(ValueError):
 
 class WorkFailedError(RuntimeError):
     """Work that was begun could not be finished. The command line prints its message alone and exits with 1."""
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the same run has ended. The command line prints the message alone and exits with 1."""

@@ -7,6 +7,7 @@ console              what is printed is text, with no markup in it
 files                files that are there whole or not at all
 safetensors_headers  the weight files of a folder, looked at before anything is loaded
 processes            several processes that share the sequences
+signals              the end of a command that is asked to stop
 sharding             a model spread over processes (FSDP2)
 stopwatch            where the seconds go
 slices               work in parts of a bounded size

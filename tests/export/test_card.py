@@ -1,5 +1,7 @@
 """Names from a run folder stay text in a model card, whatever they are made of."""
 
+import dataclasses
+
 import pytest
 import yaml
 
@@ -34,7 +36,7 @@ def test_text_has_no_markup_left(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_card_with_hostile_names(new_run: MakeRun, name: str) -> None:
     run = open_run(new_run())
-    run.model.pretrained = name.replace("/", "∕")
+    run.model.address = dataclasses.replace(run.model.address, pretrained=name.replace("/", "∕"))
     run.recipe["versions"]["torch"] = name
     run.recipe["settings"]["data"]["source"]["init_args"]["path"] = name
     run.summary["perplexity"][name] = 3.5

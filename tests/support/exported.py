@@ -56,7 +56,8 @@ def quantize(model: Path, folder: Path, bits: object, group_size: int, **setting
         "model": {
             "pretrained": str(model),
             "scheme": {"bits": bits, "group_size": group_size},
-            "warm_start": {"class_path": "lightning_gsq.quantizers.RTN"},
+            "warm_start": {"class_path": "lightning_gsq.quantizers.RTN", "init_args": {"weighted": False}},
+            "compile_blocks": False,
             "phases": ["init"],
             **settings,
         },
