@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from argparse import HelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -48,7 +50,12 @@ class GSQArgumentParser(LightningArgumentParser):
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """The options that are used first, or all of them."""
-        return common_help(self, self.common) if self.common else super().format_help(formatter)
+        if self.common:
+            return common_help(self, self.common)
+        # Lightning's own group is the longest, and comes last.
+        trainer = (self.groups or {}).get("trainer")
+        self._action_groups = sorted(self._action_groups, key=lambda group: group is trainer)
+        return super().format_help(formatter)
 
     def add_signature(
         self, function: Callable[..., Any], skip: set[str], repeated: tuple[str, ...] = (), flags: tuple[str, ...] = ()
@@ -69,6 +76,24 @@ class GSQArgumentParser(LightningArgumentParser):
             self.add_argument(f"--{name}", **settings, help=explained[name])
         for name in flags:
             self.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=explained[name])
+
+    def accept_name(self, option: str, settings: Mapping[str, Any], name: str) -> None:
+        """Lets a group of settings be given as one name as well, on the command line and in configurations.
+
+        Args:
+            option: The group.
+            settings: All of its settings with their defaults, which a name sets back.
+            name: The setting that takes the name.
+        """
+        group: Any = self._option_string_actions[f"--{option}"]
+        otherwise = group.resolve_subclass_spec
+
+        def resolve(value: Any) -> Any:
+            if isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value) and not Path(value).is_file():
+                return {**settings, name: value}
+            return otherwise(value)
+
+        group.resolve_subclass_spec = resolve
 
 
 def _drop_arguments(_: Any, previous: Any, value: Any) -> None:

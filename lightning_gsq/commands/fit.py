@@ -17,8 +17,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
 from lightning_gsq.export import FinishedRun, PlannedRun, format_of
-from lightning_gsq.export.engine import bring_up_to_date
-from lightning_gsq.export.preflight import refuse_exports
+from lightning_gsq.export.engine import announce, bring_up_to_date
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
@@ -32,6 +31,7 @@ from lightning_gsq.run.phases import (
     blocks_phase,
     end_to_end_phase,
     kind_before_end_to_end,
+    outer_phase,
     read_blocks,
     save_and_summarize,
     warm_start_phase,
@@ -98,10 +98,11 @@ def fit(
     plan = make_plan(model)
     for line in not_quantized(model, plan):
         console.print(line, soft_wrap=True)
+    model.outer.expected(model.network)
     _check_layouts(model, plan)
     model.start.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
     planned = PlannedRun(model, plan, settings["model"])
-    refuse_exports(exports, planned, folder.root / "export", reserved=_bytes_to_write(model))
+    announce(exports, planned, folder.root / "export", _bytes_to_write(model), console)
     data.tokenize(model.tokenizer, model.network)
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)
@@ -136,11 +137,12 @@ def _phases(
     """The phases asked for, one after another."""
     run.say(_what_is_done(run))
     perplexities.note("full_precision")
+    outer = outer_phase(run, perplexities)
     if "init" in run.model.phases:
-        warm_start_phase(run, perplexities)
+        warm_start_phase(run, perplexities, outer)
     if "blocks" in run.model.phases:
-        blocks_phase(run, perplexities)
-    result = Result(kind, read_blocks(run, kind), {})
+        blocks_phase(run, perplexities, outer)
+    result = Result(kind, read_blocks(run, kind), outer, {})
     if "end_to_end" in run.model.phases:
         result = end_to_end_phase(run, result, perplexities, end_to_end, settings, EndToEndProgress())
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_gsq.data import CalibrationDataModule
-from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates
+from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates, scale_numbers
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.perplexity import FP32
@@ -20,12 +20,15 @@ def end_to_end_terms(
     skeleton: Skeleton,
     plan: dict[int, Weights],
     ledger: BitsLedger,
+    outer: BitsLedger,
     around: Surroundings,
 ) -> dict[str, int]:
     """Teacher and student in one network; of the student, codes, and dense weights as long as a block's graph lives."""
     batch, tokens = options.passes.batch_size, data.sequence_length
     itemsize = 2 if around.bf16 else FP32
-    trained = _trained(model, options, skeleton, plan, ledger)
+    scale_bits = 8 * model.storage.scale_dtype.itemsize
+    trained = _trained(model, options, skeleton, plan)
+    trained += outer.scale_bits // scale_bits if "embedding" in options.train else 0
     one = activation_bytes(skeleton.blocks[0], skeleton.width, batch, tokens, around.bf16, training=True)
     states = trained * FP32 * (2 + around.optimizer_state)
     terms = _full_precision(skeleton, around)
@@ -38,6 +41,10 @@ def end_to_end_terms(
         "head of teacher and student": 2 * skeleton.vocabulary * skeleton.width * (2 if around.bf16 else 0),
         "logits of a chunk of positions": (2 * itemsize + 4 * FP32) * options.loss.chunk * skeleton.vocabulary,
     }
+    if outer.weights:
+        gradients = 2 if "embedding" in options.train else 1
+        terms["codes of embedding and head"] = math.ceil(outer.weights / around.spread)
+        terms["embedding and head, dense"] = gradients * outer.weights * FP32
     if options.recompute:
         terms["inputs of all blocks"] = len(skeleton.blocks) * batch * tokens * skeleton.width * FP32
         terms["activations of one block"] = one.peak
@@ -54,14 +61,13 @@ def _trained(
     options: EndToEndOptions,
     skeleton: Skeleton,
     plan: dict[int, Weights],
-    ledger: BitsLedger,
 ) -> int:
     """Numbers that train, without the norms."""
-    count = ledger.scale_bits // (8 * model.storage.scale_dtype.itemsize) if "scales" in options.train else 0
+    pairs = [pair for weights in plan.values() for pair in weights.items()]
+    count = scale_numbers(pairs) if "scales" in options.train else 0
     if "head" in options.train:
         count += skeleton.vocabulary * skeleton.width
     if "logits" in options.train:
-        pairs = ((site, scheme) for weights in plan.values() for site, scheme in weights.items())
         count += sum(candidates(q, model.block.gumbel.shifts) * s.rows * s.in_features for s, q in pairs)
     return count
 

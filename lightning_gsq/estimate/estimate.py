@@ -20,6 +20,7 @@ from lightning_gsq.estimate.quantities import (
     ledger_of,
     num_streams,
     optimizer_state,
+    outer_ledgers,
     stream_bytes,
     window_bytes,
 )
@@ -27,6 +28,7 @@ from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
 from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
@@ -45,6 +47,7 @@ class Estimate:
         skeleton: The model.
         plan: Weights to quantize of each block, by its number.
         ledgers: Bits of the weights of each scheme.
+        outer: Scheme and bits of a quantized embedding and head, by name.
         phases: Memory.
         on_host: The device is the host.
         streams: Bytes of the hidden states of the blocks phase.
@@ -61,6 +64,7 @@ class Estimate:
     skeleton: Skeleton
     plan: dict[int, Weights]
     ledgers: dict[QuantScheme, BitsLedger]
+    outer: dict[str, tuple[QuantScheme, BitsLedger]]
     phases: list[Phase]
     on_host: bool
     streams: int
@@ -108,17 +112,21 @@ def estimate(
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
     """
     source = model.address.source(need_weights=False)
-    skeleton = make_skeleton(source, loading.load_config(source), model.address.dtype)
+    config = loading.load_config(source)
+    loading.check_headers(source, config)
+    skeleton = make_skeleton(source, config, model.address.dtype)
     plan = _assign(model, skeleton)
     around = _surroundings(model, end_to_end, trainer, source, device_memory)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
     ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
+    outer = outer_ledgers(model, skeleton.model)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
     windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
     limit = activations.memory_limit_gb * 1e9
     mapped, windows = streams > limit, windows if windows > limit else 0
-    run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()))
+    outer_ledger = sum((ledger for _, ledger in outer.values()), BitsLedger())
+    run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()), outer_ledger)
     steps = _steps(trainer, data)
     timing, reason = None, "--probe false"
     if with_probe:
@@ -141,6 +149,7 @@ def estimate(
         skeleton,
         plan,
         ledgers,
+        outer,
         phases,
         on_host,
         streams,
@@ -182,7 +191,9 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
         for site in skeleton.blocks[index].sites
     }
     plan: dict[int, Weights] = defaultdict(dict)
-    for name, scheme in model.selection.schemes({name: site for name, (_, site) in sites.items()}).items():
+    schemes = model.selection.schemes({name: site for name, (_, site) in sites.items()})
+    refuse_shared(skeleton.model, schemes)
+    for name, scheme in schemes.items():
         index, site = sites[name]
         plan[index][site] = scheme
     return dict(plan)
@@ -196,9 +207,12 @@ def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple[LinearS
     return dict(pairs)
 
 
-def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger) -> dict[str, int]:
+def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger, outer: BitsLedger) -> dict[str, int]:
     kinds = len(set(model.phases))
+    files = 1 + ("end_to_end" in model.phases)
+    name = f"embedding and head, {files} file{'s' if files > 1 else ''}"
     return {
+        **({name: files * outer.num_bytes} if outer.weights else {}),
         f"block files, {kinds} set{'s' if kinds > 1 else ''}": kinds * ledger.num_bytes,
         "quantized model, dequantized": skeleton.parameters * model.storage.output_dtype.itemsize,
         "logs and the rest": SPARE_DISK,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.models.linear_weights import LinearSite
@@ -13,7 +14,7 @@ from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.saliency.budget import planned_ledger
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.packing import packed_words
-from lightning_gsq.weights.quantized import BitsLedger
+from lightning_gsq.weights.quantized import BitsLedger, stored_scale_bits
 from lightning_gsq.weights.scheme import QuantScheme
 
 Weights = dict[LinearSite, QuantScheme]
@@ -74,6 +75,15 @@ def optimizer_state(model: ModelQuantization) -> float:
     return sum(value.nbytes for value in state) / parameter.nbytes
 
 
+def outer_ledgers(model: ModelQuantization, network: PreTrainedModel) -> dict[str, tuple[QuantScheme, BitsLedger]]:
+    """Scheme and bits of a quantized embedding and head, by parameter name."""
+    itemsize = model.storage.scale_dtype.itemsize
+    return {
+        name: (scheme, ledger_of([(LinearSite(name, 0, rows, columns, transposed=False), scheme)], itemsize))
+        for name, (scheme, (rows, columns)) in model.outer.expected(network).items()
+    }
+
+
 def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_bytes: int) -> BitsLedger:
     """What quantized weights will cost, without quantizing them."""
     total = BitsLedger()
@@ -82,6 +92,11 @@ def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_bytes: in
             total += planned_ledger(site.rows, site.in_features, scheme, 8 * scale_bytes)
             continue
         words = site.rows * packed_words(site.in_features, scheme.storage_bits)
-        scales = site.rows * scheme.num_groups(site.in_features)
-        total += BitsLedger(site.rows * site.in_features, 32 * words, 8 * scale_bytes * scales)
+        scales = stored_scale_bits(scheme, site.rows, site.in_features, 8 * scale_bytes)
+        total += BitsLedger(site.rows * site.in_features, 32 * words, scales)
     return total
+
+
+def scale_numbers(weights: Iterable[tuple[LinearSite, QuantScheme]]) -> int:
+    """Numbers that are stored, and train, as the scales of these weights."""
+    return sum(site.rows * part.columns for site, scheme in weights for part in scheme.parts(site.in_features).values())

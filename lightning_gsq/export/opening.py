@@ -13,15 +13,14 @@ from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import model_fingerprint
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.assignment import SchemeOverride
-from lightning_gsq.weights.salient_part import SalientPart
-from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.assignment import override_of, scheme_of
 
 _MODEL_SETTINGS = (
     # settings of a run that say what its weights are; the others say how they were trained
     "pretrained",
     "include",
     "exclude",
+    "fallback",
     "blocks",
     "scale_dtype",
     "dtype",
@@ -81,15 +80,12 @@ def _model_of(recipe: Mapping[str, Any], root: Path, trust_remote_code: bool) ->
     overrides: Mapping[str, Any] = settings.get("overrides") or {}
     try:
         return ModelQuantization(
-            scheme=QuantScheme(**_with_salient(settings["scheme"])),
-            overrides={name: SchemeOverride(**_with_salient(fields)) for name, fields in overrides.items()},
+            scheme=scheme_of(settings["scheme"]),
+            embedding=settings.get("embedding") and scheme_of(settings["embedding"]),
+            head=settings.get("head") and scheme_of(settings["head"]),
+            overrides={name: override_of(fields) for name, fields in overrides.items()},
             **{key: settings[key] for key in _MODEL_SETTINGS if key in settings},
             trust_remote_code=trust_remote_code,
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"run: the recipe in {root} is not one of this version: {error}") from error
-
-
-def _with_salient(fields: Mapping[str, Any]) -> dict[str, Any]:
-    salient = fields.get("salient")
-    return {**fields, "salient": SalientPart(**salient) if salient else salient}

@@ -1,6 +1,14 @@
 """Any decoder as a chain of blocks.
 
-loading         a model by its address: folder, hub name, GGUF file, file in a package
+loading         a model and its tokenizer by an address; what other rooms use of the eight below
+address         where it is: folder, hub name, GGUF file, file in a package
+config          its configuration, and what that says of a model that cannot be quantized
+empty           the model without its weights
+weight_names    are its weights all in its files, and nothing beside them?
+gguf_weights    the same for a GGUF file
+finite          numbers that are not finite
+saving          as an ordinary folder
+loader_errors   what other libraries raise meanwhile, as one line
 chain           its blocks, run one at a time
 calls           what a block is called with beside the hidden states
 survey          what passes between blocks, and whether that is all
@@ -9,8 +17,10 @@ products        matrix products with a parameter, however they are written
 linear_weights  which parameters of a block are linear weights
 roles           which of them choose, gate, or feed states
 left_out        what stays as it is, and why
+shared_weights  weights that blocks share
 probe           the short sequences that show all this
 head            its logits from its last hidden states
+ends            the matrices outside of the blocks: embedding and head
 norms           the parameters of its normalisation layers
 standing_in     other functions in the place of its blocks
 """

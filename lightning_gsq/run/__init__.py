@@ -7,6 +7,7 @@ blocks          the second: the loop over the blocks
 block_fit       the fit of one block
 matrices        its weights as a quantizer sees them
 end_to_end      the third phase
+outer_weights   embedding and head, before all of these
 perplexity      of the whole model, or block by block
 forward_passes  hidden states on their way through the model
 hidden_states   where they are kept

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lightning_gsq.models import left_out
 from lightning_gsq.models.chain import find_blocks, run_block
 from lightning_gsq.models.linear_weights import LinearSite, find_all_sites
+from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.models.survey import survey
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.scheme import QuantScheme
@@ -39,7 +40,8 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
     """Finds the linear weights of every block and assigns their schemes.
 
     Raises:
-        ConfigurationError: the architecture does not fit, a pattern matches nothing, or a range is empty.
+        ConfigurationError: the architecture does not fit, blocks compute something that is not finite or share a
+            weight to quantize, a pattern matches nothing, or a range is empty.
     """
     prefix, blocks = find_blocks(model.network)
     surveyed = survey(model.network)
@@ -50,6 +52,7 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
         of_block[index] = find_all_sites(blocks[index], run)
         sites |= {f"{prefix}.{index}.{site.name}": site for site in of_block[index]}
     schemes = model.selection.schemes(sites)
+    refuse_shared(model.network, schemes)
     plans = []
     for index, own in of_block.items():
         name = f"{prefix}.{index}"

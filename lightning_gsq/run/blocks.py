@@ -2,6 +2,8 @@
 
 With ``F`` the full-precision stream and ``Q`` the quantized one, hidden states of all sequences at the current depth:
 
+F begins with the full-precision embedding, Q with the quantized one where that is quantized; then, block by block,
+
 1. target = block(F) (``stream``) or block(Q) (``local``), see :mod:`lightning_gsq.training.target`
 2. codes, scales = fit of the block, Q -> target, unless its file is there
 3. Q <- quantized block(Q), F <- block(F)
@@ -21,14 +23,20 @@ from lightning_gsq.run.folder import Blocks
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
-from lightning_gsq.run.substitution import install
+from lightning_gsq.run.substitution import install, outer_installed
 
 Finished = Callable[[BlockPlan, float, dict[str, float]], None]
 """What is told of a finished block: its plan, its seconds, its measures."""
 
 
-def train_blocks(run: Run, finished: Finished) -> None:
-    """Trains every planned block that has no file yet. The model is left as it was."""
+def train_blocks(run: Run, finished: Finished, outer: Blocks) -> None:
+    """Trains every planned block that has no file yet. The model is left as it was.
+
+    Args:
+        run: The run.
+        finished: Told of every block.
+        outer: Quantized weights outside of the blocks, with which the quantized stream begins.
+    """
     done = _finished_blocks(run)
     if len(done) == len(run.plan):
         return
@@ -37,10 +45,11 @@ def train_blocks(run: Run, finished: Finished) -> None:
     ids_NT = torch.cat([run.train_ids_NT, run.validation_ids_NT])
     target = run.model.block.target
     with hidden_store((*ids_NT.shape, run.width), run.activations, target.streams) as store:
-        quantized, wanted = embedded(run.model.network, ids_NT, store), Stream(ids_NT, store.new(), store)
-        full = quantized
+        with outer_installed(run.model.network, outer):
+            quantized = embedded(run.model.network, ids_NT, store)
+        full, wanted = quantized, Stream(ids_NT, store.new(), store)
         if target.follows_original:
-            full = Stream(ids_NT, store.new().copy_(quantized.hidden_NTD), store)
+            full = embedded(run.model.network, ids_NT, store)
         for index in range(run.last_block + 1):
             began, measures = time.perf_counter(), dict[str, float]()
             run.watch.take()

@@ -3,6 +3,7 @@
 What it leaves in the run folder:
 
     blocks/end_to_end-003.safetensors   the block with its new scales, beside the blocks phase's own file
+    blocks/end_to_end-outer.safetensors the same of embedding and head, where these are quantized
     end_to_end.safetensors              norms and head if they trained; in its header the settings and the losses
     teacher/                            the teacher's most probable tokens, if ``top_k`` asks for them
 
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.ends import find_ends
 from lightning_gsq.models.head import find_head
-from lightning_gsq.run.folder import Blocks, RunFolder, compare
+from lightning_gsq.run.folder import OUTER, Blocks, RunFolder, compare
 from lightning_gsq.run.matrices import to_cpu
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.fingerprint import fingerprint
@@ -67,6 +69,7 @@ def check_end_to_end(
         raise ConfigurationError(
             f"end_to_end.top_k: {options.loss.top_k} tokens were asked for, the vocabulary has {vocabulary}"
         )
+    _check_outer(model, options)
     logits = "logits" in options.train and model.block.gumbel.logits_dtype != "float32"
     if logits and _is_spread(options, trainer.world_size):
         raise ConfigurationError(
@@ -76,6 +79,22 @@ def check_end_to_end(
     known = folder.read_dense("end_to_end")
     if known is not None:
         _refuse_another(folder, known[1], _kept(settings))
+
+
+def _check_outer(model: ModelQuantization, options: EndToEndOptions) -> None:
+    """What trains outside of the blocks has to be there in the form in which it trains."""
+    expected, ends = model.outer.expected(model.network), find_ends(model.network)
+    if "embedding" in options.train and not expected:
+        raise ConfigurationError(
+            "end_to_end.train: embedding trains the scales of a quantized embedding or head, and neither is quantized; "
+            "give --model.embedding, or leave embedding out"
+        )
+    if "head" in options.train and (ends.embedding if ends.tied else ends.head) in expected:
+        option = "embedding, which the head is tied to," if ends.tied else "head"
+        raise ConfigurationError(
+            f"end_to_end.train: head trains a matrix that is not quantized, and model.{option} is; name embedding "
+            "instead, which trains its scales, or leave it in 16 bits with null"
+        )
 
 
 def _is_spread(options: EndToEndOptions, world: int) -> bool:
@@ -102,13 +121,19 @@ def _refuse_another(
 
 
 def run_end_to_end(
-    run: Run, start: list[Blocks], options: EndToEndOptions, settings: dict[str, Any], progress: Callback | None = None
+    run: Run,
+    start: list[Blocks],
+    outer: Blocks,
+    options: EndToEndOptions,
+    settings: dict[str, Any],
+    progress: Callback | None = None,
 ) -> EndToEndResult:
     """Trains the quantized model end to end, or reads what a finished phase left.
 
     Args:
         run: The run.
         start: Codes and scales of each planned block so far.
+        outer: Those of the weights outside of the blocks.
         options: What trains and how.
         settings: The same as plain data, to be kept with the result.
         progress: Shows how far the phase is.
@@ -117,7 +142,7 @@ def run_end_to_end(
         ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
     """
     settings = _kept(settings)
-    blocks = fingerprint(part for tensors in start for tensor in tensors.values() for part in tensor.parts())
+    blocks = fingerprint(part for tensors in (*start, outer) for tensor in tensors.values() for part in tensor.parts())
     finished = run.folder.read_dense("end_to_end")
     if run.ranks.agree(finished is not None):
         assert finished is not None
@@ -130,7 +155,7 @@ def run_end_to_end(
     perplexity = run.folder.progress.get("perplexity", {})
     run.folder.update_progress(perplexity={k: v for k, v in perplexity.items() if k != "end_to_end"}, model=None)
     trainer = _trainer(run, options, [] if progress is None else [progress])
-    module = _module(run, start, options)
+    module = _module(run, start, outer, options)
     training, held_out = _batches(run, module, options)
     start_loss = _train(trainer, module, training, held_out)
     rejected = not module.best_loss < start_loss
@@ -153,6 +178,8 @@ def run_end_to_end(
     else:
         for index, tensors in module.tensors():
             run.folder.write_block("end_to_end", index, {n: to_cpu(t) for n, t in tensors.items()})
+        if outer:
+            run.folder.write_block("end_to_end", OUTER, {n: to_cpu(t) for n, t in module.outer_tensors().items()})
     run.folder.write_dense("end_to_end", dense, report)
     run.ranks.wait()
     return EndToEndResult(report, dense)
@@ -177,7 +204,7 @@ def _trainer(run: Run, options: EndToEndOptions, watching: list[Callback]) -> Tr
     )
 
 
-def _module(run: Run, start: list[Blocks], options: EndToEndOptions) -> EndToEndQuantization:
+def _module(run: Run, start: list[Blocks], outer: Blocks, options: EndToEndOptions) -> EndToEndQuantization:
     network = run.model.network
     return EndToEndQuantization(
         private_copy(network) if _is_spread(options, run.ranks.world) else network,
@@ -188,6 +215,7 @@ def _module(run: Run, start: list[Blocks], options: EndToEndOptions) -> EndToEnd
         options,
         run.model.block.gumbel,
         run.seed,
+        outer,
     )
 
 

@@ -3,6 +3,7 @@
 recipe.yaml            the resolved settings, fingerprints of model and text, versions
 progress.json          what is done, replaced atomically
 blocks/block-003.safetensors   packed codes and scales of a finished block
+blocks/rounded-outer.safetensors   the same of embedding and head, where these are quantized
 end_to_end.safetensors the end of the end-to-end phase: norms and head if they trained, its losses
 model/                 the quantized model as an ordinary Hugging Face folder
 summary.json           the results
@@ -31,6 +32,8 @@ from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.weights.stored import unpack_weight
 
 Blocks = dict[str, QuantizedWeight]
+OUTER = "outer"
+"""In the place of a block's number: the weights outside of all blocks, under their names in the model."""
 
 
 class RunFolder:
@@ -147,15 +150,20 @@ class RunFolder:
             return
         write_atomically(self.root / "summary.json", json.dumps(summary, indent=2).encode() + b"\n")
 
-    def block_file(self, kind: str, index: int) -> Path:
-        """File of a block; ``kind`` is ``warm_start``, ``block`` or ``end_to_end``."""
-        return self.blocks / f"{kind}-{index:03d}.safetensors"
+    def block_file(self, kind: str, index: int | str) -> Path:
+        """File of a block, or of what is :data:`OUTER`.
 
-    def has_blocks(self, kind: str, indices: Iterable[int]) -> bool:
+        Args:
+            kind: Of a block ``warm_start``, ``block`` or ``end_to_end``; of the others ``rounded`` or ``end_to_end``.
+            index: The block's number, or ``OUTER``.
+        """
+        return self.blocks / f"{kind}-{index if isinstance(index, str) else f'{index:03d}'}.safetensors"
+
+    def has_blocks(self, kind: str, indices: Iterable[int | str]) -> bool:
         """Whether all these blocks have a file of that kind."""
         return all(self.block_file(kind, index).exists() for index in indices)
 
-    def write_block(self, kind: str, index: int, tensors: Mapping[str, QuantizedWeight]) -> None:
+    def write_block(self, kind: str, index: int | str, tensors: Mapping[str, QuantizedWeight]) -> None:
         """Writes a finished block atomically."""
         if self.rank:
             return
@@ -166,12 +174,14 @@ class RunFolder:
             layout[name] = describe(tensor)
         write_atomically(self.block_file(kind, index), save(content, {"layout": json.dumps(layout)}))
 
-    def read_block(self, kind: str, index: int, expected: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> Blocks:
+    def read_block(
+        self, kind: str, index: int | str, expected: Mapping[str, tuple[QuantScheme, tuple[int, int]]]
+    ) -> Blocks:
         """Reads a block back and checks it against the weights it has to hold.
 
         Args:
-            kind: ``warm_start``, ``block`` or ``end_to_end``.
-            index: The block's number.
+            kind: As in :meth:`block_file`.
+            index: The block's number, or ``OUTER``.
             expected: Scheme and ``(O, I)`` of each weight, by name.
 
         Raises:
@@ -233,7 +243,8 @@ def describe(tensor: QuantizedWeight) -> dict[str, Any]:
     """What a block file says about a weight: bits, group size, shape, and the salient part if it has one."""
     scheme = tensor.scheme
     salient = {} if scheme.salient is None else {"salient": dataclasses.asdict(scheme.salient)}
-    return {"bits": scheme.bits, "group_size": scheme.group_size, **salient, "shape": list(tensor.shape)}
+    preset = {} if scheme.preset is None else {"preset": scheme.preset}
+    return {"bits": scheme.bits, "group_size": scheme.group_size, **preset, **salient, "shape": list(tensor.shape)}
 
 
 def stored_scheme(layout: Mapping[str, Any]) -> QuantScheme:
@@ -243,7 +254,7 @@ def stored_scheme(layout: Mapping[str, Any]) -> QuantScheme:
         ValueError, KeyError, TypeError: it is damaged.
     """
     salient = SalientPart(**layout["salient"]) if "salient" in layout else None
-    return QuantScheme(layout["bits"], layout["group_size"], salient)
+    return QuantScheme(layout["bits"], layout["group_size"], salient, preset=layout.get("preset"))
 
 
 def compare(known: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

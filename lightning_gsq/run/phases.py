@@ -18,9 +18,10 @@ from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.blocks import train_blocks
 from lightning_gsq.run.end_to_end import run_end_to_end
 from lightning_gsq.run.folder import Blocks, RunFolder
+from lightning_gsq.run.outer_weights import quantize_outer, read_outer
 from lightning_gsq.run.report import PERPLEXITY_NAMES
 from lightning_gsq.run.run import Run
-from lightning_gsq.run.substitution import as_stored, installed
+from lightning_gsq.run.substitution import as_stored, installed, outer_installed
 from lightning_gsq.run.summary import make_summary
 from lightning_gsq.run.warm_start import warm_start
 from lightning_gsq.system.memory import release
@@ -34,12 +35,14 @@ class Result:
     Args:
         kind: Whose it is: that of the ``warm_start``, of each ``block`` or of ``end_to_end``.
         tensors: Quantized weights of each planned block.
+        outer: Quantized weights outside of the blocks, by name in the model.
         dense: Other parameters that trained, by name in the model.
         end_to_end: Report of the end-to-end phase; None where it did not run.
     """
 
     kind: str
     tensors: list[Blocks]
+    outer: Blocks
     dense: dict[str, Tensor]
     end_to_end: dict[str, Any] | None = None
 
@@ -74,30 +77,44 @@ class Perplexities:
         self.run.say(f"perplexity {action}: {measured[name]:.2f}")
 
 
-def warm_start_phase(run: Run, perplexities: Perplexities) -> None:
+def outer_phase(run: Run, perplexities: Perplexities) -> Blocks:
+    """Embedding and head quantized where that is asked for, and what it costs by itself; returns them."""
+    began = time.perf_counter()
+    outer = quantize_outer(run)
+    if not outer:
+        return {}
+    if "outer" not in run.folder.progress.get("perplexity", {}):
+        add_seconds(run.folder, "outer", began)
+    run.ranks.wait()
+    with outer_installed(run.model.network, outer):
+        perplexities.note("outer")
+    return outer
+
+
+def warm_start_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
     """The warm start of the whole model, and what it is worth."""
     if "warm_start" in run.folder.progress.get("perplexity", {}):
         perplexities.note("warm_start")
         return
     began = time.perf_counter()
-    starts = warm_start(run)
+    starts = warm_start(run, outer)
     add_seconds(run.folder, "warm_start", began)
     run.folder.update_progress(init_seconds=run.watch.take())
-    with installed(run.model, run.plan, starts):
+    with installed(run.model, run.plan, starts, outer=outer):
         perplexities.note("warm_start")
 
 
-def blocks_phase(run: Run, perplexities: Perplexities) -> None:
+def blocks_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
     """Every block trained."""
 
     def finished(plan: BlockPlan, seconds: float, measures: dict[str, float]) -> None:
         blocks = run.folder.progress.get("blocks", {})
         run.folder.update_progress(blocks={**blocks, str(plan.index): {"seconds": seconds, **measures}})
 
-    train_blocks(run, finished)
+    train_blocks(run, finished, outer)
     run.ranks.wait()
     release()
-    with installed(run.model, run.plan, read_blocks(run, "block")):
+    with installed(run.model, run.plan, read_blocks(run, "block"), outer=outer):
         perplexities.note("blocks")
 
 
@@ -111,19 +128,19 @@ def end_to_end_phase(
 ) -> Result:
     """The whole model trained a little more; what came before it where that is better."""
     release()
-    trained = run_end_to_end(run, result.tensors, options, settings, progress)
+    trained = run_end_to_end(run, result.tensors, result.outer, options, settings, progress)
     release()
     if trained.rejected:
-        return Result(result.kind, result.tensors, {}, trained.report)
-    tensors = read_blocks(run, "end_to_end")
-    with installed(run.model, run.plan, tensors, trained.dense):
+        return Result(result.kind, result.tensors, result.outer, {}, trained.report)
+    tensors, outer = read_blocks(run, "end_to_end"), read_outer(run, "end_to_end")
+    with installed(run.model, run.plan, tensors, trained.dense, outer):
         perplexities.note("end_to_end")
-    return Result("end_to_end", tensors, trained.dense, trained.report)
+    return Result("end_to_end", tensors, outer, trained.dense, trained.report)
 
 
 def save_and_summarize(run: Run, result: Result, source: loading.ModelSource) -> dict[str, Any]:
     """Saves the dequantized model, unless it is there, and writes the summary, which it returns."""
-    with installed(run.model, run.plan, result.tensors, result.dense):
+    with installed(run.model, run.plan, result.tensors, result.dense, result.outer):
         if run.folder.progress.get("model") != result.kind:
             began = time.perf_counter()
             if run.ranks.first:
@@ -132,7 +149,15 @@ def save_and_summarize(run: Run, result: Result, source: loading.ModelSource) ->
             run.folder.update_progress(model=result.kind)
             add_seconds(run.folder, "saving", began)
         summary = make_summary(
-            run.model, source, run.folder, run.recipe, result.kind, run.plan, result.tensors, result.end_to_end
+            run.model,
+            source,
+            run.folder,
+            run.recipe,
+            result.kind,
+            run.plan,
+            result.tensors,
+            result.outer,
+            result.end_to_end,
         )
     run.folder.write_summary({**summary, "exports": run.folder.summary.get("exports", {})})
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}

@@ -9,25 +9,32 @@ import torch
 from lightning_gsq.models import loading
 from lightning_gsq.run import report
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.folder import OUTER, Blocks, RunFolder
+from lightning_gsq.run.outer_weights import outer_kind
 from lightning_gsq.system.memory import peak_memory_bytes
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
-from lightning_gsq.weights.quantized import QuantizedWeight
+from lightning_gsq.weights.quantized import BitsLedger, QuantizedWeight
 
 
 def _ledger(
     model: ModelQuantization,
     plan: list[BlockPlan],
     tensors: list[dict[str, QuantizedWeight]],
+    outer: Blocks,
     folder: RunFolder,
     kind: str,
 ) -> Ledger:
-    """The bits of the block files, and of everything that is not quantized in the dtype of the saved model."""
+    """The bits of the files of quantized weights, and of everything else in the dtype of the saved model."""
     entries, headers = [], {}
-    for own, weights in zip(plan, tensors, strict=True):
-        file = folder.block_file(kind, own.index)
-        stored = [LedgerEntry.of(f"{own.name}.{name}", tensor) for name, tensor in weights.items()]
+    files = [
+        (folder.block_file(kind, own.index), {f"{own.name}.{name}": tensor for name, tensor in weights.items()})
+        for own, weights in zip(plan, tensors, strict=True)
+    ]
+    if outer:
+        files.append((folder.block_file(outer_kind(kind), OUTER), outer))
+    for file, named in files:
+        stored = [LedgerEntry.of(name, tensor) for name, tensor in named.items()]
         entries += stored
         headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
     quantized = {entry.name for entry in entries}
@@ -37,6 +44,15 @@ def _ledger(
         if name not in quantized
     ]
     return Ledger(tuple(entries), headers)
+
+
+def _about(tensor: QuantizedWeight) -> dict[str, Any]:
+    """What a weight outside of the blocks is and costs."""
+    return {
+        "scheme": str(tensor.scheme),
+        "bits_per_weight": BitsLedger.of(tensor).per_weight()["total"],
+        "bytes": sum(part.nbytes for part in tensor.pack().values()),
+    }
 
 
 def _seconds_of_block(progress: dict[str, Any], planned: int) -> dict[str, dict[str, float]]:
@@ -60,6 +76,7 @@ def make_summary(
     kind: str,
     plan: list[BlockPlan],
     tensors: list[dict[str, QuantizedWeight]],
+    outer: Blocks,
     end_to_end: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
@@ -72,9 +89,10 @@ def make_summary(
         kind: Whose result stands: that of the warm start, the blocks or the end-to-end phase.
         plan: The quantized weights of each block.
         tensors: Their codes and scales.
+        outer: Quantized weights outside of the blocks, by name in the model.
         end_to_end: The end-to-end phase's report, if it ran.
     """
-    ledger = _ledger(model, plan, tensors, folder, kind)
+    ledger = _ledger(model, plan, tensors, outer, folder, kind)
     saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
     progress = folder.progress
     blocks = progress.get("blocks", {})
@@ -92,7 +110,9 @@ def make_summary(
             "dense": 2 * parameters,
             "quantized": ledger.num_bytes,
             "blocks": files,
+            **({"outer": folder.block_file(outer_kind(kind), OUTER).stat().st_size} if outer else {}),
         },
+        **({"outer": {name: _about(tensor) for name, tensor in outer.items()}} if outer else {}),
         "seconds_per_block": seconds_of["blocks"] / max(1, len(blocks)),
         "seconds_of_block": _seconds_of_block(progress, len(plan)),
         "seconds_of": seconds_of,

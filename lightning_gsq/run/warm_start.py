@@ -6,12 +6,16 @@ from lightning_gsq.run.folder import Blocks
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
 from lightning_gsq.run.matrices import choose_salient, hessian_sequences, matrices_of, to_cpu
 from lightning_gsq.run.run import Run
-from lightning_gsq.run.substitution import install
+from lightning_gsq.run.substitution import install, outer_installed
 from lightning_gsq.saliency.choose import settled_tensor
 
 
-def warm_start(run: Run) -> list[Blocks]:
+def warm_start(run: Run, outer: Blocks) -> list[Blocks]:
     """Starts every planned block, or reads what an earlier start left.
+
+    Args:
+        run: The run.
+        outer: Quantized weights outside of the blocks, whose activations the first block gets.
 
     Returns:
         The quantized weights of each planned block. The model is left as it was.
@@ -22,7 +26,8 @@ def warm_start(run: Run) -> list[Blocks]:
     count = hessian_sequences(run) if settings.warm_start.needs_hessian else 0
     results = []
     with hidden_store((count, run.data.sequence_length, run.width), run.activations, streams=1) as store:
-        stream = embedded(run.model.network, run.train_ids_NT[:count], store)
+        with outer_installed(run.model.network, outer):
+            stream = embedded(run.model.network, run.train_ids_NT[:count], store)
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:

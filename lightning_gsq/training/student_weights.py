@@ -26,6 +26,8 @@ class ScaledWeight(TrainedScales):
         tensor: Codes and scales to start from.
     """
 
+    codes: Tensor
+
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__(tensor.scheme, tensor.scale_parts)
         self.scale_dtype = tensor.scales_OG.dtype

@@ -28,15 +28,20 @@ def scheme_of(value: QuantScheme | Mapping[str, Any] | str) -> QuantScheme:
 
 
 def override_of(value: SchemeOverride | Mapping[str, Any] | str) -> SchemeOverride:
-    """An override from a preset's name, or from its settings as plain data.
+    """An override from a preset's name, or from its settings as plain data; checked.
 
     Raises:
-        ConfigurationError: there is no such preset, or a setting is out of range.
+        ConfigurationError: there is no such preset, or a setting makes no sense.
         TypeError: a setting does not exist.
     """
     if isinstance(value, SchemeOverride):
-        return value
-    return SchemeOverride(preset=value) if isinstance(value, str) else SchemeOverride(**_with_salient(value))
+        return value.check()
+    if isinstance(value, str):
+        if value.lstrip().startswith("{"):
+            settings = ", ".join(field.name for field in dataclasses.fields(SchemeOverride))
+            raise ConfigurationError(f"expected the name of a preset, or settings ({settings}), got {value}")
+        return SchemeOverride(preset=value).check()
+    return SchemeOverride(**_with_salient(value)).check()
 
 
 def _with_salient(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,9 +59,6 @@ class SchemeOverride:
         salient: The salient part; false for none.
         preset: Name of a scheme that takes the place of the whole scheme, such as q4_k or w4g32.
         budget: True bits a weight, instead of the scheme's; false for no budget.
-
-    Raises:
-        ConfigurationError: ``true``, which says nothing, or settings beside a preset.
     """
 
     bits: Bits | None = None
@@ -65,15 +67,21 @@ class SchemeOverride:
     budget: bool | float | None = None
     preset: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.preset is not None:
-            scheme_of(self.preset)
-            beside = [f.name for f in dataclasses.fields(self) if f.name != "preset" and getattr(self, f.name)]
-            if beside:
-                raise ConfigurationError(f"{beside[0]} does not go with the preset {self.preset}: give one of the two")
+    def check(self) -> SchemeOverride:
+        """Itself, if it makes sense.
+
+        Raises:
+            ConfigurationError: ``true``, which says nothing, settings beside a preset, or a preset that does not exist.
+        """
         for name in ("salient", "budget"):
             if getattr(self, name) is True:
                 raise ConfigurationError(f"{name}: true says nothing; give its settings, or false to switch it off")
+        if self.preset is not None:
+            QuantScheme(preset=self.preset)
+            beside = [f.name for f in dataclasses.fields(self) if f.name != "preset" and getattr(self, f.name)]
+            if beside:
+                raise ConfigurationError(f"{beside[0]} does not go with the preset {self.preset}: give one of the two")
+        return self
 
     def apply(self, scheme: QuantScheme) -> QuantScheme:
         """The scheme with this override's settings in place; bits or a group size take the place of a preset."""

@@ -135,16 +135,20 @@ class Grid:
         """The unsigned integers that are packed, int16."""
         return (codes.to(torch.int16) - self.origin) // self.step
 
+    def codes_of(self, unsigned: Tensor) -> Tensor:
+        """The codes of stored numbers, in :attr:`code_dtype`, unchecked."""
+        return (self.step * unsigned.to(torch.int16) + self.origin).to(self.code_dtype)
+
     def restore(self, unsigned: Tensor) -> Tensor:
         """Inverse of :meth:`store`, in :attr:`code_dtype`.
 
         Raises:
             ValueError: a number stands for no code.
         """
-        codes = self.step * unsigned.to(torch.int16) + self.origin
+        codes = self.codes_of(unsigned)
         if codes.numel() and int(codes.min()) < self.low:
             raise ValueError(f"a code lies below the lowest level {self.low} of the grid {self.low} ... {self.high}")
-        return codes.to(self.code_dtype)
+        return codes
 
 
 def grid_of(bits: Bits) -> Grid:

@@ -44,7 +44,7 @@ class QuantScheme:
         ConfigurationError: a value out of range, or a combination that does not exist.
     """
 
-    bits: Bits = 2
+    bits: Bits = 3
     group_size: int = 64
     salient: SalientPart | None = None
     budget: float | None = None
@@ -76,17 +76,19 @@ class QuantScheme:
         plain = plain_preset(name)
         preset = None if plain else preset_named(name)
         bits, group_size = plain if plain else (preset.bits, preset.group_size)  # type: ignore[union-attr]
-        given = {"bits": (self.bits, bits, 2), "group_size": (self.group_size, group_size, 64)}
-        for option, (value, wanted, default) in given.items():
-            if value not in (wanted, default):
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for option, wanted in (("bits", bits), ("group_size", group_size)):
+            value = getattr(self, option)
+            if value not in (wanted, defaults[option]):
                 raise ConfigurationError(f"{option} {value} does not go with the preset {name}, whose own is {wanted}")
         if preset is not None and (self.salient is not None or self.budget is not None):
             raise ConfigurationError(
                 f"the preset {name} has no salient weights and no budget: leave them out, or give bits and group_size "
                 "in place of the preset"
             )
-        for option, value in (("bits", bits), ("group_size", group_size), ("preset", preset and preset.name)):
-            object.__setattr__(self, option, value)
+        settings = {"bits": bits, "group_size": group_size, "preset": None if preset is None else preset.name}
+        for option, setting in settings.items():
+            object.__setattr__(self, option, setting)
 
     @property
     def mixed(self) -> bool:

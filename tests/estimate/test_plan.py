@@ -147,6 +147,7 @@ def test_a_plan_against_the_run_itself(tiny_llama: Path, corpus: Path, tmp_path:
     arguments = {
         "--model.pretrained": str(tiny_llama),
         "--model.gumbel.backend": "eager",
+        "--model.compile_blocks": "false",
         "--model.scheme": '{"bits": 2, "group_size": 16}',
         "--data.source": "TextFile",
         "--data.source.path": str(corpus),
