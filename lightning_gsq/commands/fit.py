@@ -17,8 +17,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
 from lightning_gsq.export import FinishedRun, PlannedRun, format_of
-from lightning_gsq.export.engine import bring_up_to_date
-from lightning_gsq.export.preflight import refuse_exports
+from lightning_gsq.export.engine import announce, bring_up_to_date
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
@@ -103,7 +102,7 @@ def fit(
     _check_layouts(model, plan)
     model.start.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
     planned = PlannedRun(model, plan, settings["model"])
-    refuse_exports(exports, planned, folder.root / "export", reserved=_bytes_to_write(model))
+    announce(exports, planned, folder.root / "export", _bytes_to_write(model), console)
     data.tokenize(model.tokenizer, model.network)
     recipe = make_recipe(settings, seed, model, data, evaluation)
     folder.open_recipe(recipe)

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.quantized import stored_scale_bits
 from lightning_gsq.weights.scheme import QuantScheme
 
 USUAL_RATIO = 0.1
@@ -66,7 +67,8 @@ class ExportedWeight:
         """True bits a weight, codes and scales; about, where the salient part is still to be chosen."""
         if self.scheme.budget is not None:
             return self.scheme.budget
-        bits = self.scheme.storage_bits + scale_bits * self.scheme.num_groups(self.site.in_features) / self.shape[1]
+        columns = self.site.in_features
+        bits = self.scheme.storage_bits + stored_scale_bits(self.scheme, 1, columns, scale_bits) / columns
         salient = self.scheme.salient
         if salient is None:
             return bits
@@ -169,7 +171,9 @@ class PlannedRun:
     @property
     def scale_dtype(self) -> torch.dtype:
         """Stored dtype of the scales."""
-        return self.model.storage.scale_dtype
+        fixed = {weight.scheme.layout.dtype for weight in self.weights.values()}
+        (dtype,) = fixed if len(fixed) == 1 else (None,)
+        return dtype or self.model.storage.scale_dtype
 
     @property
     def dtype(self) -> torch.dtype:

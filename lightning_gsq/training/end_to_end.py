@@ -23,7 +23,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lightning_gsq.models.chain import find_blocks
-from lightning_gsq.models.head import find_head, head_name, last_hidden
+from lightning_gsq.models.head import body, find_head, head_name, last_hidden
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.norms import norm_names
 from lightning_gsq.models.standing_in import standing_in
@@ -95,7 +95,7 @@ class EndToEndQuantization(LightningModule):
                 for index, block in enumerate(self.originals)
             }
         )
-        base = network.base_model
+        base = body(network)
         inside = {id(parameter) for block in self.originals for parameter in block.parameters()}
         self.norm_names = [n for n in norm_names(base) if norms and id(base.get_parameter(n)) not in inside]
         self.norms = nn.ParameterList(
@@ -281,7 +281,7 @@ class EndToEndQuantization(LightningModule):
         def copied(names: list[str], parameters: Iterable[Tensor]) -> dict[str, Tensor]:
             return {name: p.detach().cpu().clone() for name, p in zip(names, parameters, strict=True)}
 
-        base = self.network.base_model
+        base = body(self.network)
         with whole(self):
             network = {id(parameter): name for name, parameter in self.network.named_parameters(remove_duplicate=False)}
             found = copied([network[id(base.get_parameter(name))] for name in self.norm_names], self.norms)

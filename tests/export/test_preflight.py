@@ -44,11 +44,11 @@ def test_every_format_holds_a_plain_llama(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "name", "message"),
     [
-        ("opt", "gguf", "not opt; export to dequantized"),
+        ("opt", "gguf", "not for opt; start the run from a GGUF file"),
         ("qwen3_moe", "compressed-tensors", "fuses several experts; native and dequantized hold it"),
-        ("qwen3_moe", "gguf", "fuses several experts"),
+        ("qwen3_moe", "gguf", "norm_topk_prob is false; start the run from a GGUF file"),
         ("gpt2", "gptq", "is stored transposed"),
-        ("gpt2", "gguf", "is stored transposed"),
+        ("gpt2", "gguf", "not for gpt2; start the run from a GGUF file"),
         ("llama", "gguf", "the tokenizer has no merges"),
     ],
 )
@@ -71,6 +71,27 @@ def test_architectures_and_tokenizers(tmp_path: Path, family: str, name: str, me
 def test_grids_and_scales(llama: Path, settings: dict[str, object], name: str, message: str | None) -> None:
     reason = format_of(name).refuse(planned(llama, **settings))  # type: ignore[arg-type]
     assert reason is None if message is None else message in (reason or "")
+
+
+@pytest.mark.parametrize(
+    ("preset", "holding"),
+    [
+        ("mlx4g64", {"native", "dequantized", "mlx", "gguf"}),
+        ("iq4_nl", {"native", "dequantized", "gguf"}),
+        ("q4_k", {"native", "dequantized", "gguf"}),
+        ("q4_0", {"native", "dequantized", "mlx", "gguf", "compressed-tensors", "gptq"}),
+    ],
+)
+def test_layouts_of_scales_that_a_format_does_not_know(tmp_path: Path, preset: str, holding: set[str]) -> None:
+    folder = save_model(tmp_path / "llama", LlamaConfig(**{**SHAPE, "hidden_size": 256}))
+    run = planned(folder, scheme=QuantScheme(preset=preset))
+    reasons = {name: format_.refuse(run) for name, format_ in all_formats().items()}
+    assert {name for name, reason in reasons.items() if reason is None} == holding
+    refusals = [reason for reason in reasons.values() if reason is not None]
+    assert all(f"does not hold the scales or levels of {preset}" in reason for reason in refusals)
+    weights = list(run.weights.values())
+    exact = format_of("gguf").runtimes(weights)[0].exactness.startswith("exact")
+    assert exact == (preset == "q4_0")
 
 
 def test_salient_weights(llama: Path) -> None:
