@@ -14,6 +14,7 @@ from lightning_gsq.models import loading
 from lightning_gsq.models.chain import embed
 from lightning_gsq.models.ends import find_ends, head_inputs
 from lightning_gsq.run import blocks as blocks_module
+from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.outer_weights import round_rows, visiting
 from lightning_gsq.run.substitution import outer_installed
 from lightning_gsq.training import EndToEndOptions, EndToEndQuantization, ModelQuantization
@@ -142,8 +143,8 @@ def test_blocks_learn_on_the_quantized_embedding(
     seen: list[tuple[Tensor, Tensor]] = []
     original = blocks_module.fit_block
 
-    def watched(run: object, plan: object, block: object, quantized: Tensor, full: Tensor, target: Tensor) -> object:
-        seen.append((quantized.clone(), full.clone()))
+    def watched(run: object, plan: object, block: object, quantized: Stream, full: Stream, target: Stream) -> object:
+        seen.append((quantized.hidden_NTD.clone(), full.hidden_NTD.clone()))
         return original(run, plan, block, quantized, full, target)  # type: ignore[arg-type]
 
     monkeypatch.setattr(blocks_module, "fit_block", watched)
