@@ -12,7 +12,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
-from lightning_gsq.run.recipe import model_fingerprint
+from lightning_gsq.run.recipe import model_fingerprint, recipe_digest
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import SchemeOverride
 from lightning_gsq.weights.salient_part import SalientPart
@@ -45,6 +45,7 @@ def open_run(folder: str | Path) -> FinishedRun:
     root = Path(folder).expanduser()
     recipe = _read_recipe(root)
     run_folder = RunFolder(root, create=False)
+    run_folder.recipe = recipe_digest(recipe)
     model = _model_of(recipe, root)
     source = model.address.source()
     model.load(source)

@@ -13,6 +13,7 @@ killed begins anew, from the blocks' result and with the teacher's stored tokens
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.head import find_head
-from lightning_gsq.run.folder import Blocks, RunFolder, compare
-from lightning_gsq.run.matrices import to_cpu
+from lightning_gsq.run.block_files import Blocks, DamagedFileError
+from lightning_gsq.run.blocks import made_by
+from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.matrices import as_stored
+from lightning_gsq.run.recipe import compare
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.fingerprint import fingerprint
 from lightning_gsq.system.seeding import generator_of
@@ -41,7 +45,8 @@ class EndToEndResult:
     """What the phase found.
 
     Args:
-        report: ``start`` and ``final`` held-out losses, ``rejected``, ``seconds``, ``settings``, ``blocks``.
+        report: ``start`` and ``final`` held-out losses, ``rejected``, ``seconds``, ``settings``, ``blocks`` (what it
+            began with), ``weights`` (digests of what it ended with), ``made_by``.
         dense: Norms and head if they trained, fp32 by parameter name.
     """
 
@@ -62,25 +67,18 @@ def check_end_to_end(
     Raises:
         ConfigurationError: it cannot, or the folder holds a finished phase with other settings.
     """
-    vocabulary = len(find_head(model.network).weight_VD)
-    if options.loss.top_k is not None and options.loss.top_k > vocabulary:
-        raise ConfigurationError(
-            f"end_to_end.top_k: {options.loss.top_k} tokens were asked for, the vocabulary has {vocabulary}"
-        )
-    if trainer.limit_val_batches == 0:
-        raise ConfigurationError(
-            "trainer.limit_val_batches: the end-to-end phase keeps the state that is best on the held-out sequences, "
-            "so it needs them; leave the option out"
-        )
-    logits = "logits" in options.train and model.block.gumbel.logits_dtype != "float32"
-    if logits and _is_spread(options, trainer.world_size):
+    vocabulary, top_k = len(find_head(model.network).weight_VD), options.loss.top_k
+    if top_k is not None and top_k > vocabulary:
+        raise ConfigurationError(f"end_to_end.top_k: {top_k} tokens were asked for, the vocabulary has {vocabulary}")
+    dtype = model.block.gumbel.logits_dtype
+    if "logits" in options.train and dtype != "float32" and _is_spread(options, trainer.world_size):
         raise ConfigurationError(
             f"model.gumbel.logits_dtype: {options.strategy} takes one dtype for all that trains, and scales train in "
-            f"float32; got {model.block.gumbel.logits_dtype}. Use float32, or leave logits out of end_to_end.train"
+            f"float32; got {dtype}. Use float32, or leave logits out of end_to_end.train"
         )
-    known = folder.read_dense("end_to_end")
-    if known is not None:
-        _refuse_another(folder, known[1], _kept(settings))
+    finished = _on_disk(folder, lambda _: None)
+    if finished is not None:
+        _refuse_other_settings(folder, finished.report, _kept(settings))
 
 
 def _is_spread(options: EndToEndOptions, world: int) -> bool:
@@ -92,18 +90,56 @@ def _kept(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
 
 
-def _refuse_another(
-    folder: RunFolder, report: dict[str, Any], settings: dict[str, Any], blocks: str | None = None
-) -> None:
+def _refuse_other_settings(folder: RunFolder, report: dict[str, Any], settings: dict[str, Any]) -> None:
     differences = compare(report["settings"], settings, "end_to_end.")
-    if blocks is not None and report["blocks"] != blocks:
-        differences.append("blocks: the phase started from other codes and scales")
     if differences:
         raise ConfigurationError(
             f"end_to_end: {folder.root} holds a finished end-to-end phase of another kind; delete "
             f"{folder.dense_file('end_to_end')} to have it run again. What differs:\n"
             + "\n".join(f"  {line}" for line in differences)
         )
+
+
+def _on_disk(folder: RunFolder, say: Callable[[str], None]) -> EndToEndResult | None:
+    """What a finished phase left in its own file; None where there is none that can be used."""
+    try:
+        content = folder.read_dense("end_to_end")
+    except DamagedFileError as error:
+        say(str(error))
+        return None
+    if content is None or not {"settings", "blocks", "weights", "rejected", "seconds"} <= set(content[1]):
+        return None
+    return EndToEndResult(content[1], content[0])
+
+
+def _finished(run: Run, settings: dict[str, Any], blocks: str) -> EndToEndResult | None:
+    """The finished phase, if all of it is there and began with these blocks; says what has to be made again."""
+    result = _on_disk(run.folder, run.say)
+    if result is None:
+        return None
+    _refuse_other_settings(run.folder, result.report, settings)
+    again = "; the phase is run again"
+    if result.report["blocks"] != blocks:
+        run.say(f"The end-to-end phase began with other codes and scales than those of the blocks now{again}")
+        return None
+    parameters = dict(run.model.network.named_parameters(remove_duplicate=False))
+    for name, value in result.dense.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            run.say(
+                f"{run.folder.dense_file('end_to_end')} holds {name} in a shape that the model does not have{again}"
+            )
+            return None
+    for plan in [] if result.rejected else run.plan:
+        header = run.folder.header("end_to_end", plan.index)
+        try:
+            run.folder.read_block("end_to_end", plan.index, plan.expected)
+        except DamagedFileError as error:
+            run.say(str(error))
+            return None
+        if header is None or result.report["weights"].get(str(plan.index)) != header.digest:
+            run.say(f"{plan.name} is not the one that the end-to-end phase ended with{again}")
+            return None
+    return result
 
 
 def run_end_to_end(
@@ -119,21 +155,17 @@ def run_end_to_end(
         progress: Shows how far the phase is.
 
     Raises:
-        ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
+        ConfigurationError: the folder holds a finished phase with other settings.
     """
     settings = _kept(settings)
     blocks = fingerprint(part for tensors in start for tensor in tensors.values() for part in tensor.parts())
-    finished = run.folder.read_dense("end_to_end")
-    if run.ranks.agree(finished is not None):
-        assert finished is not None
-        dense, report = finished
-        _refuse_another(run.folder, report, settings, blocks)
-        return EndToEndResult(report, dense)
-
+    finished = run.ranks.agree(_finished(run, settings, blocks) if run.ranks.first else None)
+    if finished is not None:
+        return finished
     began = time.perf_counter()
-    # What an earlier end of this phase left behind, if its file was deleted, is not true of the coming one.
-    perplexity = run.folder.progress.get("perplexity", {})
-    run.folder.update_progress(perplexity={k: v for k, v in perplexity.items() if k != "end_to_end"}, model=None)
+    # What an earlier end of this phase left behind is not true of the coming one.
+    if run.ranks.first:
+        run.folder.dense_file("end_to_end").unlink(missing_ok=True)
     trainer = _trainer(run, options, [] if progress is None else [progress])
     module = _module(run, start, options)
     training, held_out = _batches(run, module, options)
@@ -141,6 +173,11 @@ def run_end_to_end(
     rejected = not module.best_loss < start_loss
     module.restore_best()
     dense = {} if rejected else module.dense()
+    if rejected:
+        run.say(
+            f"The end-to-end phase did not lower the held-out loss of {start_loss:.4g} (it ended at "
+            f"{module.last_loss:.4g}): the result of the blocks stands"
+        )
     report = {
         "start": start_loss,
         "final": module.best_loss,
@@ -149,18 +186,25 @@ def run_end_to_end(
         "seconds": time.perf_counter() - began,
         "settings": settings,
         "blocks": blocks,
+        "weights": {} if rejected else _write_blocks(run, module),
+        "made_by": made_by(run),
     }
-    if rejected:
-        run.say(
-            f"The end-to-end phase did not lower the held-out loss of {start_loss:.4g} (it ended at "
-            f"{module.last_loss:.4g}): the result of the blocks stands"
-        )
-    else:
-        for index, tensors in module.tensors():
-            run.folder.write_block("end_to_end", index, {n: to_cpu(t) for n, t in tensors.items()})
     run.folder.write_dense("end_to_end", dense, report)
     run.ranks.wait()
     return EndToEndResult(report, dense)
+
+
+def _write_blocks(run: Run, module: EndToEndQuantization) -> dict[str, str]:
+    """Writes the blocks with what trained in them; digests by the block's number."""
+    digests = {}
+    for index, tensors in module.tensors():
+        block, name = run.blocks[index], run.plan_of[index].name
+        originals = {site.name: site.to_matrix(block.get_parameter(site.name)) for site in run.plan_of[index].weights}
+        stored = {key: as_stored(tensors[key], w_OI, f"{name}.{key}") for key, w_OI in originals.items()}
+        run.folder.write_block("end_to_end", index, stored)
+        header = run.folder.header("end_to_end", index) if run.ranks.first else None
+        digests[str(index)] = "" if header is None else header.digest
+    return digests
 
 
 def _trainer(run: Run, options: EndToEndOptions, watching: list[Callback]) -> Trainer:
@@ -204,6 +248,7 @@ def _batches(
     sequences: Dataset[Any] = TensorDataset(train_ids_NT)
     if options.loss.top_k is not None:
         key = {
+            "model": run.recipe["fingerprints"]["model"],
             "text": fingerprint([train_ids_NT]),
             "temperature": str(options.loss.temperature),
             "top_k": str(options.loss.top_k),

@@ -180,8 +180,8 @@ class BlockwisePerplexity:
         metric = model.negative_log_likelihood.to(device)
         with trainer.precision_plugin.forward_context(), self._embedded(ids_NT, activations) as hidden:
             hidden_NTD, dtype = hidden
-            for block, call in zip(self.blocks, self._calls(ids_NT[:1]), strict=True):
-                dtype = _pass_through(block, call, hidden_NTD, dtype, device)
+            for index, (block, call) in enumerate(zip(self.blocks, self._calls(ids_NT[:1]), strict=True)):
+                dtype = _pass_through(block, call, hidden_NTD, dtype, device, index)
             head = self._head(device)
             for part in slices(len(ids_NT), size):
                 last_BTD = self._finish(ids_NT[part], hidden_NTD[part].to(dtype))
@@ -248,7 +248,7 @@ class BlockwisePerplexity:
 
 
 def _pass_through(
-    block: nn.Module, call: BlockCall, hidden_NTD: Tensor, dtype: torch.dtype, device: torch.device
+    block: nn.Module, call: BlockCall, hidden_NTD: Tensor, dtype: torch.dtype, device: torch.device, index: int
 ) -> torch.dtype:
     """Replaces all hidden states by the block's output; returns the dtype that the block computed them in.
 
@@ -257,7 +257,7 @@ def _pass_through(
     weights = {name: _fetch(t, device) for name, t in [*block.named_parameters(), *block.named_buffers()]}
     call = call.to(device)
     return pass_through(
-        lambda hidden: run_block(block, _fetch(hidden, device, dtype), call, weights), hidden_NTD, hidden_NTD
+        lambda hidden: run_block(block, _fetch(hidden, device, dtype), call, weights), hidden_NTD, hidden_NTD, index
     )
 
 
