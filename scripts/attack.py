@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from lightning_gsq.cli.defaults import quiet_libraries
 from tests.support.attack_cases import bad_inputs, failures, kills, mutations
 from tests.support.attack_targets import make_target
 
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     options = parser.parse_args()
     torch.set_num_threads(1)  # forks of a process with threads would wait for ones that they do not have
+    quiet_libraries()
     wrong = 0
     with tempfile.TemporaryDirectory() as temporary:
         target = make_target(Path(temporary))

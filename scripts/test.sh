@@ -7,7 +7,7 @@ ensure_environment test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # On an installed copy, as a user of its types sees it: mypy does not follow editable installs.
-rm -rf .venv/installed
+rm -rf .venv/installed build  # a stale build would bring back modules that are gone
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
   --target .venv/installed .
 (cd .venv/installed && MYPYPATH="$PWD" ../bin/mypy --config-file ../../pyproject.toml)

@@ -22,7 +22,17 @@ from tests.support.exported import save_model
 from tests.support.runs import write_config
 
 DIGESTS = Path(__file__).with_name("bit_identity.json")
-ONE_PHASE = {"model__phases": ["init", "blocks"], "trainer__max_steps": 6, "data__num_sequences": 16}
+ADAM = {"betas": [0.9, 0.999], "fused": None}
+ONE_PHASE = {
+    # Whatever the recipe's defaults become, these runs stay what they are.
+    "model__phases": ["init", "blocks"],
+    "model__hessian_sequences": 64,
+    "model__compile_blocks": False,
+    "model__optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3, **ADAM}},
+    "trainer__max_steps": 6,
+    "data__num_sequences": 16,
+}
+END_TO_END = {"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 2e-3, **ADAM}}, "max_steps": -1}
 RUNS: dict[str, dict[str, Any]] = {
     "1 bit": {"model__scheme": {"bits": 1, "group_size": 128}},
     "ternary": {"model__scheme": {"bits": "ternary", "group_size": 64}},
@@ -46,6 +56,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "end to end": {
         "model__scheme": {"bits": 2, "group_size": 64},
         "model__phases": ["init", "blocks", "end_to_end"],
+        "end_to_end__optimizer": END_TO_END["optimizer"],
+        "end_to_end__max_steps": END_TO_END["max_steps"],
     },
 }
 NATIVE_ALONE = {"salient columns", "budget"}

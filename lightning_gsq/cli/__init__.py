@@ -1,7 +1,9 @@
 """How do options become objects? The command line on LightningCLI.
 
 entry     arguments in, exit code out
-app       the verbs, their options, and what each is given
+errors    which errors are told in one line
+verbs     the verbs by name
+app       their options, and what each is given
 parser    errors of one line
 defaults  what every verb shares
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,17 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from lightning_gsq.cli.arguments import rewritten
+from lightning_gsq.cli.configs import DEFAULTS
 from lightning_gsq.cli.defaults import TRAINER_DEFAULTS, native_precision
+from lightning_gsq.cli.help import COMMON
+from lightning_gsq.cli.messages import configuration_error
 from lightning_gsq.cli.parser import PROGRAM, GSQArgumentParser
+from lightning_gsq.cli.trainers import check_seed, check_settings, make_trainer
+from lightning_gsq.cli.verbs import SUMMARIES
 from lightning_gsq.commands.export import export
 from lightning_gsq.commands.fit import fit
 from lightning_gsq.commands.plan import plan
@@ -25,14 +31,14 @@ from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system import sharding
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A subcommand.
+    """What a subcommand takes.
 
     Args:
-        summary: One line for ``--help``.
         run: The function whose remaining arguments and docstring are its options; None if there are none.
         given: Arguments of ``run`` that are no options.
         repeated: Options that can be given several times, with several values each.
@@ -40,7 +46,6 @@ class Verb:
         trains: Takes the model, the data and a Trainer, with all their options.
     """
 
-    summary: str
     run: Callable[..., Any] | None = None
     given: tuple[str, ...] = ("console",)
     repeated: tuple[str, ...] = ()
@@ -50,13 +55,11 @@ class Verb:
 
 PARTS = ("model", "data", "evaluation", "activations", "end_to_end", "trainer", "console")
 VERBS = {
-    "fit": Verb("Quantize a model into a run folder (--trainer.default_root_dir).", trains=True),
-    "validate": Verb("Measure the perplexity of a model, a finished run folder or an exported one.", trains=True),
-    "plan": Verb("Say what fit would take with the same options, without doing it.", plan, PARTS, trains=True),
-    "export": Verb(
-        "Write a finished run as files that other programs load.", export, repeated=("format",), flags=("overwrite",)
-    ),
-    "predict": Verb("Write text from prompts.", predict, repeated=("prompt",)),
+    "fit": Verb(trains=True),
+    "validate": Verb(trains=True),
+    "plan": Verb(plan, PARTS, trains=True),
+    "export": Verb(export, repeated=("format",), flags=("overwrite", "trust_remote_code")),
+    "predict": Verb(predict, repeated=("prompt",)),
 }
 
 
@@ -69,8 +72,10 @@ class GSQCLI(LightningCLI):
 
     trainer: Trainer
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str]) -> None:
         self.console = make_console()
+        self.all_help = "--help.all" in args
+        args = ["--help" if argument == "--help.all" else argument for argument in args]
         self._logger: Logger | None = None
         super().__init__(
             ModelQuantization,
@@ -93,15 +98,20 @@ class GSQCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         self._subcommand_parsers = {}
         subcommands = parser.add_subcommands()
+        recipe = {"default_config_files": [DEFAULTS]}
         for name, verb in VERBS.items():
-            options = self.init_parser(prog=f"{parser.prog} {name}", description=verb.summary)
+            defaults = recipe if verb.trains else {}
+            options = self.init_parser(description=SUMMARIES[name], **defaults)
             assert isinstance(options, GSQArgumentParser)  # as asked for above
+            options.common = () if self.all_help else COMMON.get(name, ())
             if verb.trains:
                 self._add_arguments(options)
+                options.accept_name("model.scheme", dataclasses.asdict(QuantScheme()), "preset")
             if verb.run is not None:
                 options.add_signature(verb.run, set(verb.given), verb.repeated, verb.flags)
             self._subcommand_parsers[name] = options
-            subcommands.add_subcommand(name, options, help=verb.summary)
+            subcommands.add_subcommand(name, options, help=SUMMARIES[name])
+            options.prog = f"{parser.prog} {name}"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the groups that are not Lightning's."""
@@ -114,6 +124,11 @@ class GSQCLI(LightningCLI):
             help="Formats that fit exports the finished run to, into its folder export; as of the command export.",
         )
         parser.add_class_arguments(EndToEndOptions, "end_to_end")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Reads the arguments that ``main`` was given; Lightning's own warns that they are not those of the process."""
+        assert isinstance(args, list)  # as main gives them
+        self.config = parser.parse_args(rewritten(args))
 
     # -- objects
 
@@ -131,6 +146,7 @@ class GSQCLI(LightningCLI):
 
     def _set_seed(self) -> None:
         if VERBS[str(self.subcommand)].trains:
+            check_seed("seed_everything", self.settings.seed_everything)
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
@@ -138,6 +154,7 @@ class GSQCLI(LightningCLI):
         if not VERBS[str(self.subcommand)].trains:
             return
         trainer = self.settings.trainer
+        check_settings(trainer)
         if sharding.asked_for(trainer.strategy):
             trainer.strategy, self.settings.end_to_end.strategy = "ddp", sharding.FSDP2
         if trainer.precision is None:
@@ -145,8 +162,12 @@ class GSQCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the model, the data and a Trainer, for the verbs that take them."""
-        if VERBS[str(self.subcommand)].trains:
+        if not VERBS[str(self.subcommand)].trains:
+            return
+        try:
             super().instantiate_classes()
+        except ValueError as error:  # in which jsonargparse wraps what a class says of its arguments
+            raise configuration_error(error) or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A new Trainer with the user's settings; all Trainers of a run share one logger and the callbacks."""
@@ -156,9 +177,7 @@ class GSQCLI(LightningCLI):
             if self._logger is None:
                 self._logger = TensorBoardLogger(config["default_root_dir"], name="", version="tensorboard")
             config["logger"] = self._logger
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Trainer(**config)
+        return make_trainer(config)
 
     def evaluation_trainer(self) -> Trainer:
         """A Trainer that only evaluates: neither logger nor callbacks."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+EXIT_USAGE, EXIT_FAILURE = 2, 1
 
 QUIET_TRAINER: dict[str, Any] = {
     "enable_checkpointing": False,

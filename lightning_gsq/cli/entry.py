@@ -1,29 +1,40 @@
-"""Where a command begins and ends: arguments in, exit code out."""
+"""Where a command begins and ends: arguments in, exit code out.
+
+Signals are watched before the libraries are loaded, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import sys
 
-from lightning_gsq.cli.app import GSQCLI
-from lightning_gsq.cli.defaults import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, quiet_libraries
-from lightning_gsq.errors import ConfigurationError
+from lightning_gsq import __version__
+from lightning_gsq.cli.verbs import overview
 from lightning_gsq.system.console import make_console
-from lightning_gsq.training import NonFiniteLossError
+from lightning_gsq.system.signals import Stopped, speaks, stopping
+
+
+def console() -> None:
+    """The command ``lightning-gsq``."""
+    sys.exit(main())
 
 
 def main(args: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = sys.argv[1:] if args is None else args
-    quiet_libraries()
-    errors = make_console(stderr=True)
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    if arguments[0] in ("-h", "--help", "--version"):
+        print(f"lightning-gsq {__version__}" if arguments[0] == "--version" else overview())
+        return 0
+    again = "resumes after the last finished block or phase" if "fit" in arguments else "begins anew"
+    farewell = f"stopped; the same command {again}"
     try:
-        if not arguments:
-            arguments, args = ["--help"], ["--help"]
-        GSQCLI(args)
-    except (ConfigurationError, NonFiniteLossError) as error:
-        errors.print(f"error: {error}", soft_wrap=True)
-        return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command resumes after the last finished block or phase")
-        return EXIT_INTERRUPTED
-    return 0
+        with stopping(farewell, loading=True) as watch:
+            from lightning_gsq.cli.errors import run
+
+            watch.loading = False
+            return run(arguments, debug)
+    except Stopped as stopped:
+        if speaks():
+            make_console(stderr=True).print(farewell, soft_wrap=True)
+        return stopped.exit_code

@@ -1,44 +1,56 @@
-"""The parser: an error is a line, not two pages of usage."""
+"""The parser: an error is a line, help begins with what is used, an exchanged class takes its arguments with it."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
-from collections.abc import Callable
+from argparse import HelpFormatter
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ActionYesNo
+from jsonargparse import ActionYesNo, Namespace, set_loader
+from jsonargparse import _typehints as typehints
+from jsonargparse._loaders_dumpers import yaml_load
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_gsq.cli.configs import load_limited
 from lightning_gsq.cli.defaults import EXIT_USAGE
+from lightning_gsq.cli.help import common_help
+from lightning_gsq.cli.messages import configuration_error, one_line
 
 PROGRAM = "python -m lightning_gsq"
 
 
 class GSQArgumentParser(LightningArgumentParser):
-    """Prints an error alone, without two pages of usage, and names the nearest option to one that does not exist."""
+    """A parser that prints an error in one line."""
+
+    common: tuple[str, ...] = ()
+    """Options of the short help; none for a help of all."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with exit code 2."""
-        options = {
-            name.removeprefix("--") for parser in [self, *self._parsers()] for name in parser._option_string_actions
-        }
-        unknown = (
-            re.findall(r"option '([^']+)'|--([\w.]+)", message)
-            if "not accept" in message or "nrecognized" in message
-            else []
-        )
-        for name in ("".join(parts) for parts in unknown):
-            nearest = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-            if nearest:
-                message += f"\ndid you mean {nearest[0]!r}?"
-        self.exit(EXIT_USAGE, f"error: {message}\n(every option: {self.prog} --help)\n")
+        if not self.exit_on_error:  # of a class in an option: the parser of the verb says which option
+            super().error(message, ex)
+        nested = configuration_error(ex)
+        parser = self._of_verb(message)
+        if nested is None:
+            options = {name.removeprefix("--") for name in parser._option_string_actions}
+            message = f"{one_line(message, options)} ({parser.prog} --help)"
+        self.exit(EXIT_USAGE, f"error: {nested or message}\n")
 
-    def _parsers(self) -> list[LightningArgumentParser]:
+    def _of_verb(self, message: str) -> LightningArgumentParser:
+        """The parser of the verb that was typed; this one where there is none."""
         subcommands = getattr(self, "_subcommands_action", None)
-        return list(subcommands._name_parser_map.values()) if subcommands is not None else []
+        verbs = {} if subcommands is None else subcommands._name_parser_map
+        verb = next((argument for argument in getattr(self, "args", []) if argument in verbs), None)
+        return self if verb is None else verbs[verb]
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """The options that are used first, or all of them."""
+        return common_help(self, self.common) if self.common else super().format_help(formatter)
 
     def add_signature(
         self, function: Callable[..., Any], skip: set[str], repeated: tuple[str, ...] = (), flags: tuple[str, ...] = ()
@@ -59,3 +71,37 @@ class GSQArgumentParser(LightningArgumentParser):
             self.add_argument(f"--{name}", **settings, help=explained[name])
         for name in flags:
             self.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=explained[name])
+
+    def accept_name(self, option: str, settings: Mapping[str, Any], name: str) -> None:
+        """Lets a group of settings be given as one name as well, on the command line and in configurations.
+
+        Args:
+            option: The group.
+            settings: All of its settings with their defaults, which a name sets back.
+            name: The setting that takes the name.
+        """
+        group: Any = self._option_string_actions[f"--{option}"]
+        otherwise = group.resolve_subclass_spec
+
+        def resolve(value: Any) -> Any:
+            if isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value) and not Path(value).is_file():
+                return {**settings, name: value}
+            return otherwise(value)
+
+        group.resolve_subclass_spec = resolve
+
+
+def _drop_arguments(_: Any, previous: Any, value: Any) -> None:
+    """Another class starts from its own defaults; jsonargparse keeps what it happens to take too."""
+    if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+        previous["init_args"] = Namespace()
+
+
+def _load(text: str) -> Any:
+    if "&" in text:
+        load_limited(text)
+    return yaml_load(text)
+
+
+typehints.discard_init_args_on_class_path_change = _drop_arguments
+set_loader("yaml", _load, (yaml.YAMLError,))

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import ExportOptions, format_of, open_run
-from lightning_gsq.export.engine import check_free, export_run
+from lightning_gsq.export.engine import Exported, export_run
 from lightning_gsq.export.hub import check_name, push
+from lightning_gsq.export.preflight import describe, folder_obstacle
 from lightning_gsq.system.console import make_console
 
 
@@ -20,6 +21,7 @@ def export(
     output: str | None = None,
     overwrite: bool = False,
     check: bool = True,
+    trust_remote_code: bool = False,
     shard_size_gb: float = 5.0,
     gguf_embedding: Literal["F16", "Q8_0"] | None = None,
     gguf_projection: Literal["Q4_0", "Q5_0", "Q8_0"] = "Q8_0",
@@ -33,8 +35,9 @@ def export(
         run: The run folder.
         format: Formats to write, such as native, dequantized, compressed-tensors, gptq or gguf; several at once.
         output: Folder to write to, one inside it for each format; by default the folder export of the run.
-        overwrite: Replace folders that are there already.
+        overwrite: Replace earlier exports; a folder that holds anything else is left alone.
         check: Load each folder back with the package that reads it, and compare weights, logits, text and perplexity.
+        trust_remote_code: Run Python code that comes with the original model. Never taken from the run's recipe.
         shard_size_gb: Size in GB after which a new weight file begins.
         gguf_embedding: Type of embedding and head in a GGUF file; null for that of the GGUF file that the run started
             from, or F16.
@@ -47,7 +50,8 @@ def export(
         The folder of each format.
 
     Raises:
-        ConfigurationError: something asked for cannot be done; raised before anything is written.
+        ConfigurationError: nothing that was asked for can be done; raised before anything is written.
+        WorkFailedError: some formats could not be written; the others were.
     """
     console = console or make_console()
     chosen = [format_of(name) for name in dict.fromkeys(format)]
@@ -58,13 +62,27 @@ def export(
     if push_to_hub is not None:
         check_name(push_to_hub, len(chosen))
     root = Path(output).expanduser() if output else Path(run).expanduser() / "export"
-    for format_ in chosen:
-        if not overwrite:
-            check_free(root / format_.name)
-    opened = open_run(run)
+    # Before a model is loaded, which may take minutes.
+    blocked = {format_.name: folder_obstacle(root / format_.name, overwrite) for format_ in chosen}
+    if all(blocked.values()):
+        raise ConfigurationError(describe({name: str(reason) for name, reason in blocked.items()}))
+    if trust_remote_code:
+        console.print(f"--trust_remote_code: running Python code that comes with the model of {run}", soft_wrap=True)
+    opened = open_run(run, trust_remote_code)
     options = ExportOptions(int(shard_size_gb * 1e9), gguf_embedding, gguf_projection)
-    folders = export_run(opened, chosen, root, options, check, console)
+    exported = export_run(opened, chosen, root, options, check, overwrite, console)
     if push_to_hub is not None:
-        for name, folder in folders.items():
-            console.print(f"uploaded to {push(folder, push_to_hub.format(format=name), private)}", soft_wrap=True)
-    return folders
+        _upload(exported, push_to_hub, private, console)
+    exported.verify()
+    return exported.folders
+
+
+def _upload(exported: Exported, name: str, private: bool, console: Console) -> None:
+    """Uploads what was written; what the hub does not take is a failure among the others."""
+    for format_name, folder in exported.folders.items():
+        try:
+            address = push(folder, name.format(format=format_name), private)
+        except ConfigurationError as error:
+            exported.failures[format_name] = str(error)
+        else:
+            console.print(f"uploaded to {address}", soft_wrap=True)

@@ -15,8 +15,11 @@ from lightning_gsq.commands.tables import print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
-from lightning_gsq.export import ExportFormat, ExportOptions, FinishedRun, PlannedRun, format_of
-from lightning_gsq.export.engine import check_possible, export_run
+from lightning_gsq.export import FinishedRun, PlannedRun, format_of
+from lightning_gsq.export.engine import bring_up_to_date
+from lightning_gsq.export.folders import tidy
+from lightning_gsq.export.preflight import refuse_exports
+from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan
@@ -91,6 +94,8 @@ def fit(
         console = make_console(quiet=True)
     say = functools.partial(console.print, soft_wrap=True)
     with claimed(trainer.default_root_dir, trainer.global_rank, source, say) as folder:
+        for name in all_formats() if not folder.rank else ():
+            tidy(folder.root / "export" / name)
         model.load(source)
         if "end_to_end" in model.phases:
             check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
@@ -100,7 +105,8 @@ def fit(
             check_saving(model.network, model.tokenizer, folder.root)
         plan = make_plan(model)
         _check_plan(model, plan)
-        check_possible(exports, PlannedRun(model, plan, settings["model"]))
+        planned = PlannedRun(model, plan, settings["model"])
+        refuse_exports(exports, planned, folder.root / "export", reserved=_bytes_to_write(model))
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
@@ -123,7 +129,7 @@ def fit(
         if folder.rank:
             return summary
         print_summary(console, summary, str(folder.root))
-        _export(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+        bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
         return folder.summary
 
 
@@ -152,17 +158,6 @@ def _what_is_done(run: Run) -> str:
         f"{run.data.num_sequences} calibration sequences of {run.data.sequence_length} tokens, "
         f"{run.trainer.precision}, {run.device.type}{processes}"
     )
-
-
-def _export(run: FinishedRun, exports: list[ExportFormat], console: Console) -> None:
-    """Exports the finished run, except to what an earlier start has exported already."""
-    done = run.folder.progress.get("exports", {})
-    for own in exports:
-        folder = run.folder.root / "export" / own.name
-        if done.get(own.name) != run.kind or not folder.is_dir():
-            export_run(run, [own], folder.parent, ExportOptions(), check=True, console=console)
-            done = {**done, own.name: run.kind}
-            run.folder.update_progress(exports=done)
 
 
 def _check_plan(model: ModelQuantization, plan: list[BlockPlan]) -> None:

@@ -64,6 +64,8 @@ def predict(
         raise ConfigurationError(f"temperature must not be negative, got {temperature}")
     if not 0 < top_p <= 1:
         raise ConfigurationError(f"top_p must lie between 0 and 1, got {top_p}")
+    if not 0 <= seed < 2**32:
+        raise ConfigurationError(f"seed must be a number from 0 to {2**32 - 1}, got {seed}")
     place = _device(device)
     prompts = _prompts(prompt, file)
     source = loading.resolve(loading.finished_model(model), revision, trust_remote_code)
@@ -139,9 +141,11 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        meta = torch.empty(0, device=name).is_meta
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if meta:
+        raise ConfigurationError(f"device: {name} holds no numbers; use cpu, or cuda for a GPU")
     return torch.device(name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_gsq.data import CalibrationDataModule
-from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates
+from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates, scale_numbers
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import BlockSkeleton, Skeleton
 from lightning_gsq.quantizers import GPTQ
@@ -63,7 +63,7 @@ def block_terms(
     forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False).peak
     backward = activation_bytes(block, width, data.batch_size, tokens, around.bf16, training=True).peak
     count = sum(site.rows * site.in_features for site in weights)
-    groups = sum(site.rows * scheme.num_groups(site.in_features) for site, scheme in weights.items())
+    groups = scale_numbers(weights.items())
     copy = {"block in fp32": FP32 * block.parameters}
     working = {"codes and positions of the starts": 5 * count}
     working |= _rounding_terms(model, weights, forward, sequences * tokens)
@@ -96,7 +96,7 @@ def _training_terms(
     model: ModelQuantization, weights: Weights, optimizer_state: float, forward: int, backward: int
 ) -> dict[str, int]:
     count = sum(site.rows * site.in_features for site in weights)
-    groups = sum(site.rows * scheme.num_groups(site.in_features) for site, scheme in weights.items())
+    groups = scale_numbers(weights.items())
     logits = sum(
         candidates(scheme, model.block.gumbel.shifts) * site.rows * site.in_features for site, scheme in weights.items()
     )

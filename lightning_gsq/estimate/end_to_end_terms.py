@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_gsq.data import CalibrationDataModule
-from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates
+from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates, scale_numbers
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.perplexity import FP32
@@ -25,7 +25,7 @@ def end_to_end_terms(
     """Teacher and student in one network; of the student, codes, and dense weights as long as a block's graph lives."""
     batch, tokens = options.passes.batch_size, data.sequence_length
     itemsize = 2 if around.bf16 else FP32
-    trained = _trained(model, options, skeleton, plan, ledger)
+    trained = _trained(model, options, skeleton, plan)
     one = activation_bytes(skeleton.blocks[0], skeleton.width, batch, tokens, around.bf16, training=True)
     states = trained * FP32 * (2 + around.optimizer_state)
     terms = _full_precision(skeleton, around)
@@ -54,14 +54,13 @@ def _trained(
     options: EndToEndOptions,
     skeleton: Skeleton,
     plan: dict[int, Weights],
-    ledger: BitsLedger,
 ) -> int:
     """Numbers that train, without the norms."""
-    count = ledger.scale_bits // (8 * model.storage.scale_dtype.itemsize) if "scales" in options.train else 0
+    pairs = [pair for weights in plan.values() for pair in weights.items()]
+    count = scale_numbers(pairs) if "scales" in options.train else 0
     if "head" in options.train:
         count += skeleton.vocabulary * skeleton.width
     if "logits" in options.train:
-        pairs = ((site, scheme) for weights in plan.values() for site, scheme in weights.items())
         count += sum(candidates(q, model.block.gumbel.shifts) * s.rows * s.in_features for s, q in pairs)
     return count
 

@@ -27,6 +27,7 @@ from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
 from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
@@ -108,7 +109,9 @@ def estimate(
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
     """
     source = model.address.source(need_weights=False)
-    skeleton = make_skeleton(source, loading.load_config(source), model.address.dtype)
+    config = loading.load_config(source)
+    loading.check_headers(source, config)
+    skeleton = make_skeleton(source, config, model.address.dtype)
     plan = _assign(model, skeleton)
     around = _surroundings(model, end_to_end, trainer, source, device_memory)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
@@ -182,7 +185,9 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
         for site in skeleton.blocks[index].sites
     }
     plan: dict[int, Weights] = defaultdict(dict)
-    for name, scheme in model.selection.schemes(sites).items():
+    schemes = model.selection.schemes({name: site.in_features for name, (_, site) in sites.items()})
+    refuse_shared(skeleton.model, schemes)
+    for name, scheme in schemes.items():
         index, site = sites[name]
         plan[index][site] = scheme
     return dict(plan)

@@ -20,6 +20,7 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelQuantizer, Start
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.training import BlockQuantization, ModelQuantization
+from lightning_gsq.weights.layout import SCALES
 
 STEPS = 3
 
@@ -103,12 +104,14 @@ def _block(
     full: nn.Module = copy.deepcopy(block.module)._apply(random)
     quantizers = {}
     for site, scheme in weights.items():
-        codes = torch.randint(
-            scheme.low, scheme.high + 1, (site.rows, site.in_features), dtype=torch.int8, device=device
-        )
-        scales = torch.full((site.rows, scheme.num_groups(site.in_features)), 0.02, device=device)
+        low, high, dtype = scheme.grid.low, scheme.grid.high, scheme.grid.code_dtype
+        codes = torch.randint(low, high + 1, (site.rows, site.in_features), dtype=dtype, device=device)
+        stored = scheme.parts(site.in_features).items()
+        parts = {name: torch.full((site.rows, part.columns), 0.02, device=device) for name, part in stored}
         generator = generator_of("probe", site.name)
-        quantizers[site] = GumbelQuantizer(Start(codes, scales, codes), scheme, model.block.gumbel, generator)
+        quantizers[site] = GumbelQuantizer(
+            Start(codes, parts.pop(SCALES), codes, parts), scheme, model.block.gumbel, generator
+        )
     module = BlockQuantization(full, longer(block.call, tokens).to(device), quantizers, model.block.optimizer, run=run)
     module.to(device)
     parameters = [p for p in module.parameters() if p.requires_grad]

@@ -13,7 +13,7 @@ from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.saliency.budget import planned_ledger
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.packing import packed_words
-from lightning_gsq.weights.quantized import BitsLedger
+from lightning_gsq.weights.quantized import BitsLedger, stored_scale_bits
 from lightning_gsq.weights.scheme import QuantScheme
 
 Weights = dict[LinearSite, QuantScheme]
@@ -82,6 +82,11 @@ def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_bytes: in
             total += planned_ledger(site.rows, site.in_features, scheme, 8 * scale_bytes)
             continue
         words = site.rows * packed_words(site.in_features, scheme.storage_bits)
-        scales = site.rows * scheme.num_groups(site.in_features)
-        total += BitsLedger(site.rows * site.in_features, 32 * words, 8 * scale_bytes * scales)
+        scales = stored_scale_bits(scheme, site.rows, site.in_features, 8 * scale_bytes)
+        total += BitsLedger(site.rows * site.in_features, 32 * words, scales)
     return total
+
+
+def scale_numbers(weights: Iterable[tuple[LinearSite, QuantScheme]]) -> int:
+    """Numbers that are stored, and train, as the scales of these weights."""
+    return sum(site.rows * part.columns for site, scheme in weights for part in scheme.parts(site.in_features).values())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import BlockCall, find_blocks, split_hidden
+from lightning_gsq.models.empty import empty_model
 from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
 from lightning_gsq.models.probe import probe_ids
 
@@ -86,14 +86,7 @@ def make_skeleton(source: loading.ModelSource, config: PretrainedConfig, dtype: 
     kept = _dtype(config, dtype, source.gguf_file is not None)
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
-    try:
-        with torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=kept, trust_remote_code=source.trust_remote_code
-            )
-    except Exception as error:  # see loading.load_config
-        raise ConfigurationError(f"model.pretrained: cannot build a model from {source.path}: {error}") from error
-    model.eval().requires_grad_(False)
+    model = empty_model(source, config, kept)
     prefix, blocks = find_blocks(model)
     found = _watch(copy.deepcopy(model), len(blocks))
     head = model.get_output_embeddings()

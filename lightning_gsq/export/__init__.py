@@ -10,6 +10,8 @@ readers      programs that read exported files
 writer       weight files, shard by shard, with their ledger
 companions   configuration and tokenizer beside them
 check        loads an export back
+preflight    can these formats be written at all?
+folders      which folders are an export's own, and their names
 engine       writes, checks and replaces folders
 report       what is printed
 card, figure  model card and figure of a folder

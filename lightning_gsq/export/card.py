@@ -24,29 +24,29 @@ PART_NOTES = {
 ARXIV = "2604.18556"
 
 
-def model_card(run: FinishedRun, own: ExportFormat, ledger: Ledger, report: CheckReport | None) -> str:
+def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: CheckReport | None) -> str:
     """The text of ``README.md``.
 
     Args:
         run: The run.
-        own: The format of the folder.
+        format_: The format of the folder.
         ledger: Its bits.
         report: What loading it back showed; None if that was not done.
     """
     weights = list(run.weights.values())
     schemes = sorted({str(weight.scheme) for weight in weights})
-    name = _base_name(run.address)
+    name = as_text(_base_name(run.address))
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(run, schemes), sort_keys=False, allow_unicode=True)}---\n",
         f"# {name}, {' and '.join(schemes)}\n",
         f"{len(weights)} weight matrices of [{name}](#how-it-was-made) quantized with "
-        f"[lightning-gsq](https://arxiv.org/abs/{ARXIV}), in the `{own.name}` format.\n",
+        f"[lightning-gsq](https://arxiv.org/abs/{ARXIV}), in the `{format_.name}` format.\n",
         "## How to load it\n",
         _table(
             ("runtime", "weights", "how"),
             [
                 (runtime.name, runtime.exactness, f"`{runtime.usage.format(folder='FOLDER')}`")
-                for runtime in own.runtimes(weights)
+                for runtime in format_.runtimes(weights)
             ],
         ),
         "## Perplexity\n",
@@ -58,7 +58,7 @@ def model_card(run: FinishedRun, own: ExportFormat, ledger: Ledger, report: Chec
         "![where the bytes go](ledger.png)\n",
     ]
     if report is not None:
-        parts.append(f"## Checked\n\n{report.describe()}\n")
+        parts.append(f"## Checked\n\n{as_text(report.describe())}\n")
     return "\n".join(parts)
 
 
@@ -80,8 +80,8 @@ def _making(run: FinishedRun) -> list[tuple[str, str]]:
     model, data = _settings(run, "model"), _settings(run, "data")
     start = _class_name(model.get("warm_start"))
     rows = [
-        ("original model", f"`{run.address}`"),
-        ("method", f"GSQ from {start}" if run.kind != "warm_start" else start),
+        ("original model", as_code(run.address)),
+        ("method", f"GSQ from {as_text(start)}" if run.kind != "warm_start" else as_text(start)),
         ("scheme", ", ".join(sorted({str(weight.scheme) for weight in run.weights.values()}))),
         ("scales", str(run.scale_dtype).removeprefix("torch.")),
         ("not quantized", str(run.dtype).removeprefix("torch.")),
@@ -91,20 +91,24 @@ def _making(run: FinishedRun) -> list[tuple[str, str]]:
             (
                 "calibration",
                 f"{data.get('num_sequences')} sequences of {data.get('sequence_length')} tokens, "
-                f"{_text_name(data.get('source'))}",
+                f"{as_text(_text_name(data.get('source')))}",
             )
         )
     versions = run.recipe.get("versions", {})
-    rows.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
+    rows.append(("versions", as_text(", ".join(f"{name} {number}" for name, number in versions.items()))))
     rows.append(("everything else", "`recipe.yaml`"))
     return rows
 
 
 def _perplexity(summary: Mapping[str, Any]) -> str:
-    known = summary.get("perplexity", {})
-    if not known:
+    measured = summary.get("perplexity")
+    rows = [
+        (PERPLEXITY_NAMES.get(key, as_text(str(key))), f"{value:.3f}")
+        for key, value in (measured.items() if isinstance(measured, Mapping) else ())
+        if isinstance(value, float)
+    ]
+    if not rows:
         return "Not measured.\n"
-    rows = [(PERPLEXITY_NAMES.get(key, key), f"{value:.3f}") for key, value in known.items()]
     return _table(("", "perplexity"), rows)
 
 
@@ -132,6 +136,18 @@ def _ledger_table(ledger: Ledger) -> str:
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def as_text(value: str) -> str:
+    """A string as a line of Markdown that shows exactly its characters: no markup, no HTML, no link, no new line."""
+    line = " ".join(value.split())
+    text = re.sub(r"([\\`*_{}\[\]()#+!|~<>&@])", lambda match: f"&#{ord(match[1])};", line)
+    return text.replace("://", "&#58;//").replace("www.", "www&#46;")
+
+
+def as_code(value: str) -> str:
+    """A string as code in a line of Markdown if it is a plain name or path, otherwise as text."""
+    return f"`{value}`" if re.fullmatch(r"[\w./: -]+", value) else as_text(value)
 
 
 def _settings(run: FinishedRun, group: str) -> Mapping[str, Any]:

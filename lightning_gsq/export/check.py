@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lightning_gsq.models import loading
 PROMPTS = ("The capital of France is", "Water boils when", "def fibonacci(n):")
 NEW_TOKENS = 16
 PERPLEXITY_TOKENS = 256
+Model = TypeVar("Model", bound=Callable[..., Any])
 LOGIT_TOLERANCE = 1e-3
 """Of the largest logit: a hundred times what summing in another order does in fp32."""
 
@@ -48,7 +50,13 @@ def compare_model(
         CheckFailedError: it does not load, or differs.
     """
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            # A plain yes or no: with None, transformers asks at the terminal.
+            trust_remote_code=run.model.address.trust_remote_code,
+        )
     except Exception as error:  # whatever the package raises, the file is not what it should be
         raise CheckFailedError(f"{package} cannot load {folder}: {error}") from error
     return compare(run, loaded.eval(), f"{package} {version(package)}", dense_of or nn.Module.get_parameter, rounded_to)
@@ -57,24 +65,31 @@ def compare_model(
 @torch.no_grad()
 def compare(
     run: FinishedRun,
-    loaded: PreTrainedModel,
+    loaded: Model,
     runtime: str,
-    dense_of: Callable[[PreTrainedModel, str], Tensor],
+    dense_of: Callable[[Model, str], Tensor],
     rounded_to: torch.dtype | None = None,
 ) -> CheckReport:
     """Compares a loaded model with the run: weights, logits, text, perplexity.
 
+    Args:
+        run: The run.
+        loaded: A model, called with token ids; its answer has ``logits``.
+        runtime: What loaded it, for the report.
+        dense_of: Gives a quantized weight of the loaded model by name, in the shape of the original parameter.
+        rounded_to: Dtype that the format rounds dequantized weights to; None compares in fp32.
+
     Raises:
         CheckFailedError: a weight differs, or the logits differ by more than the order of summation explains.
     """
-    different = [
-        name
-        for name in run.weights
-        if not torch.equal(
-            dense_of(loaded, name).float(),
-            run.dense(name, rounded_to or torch.float32).float(),
-        )
-    ]
+    try:
+        different = [
+            name
+            for name in run.weights
+            if not torch.equal(dense_of(loaded, name).float(), run.dense(name, rounded_to or torch.float32).float())
+        ]
+    except (AttributeError, TypeError, KeyError) as error:
+        raise CheckFailedError(f"{runtime} loads another model than was written: {error}") from error
     if different:
         raise CheckFailedError(
             f"{runtime} loads {len(different)} of {len(run.weights)} weights with other values, first {different[0]}"
@@ -121,7 +136,7 @@ def greedy(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def follows(model: PreTrainedModel, prompt_BT: Tensor, text_BT: Tensor) -> bool:
+def follows(model: Callable[..., Any], prompt_BT: Tensor, text_BT: Tensor) -> bool:
     """Whether a model continues the prompt to exactly this text: one forward pass in place of a token at a time."""
     start = prompt_BT.shape[1]
     predicted_T = model(text_BT, use_cache=False).logits[0, start - 1 : -1].argmax(-1)
@@ -129,7 +144,7 @@ def follows(model: PreTrainedModel, prompt_BT: Tensor, text_BT: Tensor) -> bool:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, ids_BT: Tensor) -> float:
+def perplexity(model: Callable[..., Any], ids_BT: Tensor) -> float:
     """Perplexity of one sequence."""
     logits_TV = model(ids_BT, use_cache=False).logits[0, :-1].float()
     return math.exp(float(nn.functional.cross_entropy(logits_TV, ids_BT[0, 1:])))

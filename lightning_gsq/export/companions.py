@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_gsq.export.source import FinishedRun
+
+CONFIG = "config.json"
 
 
 def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -27,7 +31,11 @@ def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def write_companions(
-    run: FinishedRun, folder: Path, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None
+    run: FinishedRun,
+    folder: Path,
+    quantization: dict[str, Any] | None,
+    dtype: torch.dtype | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes what stands beside the weights: config.json, generation_config.json, the tokenizer, recipe.yaml.
 
@@ -36,6 +44,7 @@ def write_companions(
         folder: The folder.
         quantization: ``quantization_config`` of config.json; None for a model without one.
         dtype: The dtype that config.json asks readers to compute in; None for the parameters' own.
+        more: Further entries of config.json.
     """
     config = run.config.to_dict()
     config.pop("quantization_config", None)
@@ -44,6 +53,9 @@ def write_companions(
     if quantization is not None:
         config["quantization_config"] = quantization
     run.config.__class__.from_dict(config).save_pretrained(folder)
+    if more:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | more
+        (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if run.generation_config is not None:
         run.generation_config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)

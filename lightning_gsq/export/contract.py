@@ -1,13 +1,20 @@
-"""What a format is: a class with a ``name`` and five methods, registered by :func:`~.registry.register`."""
+"""What a format is: a class with a ``name`` and five methods, registered by :func:`~.registry.register`.
+
+``refuse`` is asked before a run trains and before anything is written; ``write`` and ``check`` come after. The others
+say what is printed: which programs load the file, how many bits a weight takes in it, what a user should know.
+"""
 
 from __future__ import annotations
 
+import json
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from lightning_gsq.errors import WorkFailedError
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.weights.ledger import Ledger
@@ -43,6 +50,12 @@ class Runtime:
     exactness: str
     usage: str
 
+    def how(self, folder: str) -> str:
+        """The command or line of Python for a folder, whatever characters are in its name."""
+        return self.usage.replace('"{folder}"', json.dumps(folder, ensure_ascii=False)).replace(
+            "{folder}", shlex.quote(folder)
+        )
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -56,6 +69,7 @@ class CheckReport:
         same_text: Whether greedy text from the prompts is the same; None where that cannot be expected.
         perplexity: On a short text, with the run's weights and with the loaded file.
         note: What else the user should know.
+        checked: Whether the runtime was there at all.
     """
 
     runtime: str
@@ -64,9 +78,12 @@ class CheckReport:
     same_text: bool | None = None
     perplexity: tuple[float, float] | None = None
     note: str = ""
+    checked: bool = True
 
     def describe(self) -> str:
         """The report as one line."""
+        if not self.checked:
+            return self.note
         parts = []
         if self.weights is not None:
             parts.append(f"{self.weights[1]} of {self.weights[0]} quantized weights bit-identical")
@@ -81,7 +98,7 @@ class CheckReport:
         return f"checked with {self.runtime}: " + ", ".join(parts)
 
 
-class CheckFailedError(RuntimeError):
+class CheckFailedError(WorkFailedError):
     """A file that was written does not load back as what it should be."""
 
 
@@ -91,6 +108,8 @@ class ExportFormat(ABC):
     name: ClassVar[str]
     salient: ClassVar[bool] = False
     """Whether it holds weights of which some have more bits."""
+    package: ClassVar[str | None] = None
+    """The package that :meth:`check` loads a folder with, where it is not one that this project needs anyway."""
 
     @abstractmethod
     def refuse(self, run: PlannedRun) -> str | None:
@@ -125,6 +144,14 @@ class ExportFormat(ABC):
     @abstractmethod
     def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """Which programs load it, and whether exactly."""
+
+    def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
+        """Bits that a weight takes in the file, scales included: for the table and for the room on the disk."""
+        return weight.bits(8 * run.scale_dtype.itemsize)
+
+    def remarks(self, run: PlannedRun) -> list[str]:
+        """What a user should know before a run is trained for this format."""
+        return []
 
     def weight_files(self, folder: Path) -> list[Path]:
         """The files that the ledger counts."""

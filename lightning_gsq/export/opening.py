@@ -6,37 +6,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import model_fingerprint, recipe_digest
+from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.assignment import SchemeOverride
-from lightning_gsq.weights.salient_part import SalientPart
-from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.assignment import override_of, scheme_of
 
 _MODEL_SETTINGS = (
     # settings of a run that say what its weights are; the others say how they were trained
     "pretrained",
     "include",
     "exclude",
+    "fallback",
     "blocks",
     "scale_dtype",
     "dtype",
     "output_dtype",
     "revision",
-    "trust_remote_code",
 )
 
 
-def open_run(folder: str | Path) -> FinishedRun:
+def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun:
     """Opens a finished run and loads its original model.
 
     Args:
         folder: The run folder.
+        trust_remote_code: Run Python code that comes with the original model. What the run's recipe says of it counts
+            for nothing: a folder from elsewhere does not decide what runs here.
 
     Raises:
         ConfigurationError: it is no run folder, the run is not finished, or its original model is not there or has
@@ -46,9 +45,16 @@ def open_run(folder: str | Path) -> FinishedRun:
     recipe = _read_recipe(root)
     run_folder = RunFolder(root, create=False)
     run_folder.recipe = recipe_digest(recipe)
-    model = _model_of(recipe, root)
-    source = model.address.source()
-    model.load(source)
+    model = _model_of(recipe, root, trust_remote_code)
+    try:
+        model.load(model.address.source())
+    except ConfigurationError as error:
+        if trust_remote_code or not recipe["settings"]["model"].get("trust_remote_code"):
+            raise
+        raise ConfigurationError(
+            f"{error}\nThe run was trained with Python code that comes with {model.address.pretrained}. That is never "
+            "run because a recipe says so: read the code, then add --trust_remote_code"
+        ) from error
     recorded = recipe.get("fingerprints", {}).get("model")
     if recorded is not None and recorded != model_fingerprint(model):
         raise ConfigurationError(
@@ -62,29 +68,23 @@ def _read_recipe(root: Path) -> dict[str, Any]:
     file = root / "recipe.yaml"
     if not file.is_file():
         raise ConfigurationError(f"run: {root} is not a run folder (no recipe.yaml)")
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigurationError(f"run: {file} cannot be read: {error}") from error
-    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("settings", {}).get("model"), Mapping):
+    recipe = read_yaml(file, "run")
+    settings = recipe.get("settings") if isinstance(recipe, Mapping) else None
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("model"), Mapping):
         raise ConfigurationError(f"run: {file} is not the recipe of a run: it has no settings of a model")
     return dict(recipe)
 
 
-def _model_of(recipe: Mapping[str, Any], root: Path) -> ModelQuantization:
+def _model_of(recipe: Mapping[str, Any], root: Path, trust_remote_code: bool) -> ModelQuantization:
     """The model with the settings of a run, not loaded yet."""
     settings = recipe["settings"]["model"]
     overrides: Mapping[str, Any] = settings.get("overrides") or {}
     try:
         return ModelQuantization(
-            scheme=QuantScheme(**_with_salient(settings["scheme"])),
-            overrides={name: SchemeOverride(**_with_salient(fields)) for name, fields in overrides.items()},
+            scheme=scheme_of(settings["scheme"]),
+            overrides={name: override_of(fields) for name, fields in overrides.items()},
             **{key: settings[key] for key in _MODEL_SETTINGS if key in settings},
+            trust_remote_code=trust_remote_code,
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"run: the recipe in {root} is not one of this version: {error}") from error
-
-
-def _with_salient(fields: Mapping[str, Any]) -> dict[str, Any]:
-    salient = fields.get("salient")
-    return {**fields, "salient": SalientPart(**salient) if salient else salient}

@@ -6,17 +6,23 @@ values.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.scheme import QuantScheme
+
+USUAL_RATIO = 0.1
+"""Share of salient weights that a search finds, about."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,24 @@ class ExportedWeight:
         return self.site.rows, self.site.in_features
 
     @property
+    def count(self) -> int:
+        """How many weights it has."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def group_length(self) -> int:
         """Weights that share a scale."""
         return self.scheme.group_length(self.site.in_features)
+
+    def bits(self, scale_bits: int) -> float:
+        """True bits a weight, codes and scales; about, where the salient part is still to be chosen."""
+        if self.scheme.budget is not None:
+            return self.scheme.budget
+        bits = self.scheme.storage_bits + scale_bits * self.scheme.num_groups(self.site.in_features) / self.shape[1]
+        salient = self.scheme.salient
+        if salient is None:
+            return bits
+        return bits + (salient.ratio or USUAL_RATIO) * (salient.bits - self.scheme.storage_bits)
 
 
 class PlannedRun:
@@ -79,6 +100,33 @@ class PlannedRun:
         """The configuration of the exported model."""
         return self.network.config
 
+    @functools.cached_property
+    def values(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the exported model that is not quantized is one of these."""
+        return {name: value.detach() for name, value in self.network.state_dict().items()}
+
+    def other_names(self) -> list[str]:
+        """Names of all stored parameters and buffers that are not quantized, in the model's order.
+
+        Parameters that share their memory with one before them (a head tied to the embedding) are left out.
+        """
+        seen: set[tuple[int, torch.Size]] = set()
+        names = []
+        for name, value in self.values.items():
+            key = (value.data_ptr(), value.shape)
+            if name not in self.weights and not (value.numel() and key in seen):
+                seen.add(key)
+                names.append(name)
+        return names
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter or buffer that is not quantized, as a file stores it: floating point in :attr:`dtype`.
+
+        This is the one place where such values come from: the original model, with what a run trained in its place.
+        """
+        value = self.values[name]
+        return value.to(self.dtype) if value.is_floating_point() else value
+
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The original model's settings for generation."""
@@ -93,6 +141,14 @@ class PlannedRun:
     def address(self) -> str:
         """Where the original model came from."""
         return self.model.address.pretrained
+
+    @property
+    def start_file(self) -> Path | None:
+        """The file whose codes the run started from (``FromFile``); None for a run that rounded."""
+        start = self.settings.get("warm_start")
+        if not isinstance(start, Mapping) or str(start.get("class_path", "")).rpartition(".")[2] != "FromFile":
+            return None
+        return Path(start["init_args"]["file"]).expanduser()
 
     @property
     def scale_dtype(self) -> torch.dtype:

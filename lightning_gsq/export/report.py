@@ -1,31 +1,57 @@
-"""What an export prints: which program loads what, and where the bytes go."""
+"""What an export prints: which program loads what, how, and where the bytes go."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from lightning_gsq.export.contract import ExportFormat
-from lightning_gsq.export.planned import ExportedWeight
+from lightning_gsq.export.planned import PlannedRun
+from lightning_gsq.export.preflight import COMPANIONS, num_bytes
+from lightning_gsq.export.readers.packages import missing
+from lightning_gsq.run.report import megabytes
 from lightning_gsq.weights.ledger import PARTS, Ledger
 
 
-def print_loadability(console: Console, chosen: Sequence[ExportFormat], weights: Sequence[ExportedWeight]) -> None:
-    """Prints which program loads which folder, and how exactly."""
+def print_loadability(console: Console, chosen: Sequence[ExportFormat], run: PlannedRun) -> None:
+    """Prints which program loads each format, how exactly, how large it is, and what a user should know of it."""
+    weights = list(run.weights.values())
     schemes = " and ".join(sorted({str(weight.scheme) for weight in weights}))
-    table = Table("format", "runtime", "weights", title=f"What loads {schemes}", title_justify="left")
-    table.add_column("how to load", overflow="fold")
+    table = Table("format", "bits in file", "size", "runtime", "weights", title=f"What loads {schemes}")
+    table.title_justify = "left"
+    total = sum(weight.count for weight in weights)
     for format_ in chosen:
+        bits = sum(weight.count * format_.stored_bits(weight, run) for weight in weights) / total
+        cells = [format_.name, f"{bits:.4g}", f"about {megabytes(num_bytes(format_, run) - COMPANIONS)}"]
         for runtime in format_.runtimes(weights):
-            table.add_row(format_.name, runtime.name, runtime.exactness, runtime.usage.format(folder="FOLDER"))
+            table.add_row(*cells, runtime.name, runtime.exactness)
+            cells = ["", "", ""]
     console.print(table)
+    for format_ in chosen:
+        remarks = format_.remarks(run)
+        if format_.package is not None and missing(format_.package):
+            remarks.append(missing(format_.package))
+        for remark in remarks:
+            console.print(f"{format_.name}: {remark}", soft_wrap=True)
+
+
+def print_usage(console: Console, chosen: Sequence[ExportFormat], run: PlannedRun, folders: Mapping[str, Path]) -> None:
+    """Prints how to load each folder: one line a program, with the folder's path, to be copied."""
+    weights = list(run.weights.values())
+    for format_ in chosen:
+        if format_.name in folders:
+            console.print(f"load {format_.name}:")
+            for runtime in format_.runtimes(weights):
+                console.print(f"  {runtime.name}: {runtime.how(str(folders[format_.name]))}", soft_wrap=True)
 
 
 def print_ledger(console: Console, ledger: Ledger, title: str) -> None:
     """Prints where the bytes of a model's weight files go."""
-    table = Table("part", "bytes", "bits per quantized weight", title=title, title_justify="left")
+    console.print(title, soft_wrap=True)
+    table = Table("part", "bytes", "bits per quantized weight")
     for column in table.columns[1:]:
         column.justify = "right"
     sums = ledger.summary()

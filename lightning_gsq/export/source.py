@@ -12,6 +12,7 @@ whose address stands in the recipe. :class:`FinishedRun` joins the two under the
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +26,12 @@ from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.substitution import replace
+from lightning_gsq.system.fingerprint import file_digest
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight
+
+KINDS = ("warm_start", "block", "end_to_end")
+"""Whose result a run may have saved last."""
 
 
 class FinishedRun(PlannedRun):
@@ -53,7 +58,12 @@ class FinishedRun(PlannedRun):
     ) -> None:
         super().__init__(model, plan, recipe["settings"]["model"])
         self.folder, self.recipe, self.summary = folder, recipe, summary
-        self.kind = folder.progress.get("model", "block")
+        self.kind = folder.progress.get("model") or "block"
+        if self.kind not in KINDS:
+            raise ConfigurationError(
+                f"run: {folder.root / 'progress.json'} is damaged (model: {self.kind!r}); remove it, and the command "
+                "that started the run writes it anew"
+            )
         for index in self.plans:
             if not folder.block_file(self.kind, index).is_file():
                 raise ConfigurationError(
@@ -61,7 +71,7 @@ class FinishedRun(PlannedRun):
                     "command that started it"
                 )
         self._trained = self._read_trained()
-        self._values = {name: value.detach() for name, value in self.network.state_dict().items()} | self._trained
+        self.values = self.values | self._trained
         self._config = copy.deepcopy(self.network.config)
         head = self.network.get_output_embeddings()
         if any(self.network.get_submodule(name.rpartition(".")[0]) is head for name in self._trained):
@@ -82,6 +92,18 @@ class FinishedRun(PlannedRun):
                     f"model has {shape}; it is the file of another run. Delete it to have that phase run again"
                 )
         return {name: value.to(parameters[name].dtype) for name, value in dense[0].items()}
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """What everything here follows from: a digest of each file of the run, and of the original model."""
+        files = [self.folder.block_file(self.kind, index) for index in self.plans]
+        if self._trained:
+            files.append(self.folder.dense_file(self.kind))
+        model = self.recipe.get("fingerprints", {}).get("model", "")
+        return {
+            "original": str(model),
+            **{str(file.relative_to(self.folder.root)): file_digest(file) for file in files},
+        }
 
     @property
     def config(self) -> PretrainedConfig:
@@ -134,20 +156,6 @@ class FinishedRun(PlannedRun):
             model.get_parameter(name).copy_(self.dense(name, weight_dtype))
         return model
 
-    def other_names(self) -> list[str]:
-        """Names of all stored parameters and buffers that are not quantized, in the model's order.
-
-        Parameters that share their memory with one before them (a head tied to the embedding) are left out.
-        """
-        seen: set[tuple[int, torch.Size]] = set()
-        names = []
-        for name, value in self._values.items():
-            key = (value.data_ptr(), value.shape)
-            if name not in self.weights and not (value.numel() and key in seen):
-                seen.add(key)
-                names.append(name)
-        return names
-
     def units(self) -> Iterator[list[str]]:
         """All stored names, in parts that are written together: one a block, one for each parameter outside of them."""
         others, quantized = self.other_names(), list(self.weights)
@@ -161,11 +169,3 @@ class FinishedRun(PlannedRun):
         for name in quantized:
             inside[self.weights[name].block].append(name)
         yield from (names for names in inside.values() if names)
-
-    def parameter(self, name: str) -> Tensor:
-        """A parameter or buffer that is not quantized, as a file stores it: floating point in :attr:`dtype`.
-
-        This is the one place where such values come from: the original model, with what a run trained in its place.
-        """
-        value = self._values[name]
-        return value.to(self.dtype) if value.is_floating_point() else value

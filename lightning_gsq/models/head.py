@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.chain import trace
+from lightning_gsq.models.finite import check_activations
 from lightning_gsq.models.probe import probe_ids
 from lightning_gsq.ops.distillation import Head
 
@@ -49,6 +51,7 @@ def find_head(
             error = (head.logits(hidden_ND).float() - wanted_NV).abs().max() / wanted_NV.abs().max()
             if float(error) < TOLERANCE:
                 return head
+    check_activations(model, trace(model, ids))
     raise ConfigurationError(
         f"{purpose} computes logits from the last hidden states, and those of {type(model).__name__} are not its "
         f"output embedding applied to them; {way_out}"

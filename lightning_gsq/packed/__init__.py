@@ -1,6 +1,7 @@
 """How does a model run whose weights stay packed?
 
 load                    reads a native folder into packed modules, also through transformers
+registration            makes transformers import that when it loads models
 transformers_quantizer  what transformers calls meanwhile
 exchange                packed modules in the place of a model's own
 config                  the layout of each packed weight, as config.json has it

@@ -33,7 +33,8 @@ class GSQConfig(QuantizationConfigMixin):
 
     Args:
         weights: Layout of each packed weight, by parameter name: ``bits``, ``group_size``, ``shape`` (``[O, I]``), for
-            fused experts ``experts`` and ``transposed``, and ``salient`` where some weights have more bits.
+            fused experts ``experts`` and ``transposed``, ``preset`` for a scheme that has a name, and ``salient`` where
+            some weights have more bits.
         version: Version of the format.
 
     Raises:
@@ -72,6 +73,8 @@ def _to_plain(scheme: QuantScheme, site: LinearSite) -> dict[str, Any]:
         "group_size": scheme.group_size,
         "shape": [site.out_features, site.in_features],
     }
+    if scheme.preset is not None:
+        plain["preset"] = scheme.preset
     if site.experts:
         plain["experts"] = site.experts
     if site.transposed:
@@ -95,7 +98,10 @@ def _from_plain(name: str, content: Any) -> tuple[QuantScheme, LinearSite]:
         )
     if type(bits) not in (int, str) or not isinstance(transposed, bool):
         raise ConfigurationError(f"quantization_config: {name} has bits {bits!r} and transposed {transposed!r}")
-    scheme = QuantScheme(bits, group_size, _salient_from_plain(name, content.get("salient")))
+    preset = content.get("preset")
+    if preset is not None and not isinstance(preset, str):
+        raise ConfigurationError(f"quantization_config: {name} has the preset {preset!r}")
+    scheme = QuantScheme(bits, group_size, _salient_from_plain(name, content.get("salient")), preset=preset)
     if not scheme.settled or (scheme.mixed and experts):
         raise ConfigurationError(f"quantization_config: {name} has a salient part that is no layout: {content}")
     return scheme, LinearSite(name, experts, shape[0], shape[1], transposed)

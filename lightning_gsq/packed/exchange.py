@@ -78,8 +78,8 @@ def check_stored(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight):
-            for part in ("codes", "scales"):
-                found, wanted = stored.get(f"{name}.{part}"), getattr(module, part)
+            for part, wanted in module.parts.items():
+                found = stored.get(f"{name}.{part}")
                 if found is None:
                     raise ConfigurationError(f"model: no file holds {name}.{part}")
                 if found.shape != tuple(wanted.shape) or _torch_dtype(found) != wanted.dtype:

@@ -7,21 +7,21 @@ made when it is asked for; the others stay packed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.ops.packed_linear import dequantize_packed, packed_linear
+from lightning_gsq.ops.packed_linear import dequantize_packed, packed_linear, unpack_values
 from lightning_gsq.weights.packing import pack, packed_words
-from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.quantized import QuantizedTensor, scale_values
 from lightning_gsq.weights.scheme import QuantScheme
 
 
 class PackedWeight(nn.Module):
-    """A quantized weight: ``codes`` (int32 words ``O W``) and ``scales`` (``O G``), both buffers.
+    """A quantized weight: ``codes`` (int32 words ``O W``), ``scales`` and what else its layout stores, all buffers.
 
     Casting the module (``.to(torch.bfloat16)``, ``.half()``) leaves the scales in their stored dtype: they are data,
     and another dtype would change the weights.
@@ -29,7 +29,7 @@ class PackedWeight(nn.Module):
     Args:
         scheme: Grid and group size.
         site: Shape and orientation.
-        scale_dtype: Dtype of the scales.
+        scale_dtype: Dtype of the scales, unless the scheme's layout fixes it.
         dtype: Dtype of dense matrices that are made of it; casting the module changes it.
         device: Where to make the buffers.
     """
@@ -49,21 +49,29 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.scheme, self.site = scheme, site
         words = packed_words(site.in_features, scheme.storage_bits)
-        groups = scheme.num_groups(site.in_features)
         self.register_buffer("codes", torch.zeros(site.rows, words, dtype=torch.int32, device=device))
-        self.register_buffer("scales", torch.zeros(site.rows, groups, dtype=scale_dtype, device=device))
+        self.scale_parts = scheme.parts(site.in_features)
+        for name, part in self.scale_parts.items():
+            width = part.columns if part.integers is None else packed_words(part.columns, part.integers.bits)
+            stored = torch.int32 if part.integers is not None else scheme.layout.dtype or scale_dtype
+            self.register_buffer(name, torch.zeros(site.rows, width, dtype=stored, device=device))
         # Holds no number: it is there to be cast together with the model's parameters.
         self.register_buffer("cast", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def fill(self, tensor: QuantizedTensor) -> Self:
         """Takes over codes and scales."""
-        parts = tensor.pack()
-        self.codes, self.scales = parts["codes"].to(self.codes.device), parts["scales"].to(self.scales.device)
+        for name, value in tensor.pack().items():
+            self.register_buffer(name, value.to(self.codes.device))
         return self
 
     @property
+    def parts(self) -> dict[str, Tensor]:
+        """What a file holds of it, by name."""
+        return {name: self.get_buffer(name) for name in ("codes", *self.scale_parts)}
+
+    @property
     def layout(self) -> dict[str, Any]:
-        """Keyword arguments of the packed ops."""
+        """Keyword arguments of the packed ops, which know symmetric grids with a scale a group."""
         in_features = self.site.in_features
         return {
             "bits": self.scheme.storage_bits,
@@ -73,7 +81,22 @@ class PackedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight in the shape of the parameter that it stands for."""
-        return self.site.from_matrix(dequantize_packed(self.codes, self.scales, **self.layout, dtype=dtype))
+        return self.site.from_matrix(self.dense(self.parts, dtype))
+
+    def dense(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The dense rows of packed ones, ``O I``, computed in fp32 and rounded once."""
+        scheme, columns = self.scheme, self.site.in_features
+        if scheme.plain_symmetric:
+            return dequantize_packed(parts["codes"], parts["scales"], **self.layout, dtype=dtype)
+        codes_OI = scheme.grid.codes_of(unpack_values(parts["codes"], scheme.storage_bits, columns))
+        stored = {}
+        for name, part in self.scale_parts.items():
+            value = parts[name]
+            if part.integers is not None:
+                value = unpack_values(value, part.integers.bits, part.columns) + part.integers.low
+            stored[name] = value
+        s_OG, o_OG = scheme.layout.scales(stored), scheme.layout.offsets(stored)
+        return scale_values(scheme.grid.value_of(codes_OI), s_OG, o_OG, scheme.group_length(columns)).to(dtype)
 
     def check_values(self) -> None:
         """Checks what came from a file.
@@ -81,8 +104,9 @@ class PackedWeight(nn.Module):
         Raises:
             ValueError: a scale is not finite, or a code is not a level of the scheme.
         """
-        if not bool(torch.isfinite(self.scales).all()):
-            raise ValueError("the scales are not all finite")
+        for name, part in self.scale_parts.items():
+            if part.integers is None and not bool(torch.isfinite(self.get_buffer(name)).all()):
+                raise ValueError(f"the {name} are not all finite")
         if self.scheme.grid.gaps:
             # Of the four codes of two bits, 0 is no level: every code has a bit set. Tested on whole words, where
             # the mask has the lower bit of each code that is not padding.
@@ -98,10 +122,11 @@ class PackedWeight(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        stored = self.scales
+        stored = {name: self.get_buffer(name) for name, part in self.scale_parts.items() if part.integers is None}
         super()._apply(fn, recurse)
-        if self.scales.dtype != stored.dtype:
-            self.scales = stored.to(self.scales.device)
+        for name, value in stored.items():
+            if self.get_buffer(name).dtype != value.dtype:
+                self.register_buffer(name, value.to(self.get_buffer(name).device))
         return self
 
 
@@ -160,7 +185,10 @@ class QuantLinear(PackedWeight):
         """``... I`` to ``... O``."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return packed_linear(x, self.codes, self.scales, self.bias, **self.layout)
+        if self.scheme.plain_symmetric:
+            return packed_linear(x, self.codes, self.scales, self.bias, **self.layout)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dense(self.parts, x.dtype), bias)
 
 
 class PackedExperts(PackedWeight):
@@ -168,7 +196,6 @@ class PackedExperts(PackedWeight):
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """The matrix of one expert, ``O I`` (``I O`` if the parameter is stored that way)."""
-        stored = (part.unflatten(0, (self.site.experts, -1)) for part in (self.codes, self.scales))
-        codes_OW, scales_OG = (part[int(expert)] for part in stored)
-        w_OI = dequantize_packed(codes_OW, scales_OG, **self.layout, dtype=self.cast.dtype)
+        parts = {name: part.unflatten(0, (self.site.experts, -1))[int(expert)] for name, part in self.parts.items()}
+        w_OI = self.dense(parts, self.cast.dtype)
         return w_OI.T if self.site.transposed else w_OI

@@ -30,7 +30,10 @@ __all__ = ["GSQQuantizer", "load"]
 
 
 def load(
-    folder: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+    folder: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A model with packed weights, in evaluation mode.
 
@@ -38,6 +41,7 @@ def load(
         folder: A folder in the native format.
         dtype: Dtype of what is not quantized, and of the arithmetic; "auto" for that of the file.
         device: Where to put it; the CPU by default.
+        trust_remote_code: Run Python code that comes with the folder.
 
     Raises:
         ConfigurationError: it is no native folder, or a damaged one.
@@ -58,7 +62,12 @@ def load(
     loaded: PreTrainedModel
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
-            root, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+            root,
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,  # a plain yes or no: with None, transformers asks at the terminal
         )  # type: ignore[misc]
     except ConfigurationError:
         raise

@@ -1,11 +1,13 @@
 """Float to codes? Warm starts, and the Gumbel quantizer that trains from them.
 
 warm_start     what a warm start gets and gives
-scale_search   the scale of a group
+scale_search   the scale of a group, and its offset
+layout_fit     scales as a layout stores them, found from left to right
 rtn            round to nearest
 gptq           column by column, with error feedback
 dual_mode      least-squares scales; the published quantizer of the element layout
 from_file      codes and scales of a GGUF file
+trained_scales scales that train as they are stored
 gumbel         a trainable choice of levels
 salient_start  warm start of a matrix with salient columns
 salient        both parts of such a matrix as trainable choices

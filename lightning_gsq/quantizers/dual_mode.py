@@ -129,7 +129,7 @@ def fit_scale(w_OC: Tensor, scheme: QuantScheme, moment_C: Tensor | None = None)
     s_O = search_scale(w_OC, scheme, h_C)
     error = torch.inf
     for _ in range(MAX_ROUNDS):
-        q_OC = scheme.grid.nearest(w_OC / s_O[:, None])
+        q_OC = scheme.grid.value_of(scheme.grid.nearest(w_OC / s_O[:, None]))
         power_O = q_OC.square() @ h_C
         s_O = torch.where(power_O > 0, (w_OC * q_OC) @ h_C / power_O.clamp_min(1e-30), s_O)
         s_O = torch.where(s_O.abs() < TINY, TINY, s_O)

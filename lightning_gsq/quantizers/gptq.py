@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.quantizers.layout_fit import ScaleFit
 from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
@@ -42,32 +43,41 @@ class GPTQ(WarmStart):
         factor_II = inverse_cholesky(hessian_II, self.damping)
         rows, columns = w_OI.shape
         length = scheme.group_length(columns)
+        grid, fit = scheme.grid, ScaleFit(scheme, importance_I, self.scale)
         codes_OI, position_OI = torch.empty_like(w_OI), torch.empty_like(w_OI)
-        scales = []
         for start in range(0, columns, self.block_columns):
             end = min(start + self.block_columns, columns)
             error_OC = w_OI.new_empty(rows, end - start)
             for c in range(start, end):
                 if c % length == 0:
-                    stop = min(c + length, columns)
-                    # Columns past `end` have not seen this block's errors yet: apply them before the scale is read.
-                    group_OC = w_OI[:, c:stop]
-                    if stop > end and c > start:
-                        late = error_OC[:, : c - start] @ factor_II[start:c, end:stop]
-                        group_OC = torch.cat([w_OI[:, c:end], w_OI[:, end:stop] - late], dim=1)
-                    scales.append(self.scale(group_OC, scheme, None if importance_I is None else importance_I[c:stop]))
-                position_O = w_OI[:, c] / scales[-1]
-                code_O = scheme.grid.nearest(position_O)
-                position_OI[:, c], codes_OI[:, c] = position_O, code_O
-                error_O = (w_OI[:, c] - code_O * scales[-1]) / factor_II[c, c]
+                    late = (error_OC[:, : c - start], factor_II, end)
+                    if fit.begins_block(c):
+                        fit.open_block(_current(w_OI, c, c + scheme.layout.block, *late), c)
+                    scale = fit.groups(_current(w_OI, c, min(c + length, columns), *late), c)
+                position_O = scale.position(w_OI[:, c])
+                code_O = grid.nearest(position_O)
+                position_OI[:, c], codes_OI[:, c] = grid.coordinate(position_O), code_O
+                error_O = (w_OI[:, c] - scale.weight(grid.value_of(code_O))) / factor_II[c, c]
                 w_OI[:, c + 1 : end] -= error_O[:, None] * factor_II[c, c + 1 : end]
                 error_OC[:, c - start] = error_O
             w_OI[:, end:] -= error_OC @ factor_II[start:end, end:]
-        return Start(codes_OI.to(torch.int8), torch.stack(scales, dim=1), position_OI)
+        scales_OG, others = fit.parts()
+        return Start(codes_OI.to(grid.code_dtype), scales_OG, position_OI, others)
 
     def scale(self, w_OC: Tensor, scheme: QuantScheme, importance_C: Tensor | None) -> Tensor:
         """The scale of one group a row, ``O``."""
         return search_scale(w_OC, scheme, importance_C)
+
+
+def _current(w_OI: Tensor, start: int, stop: int, error_OC: Tensor, factor_II: Tensor, end: int) -> Tensor:
+    """Columns ``start ... stop`` as they stand after the columns before ``start``.
+
+    Columns past ``end`` have not seen the errors ``error_OC`` of the block that ends there yet: they are applied.
+    """
+    if stop <= end or not error_OC.shape[1]:
+        return w_OI[:, start:stop]
+    late_OC = error_OC @ factor_II[start - error_OC.shape[1] : start, end:stop]
+    return torch.cat([w_OI[:, start:end], w_OI[:, end:stop] - late_OC], dim=1)
 
 
 def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.ops.gumbel_softmax import Backend, gumbel_softmax_weight
+from lightning_gsq.ops.gumbel_softmax import Backend, gumbel_softmax_values, gumbel_softmax_weight
+from lightning_gsq.quantizers.trained_scales import TrainedScales
 from lightning_gsq.quantizers.warm_start import Start
-from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.layout import SCALES
+from lightning_gsq.weights.quantized import QuantizedTensor, expand_groups
 from lightning_gsq.weights.scheme import QuantScheme
 
 NEVER = -1e18
@@ -65,12 +67,13 @@ class GumbelOptions:
             raise ConfigurationError(f"logits_dtype must be float32 or bfloat16, got {self.logits_dtype!r}")
 
 
-class GumbelQuantizer(nn.Module):
+class GumbelQuantizer(TrainedScales):
     """Logits and scales of one weight matrix ``O I``.
 
     Attributes:
         logits: fp32 or bfloat16, ``L O I``; ``L = 1`` for 1 bit, whose sign is the sign of the weight.
-        log_scale: fp32 ``O G``, the logarithm of each scale's change since the warm start.
+        log_scale: fp32 ``O G`` (``O B``), the logarithm of each scale's change since the warm start; other numbers that
+            the layout stores have parameters of their own.
         temperature: tau.
         logit_scale: kappa.
         hard: Return the rounded weight instead of samples.
@@ -83,19 +86,16 @@ class GumbelQuantizer(nn.Module):
     """
 
     start_codes: Tensor
-    start_scales: Tensor
 
     def __init__(self, start: Start, scheme: QuantScheme, options: GumbelOptions, generator: torch.Generator) -> None:
-        super().__init__()
-        self.scheme, self.options = scheme, options
+        super().__init__(scheme, start.scale_parts)
+        self.options = options
         self.temperature, self.logit_scale, self.hard = 1.0, 1.0, False
         self.register_buffer("start_codes", start.codes_OI)
-        self.register_buffer("start_scales", start.scales_OG.float())
         candidates = scheme.grid.candidates(options.shifts)
         self.local, self.levels = candidates.local, tuple(float(level) for level in candidates.levels)
         """The candidates: levels of the grid, or shifts around the start's code."""
         self.logits = nn.Parameter(self._initial_logits(start, generator).to(getattr(torch, options.logits_dtype)))
-        self.log_scale = nn.Parameter(torch.zeros_like(self.start_scales))
 
     def parts(self) -> Iterator[tuple[str, GumbelQuantizer]]:
         """This quantizer alone; one with salient columns has two parts, each with a suffix for the weight's name."""
@@ -106,35 +106,44 @@ class GumbelQuantizer(nn.Module):
         """Weights in a full group."""
         return self.scheme.group_length(self.start_codes.shape[1])
 
-    @property
-    def scales_OG(self) -> Tensor:
-        """The current scales, fp32, differentiable."""
-        return self.start_scales * self.log_scale.exp()
-
     def forward(self, seed: int) -> Tensor:
         """Samples the weight ``O I``; the same seed draws the same noise. Rounded where ``hard`` is set."""
         if self.hard:
             return self.harden().dequantize()
-        w_OI = gumbel_softmax_weight(
-            self.logits,
-            self.scales_OG,
-            self.levels,
-            self.start_codes if self.local else None,
-            kappa=self.logit_scale,
-            tau=self.temperature,
-            noise=self.options.noise,
-            seed=seed,
-            group_length=self.group_length,
-            backend=self.options.backend,
-        )
+        layout, parts = self.scheme.layout, self.scale_parts()
+        w_OI = self.sample(layout.scales(parts), self.logit_scale, self.temperature, seed)
+        o_OG = layout.offsets(parts)
+        if o_OG is not None:
+            w_OI = w_OI + expand_groups(o_OG, w_OI.shape[1], self.group_length).to(w_OI.dtype)
         # Under autocast a bfloat16 weight goes into the matrix product as it is; a block in fp32 takes fp32.
         return w_OI if torch.is_autocast_enabled(w_OI.device.type) else w_OI.float()
+
+    def sample(self, s_OG: Tensor, kappa: float, tau: float, seed: int) -> Tensor:
+        """``s`` times a sampled value of the grid, ``O I`` in the logits' dtype; without the offset."""
+        settings: dict[str, Any] = {
+            "kappa": kappa,
+            "tau": tau,
+            "noise": self.options.noise,
+            "seed": seed,
+            "group_length": self.group_length,
+            "backend": self.options.backend,
+        }
+        if self.scheme.grid.table is not None:
+            return gumbel_softmax_values(self.logits, s_OG, self._candidate_values(), **settings)
+        base_OI = self.start_codes if self.local else None
+        return gumbel_softmax_weight(self.logits, s_OG, self.levels, base_OI, **settings)
+
+    def _candidate_values(self) -> list[Tensor]:
+        """What each candidate of each weight is worth, fp32 ``O I``; those outside of the grid, its ends."""
+        grid = self.scheme.grid
+        shifted = ((self.start_codes + int(shift)).clamp(grid.low, grid.high) for shift in self.levels)
+        return [grid.value_of(codes_OI) for codes_OI in shifted]
 
     @torch.no_grad()
     def codes_OI(self) -> Tensor:
         """The most probable level of each weight, int8."""
         if len(self.logits) == 1:
-            return torch.where(self.logits[0] < 0, -1, 1).to(torch.int8)
+            return torch.where(self.logits[0] < 0, -1, 1).to(self.start_codes.dtype)
         # Plane by plane: argmax over a leading dimension of a few entries is ten times slower on a CPU.
         best_OI, choice_OI = self.logits[0], torch.full_like(self.start_codes, int(self.levels[0]))
         for level, plane_OI in zip(self.levels[1:], self.logits[1:], strict=True):
@@ -143,14 +152,13 @@ class GumbelQuantizer(nn.Module):
             choice_OI = choice_OI.masked_fill(better_OI, int(level))
         return choice_OI + self.start_codes if self.local else choice_OI
 
-    @torch.no_grad()
     def harden(self, scale_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
-        """The quantized weight as it stands: most probable levels, scales rounded to ``scale_dtype``."""
-        return QuantizedTensor(self.codes_OI(), self.scales_OG.to(scale_dtype), self.scheme)
+        """The quantized weight as it stands: most probable levels, scales as stored (in ``scale_dtype``)."""
+        return _tensor(self.codes_OI(), self.stored_parts(scale_dtype), self.scheme)
 
     def start_tensor(self, scale_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
         """The quantized weight of the warm start."""
-        return QuantizedTensor(self.start_codes, self.start_scales.to(scale_dtype), self.scheme)
+        return _tensor(self.start_codes, self.start_parts(scale_dtype), self.scheme)
 
     @torch.no_grad()
     def entropy_OI(self) -> Tensor:
@@ -182,3 +190,7 @@ class GumbelQuantizer(nn.Module):
             # One logit stands for the pair (-l, +l): half the difference of the two.
             return sigma * (noise + alpha * 0.5 * (affinity_LOI[1:] - affinity_LOI[:1]))
         return torch.where(inside_LOI, sigma * (noise + alpha * affinity_LOI), NEVER)
+
+
+def _tensor(codes_OI: Tensor, parts: dict[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+    return QuantizedTensor(codes_OI, parts.pop(SCALES), scheme, parts)

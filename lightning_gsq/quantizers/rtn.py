@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from lightning_gsq.quantizers.layout_fit import ScaleFit, ScaleRule
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
 from lightning_gsq.weights.scheme import QuantScheme
-
-ScaleRule = Callable[[Tensor, QuantScheme, Tensor | None], Tensor]
-"""Finds the scale of one group a row from its weights, the scheme and the weights of their squared errors."""
 
 
 class RTN(WarmStart):
@@ -43,12 +39,18 @@ def round_groups(w_OI: Tensor, scheme: QuantScheme, importance_I: Tensor | None,
         importance_I: Weights of the squared errors, one a column; None if there are none.
         scale: Finds the scale of one group a row from its weights, the scheme and the group's importance.
     """
-    length = scheme.group_length(w_OI.shape[1])
-    scales, positions = [], []
-    for start in range(0, w_OI.shape[1], length):
-        w_OC = w_OI[:, start : start + length]
-        s_O = scale(w_OC, scheme, None if importance_I is None else importance_I[start : start + length])
-        scales.append(s_O)
-        positions.append(w_OC / s_O[:, None])
+    (rows, columns), grid, fit = w_OI.shape, scheme.grid, ScaleFit(scheme, importance_I, scale)
+    # The weights do not change on the way, so that what a layout shares among groups is found for all of them at once.
+    length = scheme.group_length(columns)
+    step = scheme.layout.block or (columns if scheme.layout.offset and columns % length == 0 else length)
+    positions = []
+    for start in range(0, columns, step):
+        w_OB = w_OI[:, start : start + step]
+        free = fit.open_block(w_OB, start) if fit.begins_block(start) else None
+        scales = fit.groups(w_OB, start, free)
+        groups = len(scales.s_R) // rows
+        positions.append(scales.position(w_OB.reshape(rows * groups, -1)).view(rows, -1))
     position_OI = torch.cat(positions, dim=1)
-    return Start(scheme.grid.nearest(position_OI).to(torch.int8), torch.stack(scales, dim=1), position_OI)
+    scales_OG, others = fit.parts()
+    codes_OI = grid.nearest(position_OI).to(grid.code_dtype)
+    return Start(codes_OI, scales_OG, grid.coordinate(position_OI), others)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.weights.layout import SCALES
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -24,14 +25,22 @@ class Start:
     """The warm start of one weight matrix.
 
     Args:
-        codes_OI: int8 levels.
-        scales_OG: fp32.
-        position_OI: fp32, the weight on the grid before rounding (``w / s``); for GPTQ after its error feedback.
+        codes_OI: Codes of the scheme's grid.
+        scales_OG: fp32, one a group; one a block under a two-level layout.
+        position_OI: fp32, where the weight lies between the codes before rounding (``w / s`` on a grid whose codes are
+            their own values); for GPTQ after its error feedback.
+        others: What the scheme's layout stores beside the scales, by name, fp32.
     """
 
     codes_OI: Tensor
     scales_OG: Tensor
     position_OI: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scale_parts(self) -> dict[str, Tensor]:
+        """Everything that is stored for the scales, by name, fp32."""
+        return {SCALES: self.scales_OG, **self.others}
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,9 @@ def start_of(matrix: Matrix, warm_start: WarmStart) -> Start:
 
 
 def quantized(start: Start, scheme: QuantScheme, scale_dtype: torch.dtype) -> QuantizedTensor:
-    """The warm start as a finished weight, its scales rounded to the stored dtype."""
-    return QuantizedTensor(start.codes_OI, start.scales_OG.to(scale_dtype), scheme)
+    """The warm start as a finished weight, its scales in their stored form."""
+    parts = {name: scheme.layout.stored(name, value, scale_dtype) for name, value in start.scale_parts.items()}
+    return QuantizedTensor(start.codes_OI, parts.pop(SCALES), scheme, parts)
 
 
 def stack(starts: list[Start]) -> Start:
@@ -118,4 +128,5 @@ def stack(starts: list[Start]) -> Start:
         torch.cat([part.codes_OI for part in starts]),
         torch.cat([part.scales_OG for part in starts]),
         torch.cat([part.position_OI for part in starts]),
+        {name: torch.cat([part.others[name] for part in starts]) for name in starts[0].others},
     )

@@ -150,7 +150,8 @@ def describe(tensor: QuantizedWeight) -> dict[str, Any]:
     """What a block file says about a weight: bits, group size, shape, and the salient part if it has one."""
     scheme = tensor.scheme
     salient = {} if scheme.salient is None else {"salient": dataclasses.asdict(scheme.salient)}
-    return {"bits": scheme.bits, "group_size": scheme.group_size, **salient, "shape": list(tensor.shape)}
+    preset = {} if scheme.preset is None else {"preset": scheme.preset}
+    return {"bits": scheme.bits, "group_size": scheme.group_size, **preset, **salient, "shape": list(tensor.shape)}
 
 
 def stored_scheme(layout: Mapping[str, Any]) -> QuantScheme:
@@ -160,4 +161,4 @@ def stored_scheme(layout: Mapping[str, Any]) -> QuantScheme:
         ValueError, KeyError, TypeError: it is damaged.
     """
     salient = SalientPart(**layout["salient"]) if "salient" in layout else None
-    return QuantScheme(layout["bits"], layout["group_size"], salient)
+    return QuantScheme(layout["bits"], layout["group_size"], salient, preset=layout.get("preset"))

@@ -57,8 +57,6 @@ def fit_block(
     trainer = run.make_trainer()
     with run.watch("training"):
         trainer.fit(module, batches, validation)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     _let_go(trainer)
     module.to(run.device)
     with run.watch("check"):

@@ -271,8 +271,6 @@ def _train(
     """Trains; returns the held-out loss before it."""
     (before,) = trainer.validate(module, held_out, verbose=False)
     trainer.fit(module, training, held_out)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     if module.validated_step != trainer.global_step:
         trainer.validate(module, held_out, verbose=False)
     return float(before["end_to_end/val_loss"])

@@ -37,7 +37,10 @@ class ActivationOptions:
 
     def __post_init__(self) -> None:
         if not self.memory_limit_gb >= 0:
-            raise ConfigurationError(f"activations.memory_limit_gb must not be negative, got {self.memory_limit_gb}")
+            raise ConfigurationError(
+                f"activations.memory_limit_gb must not be negative, got {self.memory_limit_gb}; 0 keeps all of them in "
+                "files"
+            )
 
     @property
     def place(self) -> Path:

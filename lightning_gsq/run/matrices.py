@@ -92,6 +92,8 @@ def _without_scale(tensor: QuantizedWeight) -> Tensor:
     """The weights ``O I`` whose scale is 0, bool."""
     if isinstance(tensor, QuantizedTensor):
         columns = tensor.shape[1]
+        if tensor.others:  # with two levels or offsets a group's scale may be 0 by choice
+            return torch.zeros(tensor.shape, dtype=torch.bool)
         return expand_groups(tensor.scales_OG, columns, tensor.scheme.group_length(columns)) == 0
     if isinstance(tensor, MixedTensor):
         rest_OR = _without_scale(tensor.rest)

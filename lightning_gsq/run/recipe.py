@@ -128,7 +128,8 @@ def has_salient_part(settings: dict[str, Any]) -> bool:
     """Whether any scheme in these settings leaves something to the choice of salient weights."""
     overrides = (settings.get("overrides") or {}).values()
     schemes = [settings["scheme"], *(override or {} for override in overrides)]
-    return any(scheme.get("salient") or scheme.get("budget") for scheme in schemes)
+    # A preset's name is a scheme without any.
+    return any(not isinstance(scheme, str) and (scheme.get("salient") or scheme.get("budget")) for scheme in schemes)
 
 
 def model_fingerprint(model: ModelQuantization) -> str:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 HYPERPARAMETERS = {
     # columns of the hyperparameter table -> where they stand in the recipe's settings
+    "scheme": "model.scheme",
     "bits": "model.scheme.bits",
     "group_size": "model.scheme.group_size",
     "warm_start": "model.warm_start.class_path",

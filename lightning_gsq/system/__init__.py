@@ -9,11 +9,13 @@ owned_folders        folders that may be replaced, because they were written her
 locking              one process at a time in a folder
 safetensors_headers  the weight files of a folder, looked at before anything is loaded
 processes            several processes that share the sequences
+signals              the end of a command that is asked to stop
 sharding             a model spread over processes (FSDP2)
 stopwatch            where the seconds go
 slices               work in parts of a bounded size
 fingerprint          digests of tensors and files
 digests              digests of everything in tensors, by name
 yaml_files           YAML from anywhere, of a bounded size
+progress_bars        those of other packages, silenced
 versions             what a result was made with
 """

@@ -7,11 +7,10 @@ by then.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -19,7 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
-from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.errors import ConfigurationError, ProcessLostError
 
 T = TypeVar("T")
 
@@ -62,11 +61,16 @@ class Ranks:
     @contextmanager
     def joined(cls, trainer: Trainer) -> Iterator[Ranks]:
         """What :meth:`join` gives, left at the end; an error ends the other processes too."""
-        ranks = cls.join(trainer)
         try:
+            ranks = cls.join(trainer)
             yield ranks
-        except BaseException:
-            ranks.leave(failed=True)
+        except BaseException as error:
+            _end_others(trainer.strategy)
+            if isinstance(error, RuntimeError) and trainer.world_size > 1 and "gloo" in str(error):
+                raise ProcessLostError(
+                    "another process of this run has ended, see its own message; the same command resumes after the "
+                    "last finished block or phase"
+                ) from error
             raise
         ranks.leave()
 
@@ -99,17 +103,25 @@ class Ranks:
         if self.strategy is not None:
             self.strategy.barrier()
 
-    def leave(self, failed: bool = False) -> None:
-        """Ends what :meth:`join` began; after a failure without waiting for anybody."""
-        if self.strategy is None:
-            return
-        if failed:
-            launcher: Any = self.strategy.launcher
-            if launcher is not None:
-                launcher.kill(signal.SIGKILL)
-            return
-        self.wait()
-        torch.distributed.destroy_process_group()
+    def leave(self) -> None:
+        """Ends what :meth:`join` began."""
+        if self.strategy is not None:
+            self.wait()
+            torch.distributed.destroy_process_group()
+
+
+def _end_others(strategy: Strategy) -> None:
+    """Ends the processes that the strategy has started, without waiting for what they are busy with.
+
+    Lightning's observer, which ends this process too as soon as it sees one of them gone, looks at the same list.
+    """
+    started = getattr(strategy.launcher, "procs", [])
+    processes = list(started)
+    started.clear()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
 
 
 def check_shares(ranks: int, **counts: int) -> None:

@@ -12,11 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from lightning_gsq.errors import ConfigurationError
 
 INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
 MAX_JSON_BYTES = 100_000_000
 
 
@@ -34,6 +49,11 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype in PyTorch's terms; ``uint8`` for one that PyTorch does not have."""
+        return DTYPES.get(self.dtype, torch.uint8)
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
@@ -44,12 +64,28 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it has {file.stat().st_size} bytes")
+        refuse_pointer(file)
         content = json.loads(file.read_text(encoding="utf-8"))
+    except ConfigurationError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"model: {file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"model: {file} holds a {type(content).__name__}, expected an object")
     return content
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuses what Git leaves in place of a large file that was not fetched.
+
+    Raises:
+        ConfigurationError: the file is such a pointer.
+    """
+    with file.open("rb") as content:
+        if content.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ConfigurationError(
+                f"model: {file} is a Git LFS pointer in place of the file itself; run `git lfs pull` in that folder"
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -62,7 +98,9 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
-            raise ConfigurationError(f"model: {folder} has neither model.safetensors nor {INDEX}")
+            others = sorted(file.name for file in folder.glob("*.safetensors"))
+            hint = f"; it holds {others[0]}, a name that is not looked for: rename it" if len(others) == 1 else ""
+            raise ConfigurationError(f"model: {folder} has neither model.safetensors nor {INDEX}{hint}")
         return [single]
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -86,12 +124,15 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         try:
+            refuse_pointer(file)
             with safe_open(file, framework="pt") as content:
                 for name in content.keys():  # noqa: SIM118 - not a mapping
                     if name in tensors:
                         raise ValueError(f"{name} is in {tensors[name].file.name} as well")
                     part = content.get_slice(name)
                     tensors[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+        except ConfigurationError:
+            raise
         except (SafetensorError, ValueError, OSError) as error:
             raise ConfigurationError(f"model: {file} is no complete safetensors file: {error}") from error
     return tensors

@@ -157,7 +157,7 @@ class BlockQuantization(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over logits and scales, with a cosine schedule that ends at the floor."""
         logits = [quantizer.logits for _, quantizer in self.named_quantizers()]
-        scales = [quantizer.log_scale for _, quantizer in self.named_quantizers()]
+        scales = [part for _, quantizer in self.named_quantizers() for part in quantizer.scale_parameters()]
         optimizer = self.optimizer(block_groups(logits, scales, self.scale_learning_rate))
         check_rounding(optimizer, logits)
         schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, self.learning_rate_floor)

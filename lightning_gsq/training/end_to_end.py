@@ -29,6 +29,7 @@ from lightning_gsq.models.norms import norm_names
 from lightning_gsq.models.standing_in import standing_in
 from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
 from lightning_gsq.quantizers import GumbelOptions
+from lightning_gsq.quantizers.trained_scales import SCALE_PARAMETERS
 from lightning_gsq.system.sharding import (
     FSDP2Strategy,
     idle_batch,
@@ -101,7 +102,7 @@ class EndToEndQuantization(LightningModule):
         self.head = nn.Parameter(head.weight_VD.detach().float().clone()) if "head" in options.train else None
         if "scales" not in options.train:
             for name, parameter in self.named_parameters():
-                if name.endswith("log_scale"):
+                if name.rpartition(".")[2] in SCALE_PARAMETERS:
                     parameter.requires_grad_(False)
         # Means over the sequences of all processes, however many each of them has.
         self.held_out = nn.ModuleDict({name: loss_mean() for name in ("loss", "divergence", "cross_entropy")})

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.quantizers.trained_scales import SCALE_PARAMETERS
 from lightning_gsq.system.sharding import Sharding
 from lightning_gsq.training.losses import LOSS_POSITIONS
 
@@ -183,5 +184,7 @@ class EndToEndOptions:
 def kind_of(name: str) -> Trained:
     """What a trained parameter is, by its name in the module."""
     *_, owner, last = f".{name}".split(".")
-    kinds: dict[str, Trained] = {"log_scale": "scales", "logits": "logits", "head": "head"}
-    return "norms" if owner == "norms" else kinds[last]
+    kinds: dict[str, Trained] = {"logits": "logits", "head": "head"}
+    if owner == "norms":
+        return "norms"
+    return "scales" if last in SCALE_PARAMETERS else kinds[last]

@@ -25,10 +25,12 @@ class ModelQuantization(LightningModule):
     Args:
         pretrained: Local folder with config.json and safetensors, GGUF file, name on the Hugging Face hub, or
             package://module/file.gguf; for validate also a run folder or an exported one.
-        scheme: Level grid and group size of every quantized weight.
+        scheme: How every weight is quantized: settings, or the name of a preset (w3g64, q4_k, iq4_nl, mlx4g64).
         include: Patterns of the weights to quantize, matched against names such as model.layers.3.mlp.down_proj.
         exclude: Patterns of weights to leave in full precision.
-        overrides: Bits or group size for the weights that a pattern names.
+        overrides: Presets, or single settings, for the weights that a pattern names.
+        fallback: Quantize rows that a preset's type does not hold as llama.cpp does: to the type that it takes instead.
+            Otherwise they are refused.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
             block; "end_to_end", training the scales of the whole model. A phase that was left out can be run later on
@@ -60,7 +62,8 @@ class ModelQuantization(LightningModule):
         scheme: QuantScheme = QuantScheme(),  # noqa: B008 - frozen
         include: list[str] = ["*"],  # noqa: B006 - jsonargparse shows the default; never changed
         exclude: list[str] = [],  # noqa: B006
-        overrides: dict[str, SchemeOverride] = {},  # noqa: B006
+        overrides: dict[str, SchemeOverride | str] = {},  # noqa: B006
+        fallback: bool = False,
         blocks: str | None = None,
         phases: list[settings.Phase] = ["init", "blocks", "end_to_end"],  # noqa: B006
         target: TargetName = "stream",
@@ -83,7 +86,8 @@ class ModelQuantization(LightningModule):
         settings.check_phases(phases)
         self.phases = phases
         self.address = settings.Address(pretrained, revision, trust_remote_code, dtype)
-        self.selection = settings.Selection(scheme, include, exclude, overrides, blocks)
+        schemes = {pattern: settings.override(pattern, value) for pattern, value in overrides.items()}
+        self.selection = settings.Selection(scheme, include, exclude, schemes, blocks, fallback)
         self.start = settings.StartOptions(warm_start or RTN(weighted=True), hessian_sequences, saliency)
         self.block = settings.BlockOptions(
             settings.target_of(target),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from lightning_gsq.models import loading
 from lightning_gsq.quantizers import GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.training.target import TARGETS, Target, TargetName
-from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes
+from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit_rows, override_of
 from lightning_gsq.weights.scheme import QuantScheme
 
 Phase = Literal["init", "blocks", "end_to_end"]
@@ -45,6 +45,18 @@ class Address:
         return loading.resolve(self.pretrained, self.revision, self.trust_remote_code, **options)
 
 
+def override(pattern: str, value: SchemeOverride | str) -> SchemeOverride:
+    """What the option says for a pattern.
+
+    Raises:
+        ConfigurationError: it makes no sense.
+    """
+    try:
+        return override_of(value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"model.overrides: {pattern!r}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which weights are quantized, and to what.
@@ -55,6 +67,7 @@ class Selection:
         exclude: Patterns of weights to leave as they are.
         overrides: Other schemes for the weights that a pattern names.
         blocks: Range of blocks, such as ``0:4``; None for all.
+        fallback: Give rows that a preset does not hold the one that llama.cpp takes for them.
     """
 
     scheme: QuantScheme
@@ -62,14 +75,19 @@ class Selection:
     exclude: Sequence[str]
     overrides: Mapping[str, SchemeOverride]
     blocks: str | None
+    fallback: bool = False
 
-    def schemes(self, names: Iterable[str]) -> dict[str, QuantScheme]:
+    def schemes(self, in_features: Mapping[str, int]) -> dict[str, QuantScheme]:
         """The weights to quantize, of these, and the scheme of each.
 
+        Args:
+            in_features: Weights in a row of each linear weight of the model, by name.
+
         Raises:
-            ConfigurationError: a pattern matches no weight, or nothing is left.
+            ConfigurationError: a pattern matches no weight, nothing is left, or a scheme does not hold a weight's rows.
         """
-        return assign_schemes(names, self.scheme, self.include, self.exclude, self.overrides)
+        schemes = assign_schemes(in_features, self.scheme, self.include, self.exclude, self.overrides)
+        return fit_rows(schemes, in_features, self.fallback)
 
     def indices(self, count: int) -> range:
         """The numbers of the blocks to quantize, of ``count``.

@@ -6,48 +6,56 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.ops.gumbel_softmax import gumbel_softmax_weight
 from lightning_gsq.ops.scaled_codes import scaled_codes
 from lightning_gsq.quantizers import GumbelOptions, GumbelQuantizer, Start
 from lightning_gsq.quantizers.salient_start import mixed_tensor
+from lightning_gsq.quantizers.trained_scales import TrainedScales
 from lightning_gsq.system.seeding import seed_of
+from lightning_gsq.weights.layout import SCALES
 from lightning_gsq.weights.mixed import MixedTensor, merge_order
-from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, expand_groups
+from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, expand_groups, scale_values
 
 NEARLY_HARD = 1e-4
 """Temperature at which a sample is its most probable level up to rounding."""
 
 
-class ScaledWeight(nn.Module):
-    """A weight matrix whose codes stay and whose scales train: ``s = s_0 exp(delta)``.
+class ScaledWeight(TrainedScales):
+    """A weight matrix whose codes stay and whose scales train.
 
     Args:
         tensor: Codes and scales to start from.
     """
 
-    def __init__(self, tensor: QuantizedTensor) -> None:
-        super().__init__()
-        self.scheme, self.scale_dtype = tensor.scheme, tensor.scales_OG.dtype
-        # Parameters rather than buffers: DDP sends buffers with every step, and FSDP shards parameters only.
-        self.codes = nn.Parameter(tensor.codes_OI, requires_grad=False)
-        self.start_scales = nn.Parameter(tensor.scales_OG.float(), requires_grad=False)
-        self.log_scale = nn.Parameter(torch.zeros_like(self.start_scales))
+    codes: Tensor
 
-    @property
-    def scales_OG(self) -> Tensor:
-        """The scales, fp32: as they train, or as they are stored when nothing trains."""
-        scales_OG = self.start_scales * self.log_scale.exp()
-        return scales_OG if self.training else scales_OG.to(self.scale_dtype).float()
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        super().__init__(tensor.scheme, tensor.scale_parts)
+        self.scale_dtype = tensor.scales_OG.dtype
+        self.hold("codes", tensor.codes_OI)
+
+    def hold(self, name: str, value: Tensor) -> None:
+        """As a parameter rather than a buffer: DDP sends buffers with every step, and FSDP shards parameters only."""
+        self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def group_scales(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and offsets ``O G``, fp32: as they train, or as they are stored when nothing trains."""
+        parts = self.scale_parts() if self.training else self.stored_parts(self.scale_dtype)
+        return self.scheme.layout.scales(parts), self.scheme.layout.offsets(parts)
 
     def forward(self, key: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
         """The dense weight ``O I``; ``key`` is for weights that are sampled."""
-        return scaled_codes(self.codes, self.scales_OG, self.scheme.group_length(self.codes.shape[1]), dtype)
+        s_OG, o_OG = self.group_scales()
+        columns = self.codes.shape[1]
+        length, values_OI = self.scheme.group_length(columns), self.scheme.grid.value_of(self.codes)
+        if o_OG is None:
+            return scaled_codes(values_OI, s_OG, length, dtype)
+        return (scaled_codes(values_OI, s_OG, length, torch.float32) + expand_groups(o_OG, columns, length)).to(dtype)
 
     @torch.no_grad()
     def tensor(self) -> QuantizedTensor:
         """The quantized weight as it stands, its scales in their stored dtype."""
-        scales_OG = (self.start_scales * self.log_scale.exp()).to(self.scale_dtype)
-        return QuantizedTensor(self.codes.data, scales_OG, self.scheme)
+        parts = self.stored_parts(self.scale_dtype)
+        return QuantizedTensor(self.codes.data, parts.pop(SCALES), self.scheme, parts)
 
 
 class TableWeight(ScaledWeight):
@@ -65,11 +73,10 @@ class TableWeight(ScaledWeight):
         self.start_scales = nn.Parameter(table_n.float(), requires_grad=False)
         self.log_scale = nn.Parameter(torch.zeros_like(self.start_scales))
 
-    @property
-    def scales_OG(self) -> Tensor:
+    def group_scales(self) -> tuple[Tensor, None]:
         """The scales of all groups, fp32: as they train, or as they are stored when nothing trains."""
         table_n = self.start_scales * self.log_scale.exp() if self.training else self.table().float()
-        return table_n[self.members.long()]
+        return table_n[self.members.long()], None
 
     @torch.no_grad()
     def table(self) -> Tensor:
@@ -93,7 +100,8 @@ class SampledWeight(nn.Module):
 
     def __init__(self, tensor: QuantizedTensor, options: GumbelOptions, generator: torch.Generator) -> None:
         super().__init__()
-        start = Start(tensor.codes_OI, tensor.scales_OG.float(), tensor.codes_OI.float())
+        others = {name: value.float() for name, value in tensor.others.items()}
+        start = Start(tensor.codes_OI, tensor.scales_OG.float(), tensor.codes_OI.float(), others)
         self.scale_dtype = tensor.scales_OG.dtype
         self.quantizer = GumbelQuantizer(start, tensor.scheme, options, generator)
         for name, buffer in list(self.quantizer.named_buffers()):  # for the same reason as in ScaledWeight
@@ -104,27 +112,14 @@ class SampledWeight(nn.Module):
         quantizer = self.quantizer
         if not self.training:
             return self.tensor().dequantize(dtype)
-        length, columns = quantizer.group_length, quantizer.start_codes.shape[1]
-
-        def level_OI(kappa: float, tau: float) -> Tensor:
-            return gumbel_softmax_weight(
-                quantizer.logits,
-                torch.ones_like(quantizer.start_scales),
-                quantizer.levels,
-                quantizer.start_codes if quantizer.local else None,
-                kappa=kappa,
-                tau=tau,
-                noise=quantizer.options.noise,
-                seed=seed_of(*key),
-                group_length=length,
-                backend=quantizer.options.backend,
-            )
-
-        soft_OI = level_OI(quantizer.logit_scale, quantizer.temperature)
+        grid, layout, parts = quantizer.scheme.grid, quantizer.scheme.layout, quantizer.scale_parts()
+        s_OG, o_OG = layout.scales(parts), layout.offsets(parts)
+        ones_OG, seed = torch.ones_like(s_OG), seed_of(*key)
+        soft_OI = quantizer.sample(ones_OG, quantizer.logit_scale, quantizer.temperature, seed)
         with torch.no_grad():
-            hard_OI = level_OI(quantizer.logit_scale, NEARLY_HARD).round()
+            hard_OI = grid.value_of(grid.nearest(quantizer.sample(ones_OG, quantizer.logit_scale, NEARLY_HARD, seed)))
         through_OI = soft_OI + (hard_OI - soft_OI).detach()
-        return (through_OI * expand_groups(quantizer.scales_OG, columns, length)).to(dtype)
+        return scale_values(through_OI, s_OG, o_OG, quantizer.group_length).to(dtype)
 
     @torch.no_grad()
     def tensor(self) -> QuantizedTensor:

@@ -2,7 +2,9 @@
 
 grid          the codes of one weight, what they are worth, how they are stored
 salient_part  which weights of a matrix get more bits
-scheme        grid and groups of a matrix, and what is left to choose
+layout        how the scales of a matrix are stored: the design of all schemes
+presets       schemes that have names
+scheme        grid, groups and layout of a matrix, and what is left to choose
 assignment    which weights of a model get which scheme
 quantized     codes and scales
 mixed         codes and scales of a matrix whose salient columns have more bits

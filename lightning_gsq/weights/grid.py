@@ -9,6 +9,10 @@ are the same number unless the grid has a table of values; a *position* is a wei
 | 1                | -1, +1                      | the codes | 1 bit                    |
 | "ternary"        | -1, 0, +1                   | the codes | 2 bits, the first unused |
 | b = 2 ... 8      | -2^(b-1) ... 2^(b-1) - 1    | the codes | b bits                   |
+| unsigned, b bits | 0 ... 2^b - 1               | the codes | b bits                   |
+| a table          | 0 ... 2^b - 1               | its entry | b bits                   |
+
+Unsigned grids go with an offset (:mod:`lightning_gsq.weights.layout`). A table's entries rise.
 """
 
 from __future__ import annotations
@@ -42,8 +46,8 @@ class Candidates:
 
     @property
     def logits(self) -> int:
-        """Logits a weight: one stands for a pair."""
-        return 1 if len(self.levels) == 2 else len(self.levels)
+        """Logits a weight: one stands for -1 and +1."""
+        return 1 if self.levels == (-1, 1) else len(self.levels)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Grid:
         step: From one code to the next.
         origin: The code that is stored as 0, where it exists.
         confidence: What the initial logits' confidence in a warm start is, unless told otherwise (alpha).
+        table: The value of each code; None where a code is its own value.
     """
 
     low: int
@@ -65,6 +70,7 @@ class Grid:
     step: int = 1
     origin: int = 0
     confidence: float = 6.0
+    table: tuple[int, ...] | None = None
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -72,9 +78,19 @@ class Grid:
         return tuple(range(self.low, self.high + 1, self.step))
 
     @property
+    def values(self) -> tuple[int, ...]:
+        """The value of every code in rising order."""
+        return self.levels if self.table is None else self.table
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The smallest signed integers that hold every code."""
+        return torch.int8 if self.high < 128 else torch.int16
+
+    @property
     def binary(self) -> bool:
-        """Whether there are two codes, which one logit tells apart."""
-        return len(self.levels) == 2
+        """Whether the codes are -1 and +1: a sign, which one logit decides."""
+        return self.levels == (-1, 1)
 
     @property
     def gaps(self) -> bool:
@@ -84,7 +100,7 @@ class Grid:
     @property
     def mirrored(self) -> bool:
         """Whether the grid with a negative scale is another one."""
-        return self.low != -self.high
+        return self.values[0] != -self.values[-1]
 
     def candidates(self, shifts: int) -> Candidates:
         """What a trained weight chooses from: the whole grid, or up to ``shifts`` codes to each side."""
@@ -93,25 +109,46 @@ class Grid:
         return Candidates(tuple(range(-shifts, shifts + 1)), local=True)
 
     def nearest(self, position: Tensor) -> Tensor:
-        """The code closest to each position, same dtype; ties round to even, binary zero to +1."""
+        """The code whose value is closest to each position, same dtype; ties round to even, binary zero to +1."""
+        if self.table is not None:
+            return torch.bucketize(position, _borders(self.table, position.device)).to(position.dtype) + self.low
         if self.binary:
             return torch.where(position < 0, float(self.low), float(self.high)).to(position.dtype)
         return position.round().clamp(self.low, self.high)
+
+    def value_of(self, codes: Tensor) -> Tensor:
+        """What each code is worth: the codes as they are, or the table's entries as fp32."""
+        if self.table is None:
+            return codes
+        return _entries(self.table, codes.device)[(codes - self.low).long()]
+
+    def coordinate(self, position: Tensor) -> Tensor:
+        """Positions measured in codes, between whose values they lie; beyond the ends of a table, its ends."""
+        if self.table is None:
+            return position
+        entries = _entries(self.table, position.device).to(position.dtype)
+        below = torch.bucketize(position, entries, right=True).sub(1).clamp(0, len(entries) - 2)
+        share = (position - entries[below]) / (entries[below + 1] - entries[below])
+        return below + share.clamp(-0.5, 1.5) + self.low
 
     def store(self, codes: Tensor) -> Tensor:
         """The unsigned integers that are packed, int16."""
         return (codes.to(torch.int16) - self.origin) // self.step
 
+    def codes_of(self, unsigned: Tensor) -> Tensor:
+        """The codes of stored numbers, in :attr:`code_dtype`, unchecked."""
+        return (self.step * unsigned.to(torch.int16) + self.origin).to(self.code_dtype)
+
     def restore(self, unsigned: Tensor) -> Tensor:
-        """Inverse of :meth:`store`, int8.
+        """Inverse of :meth:`store`, in :attr:`code_dtype`.
 
         Raises:
             ValueError: a number stands for no code.
         """
-        codes = self.step * unsigned.to(torch.int16) + self.origin
+        codes = self.codes_of(unsigned)
         if codes.numel() and int(codes.min()) < self.low:
             raise ValueError(f"a code lies below the lowest level {self.low} of the grid {self.low} ... {self.high}")
-        return codes.to(torch.int8)
+        return codes
 
 
 def grid_of(bits: Bits) -> Grid:
@@ -133,3 +170,25 @@ def _symmetric(bits: Bits) -> Grid:
         return Grid(-1, 1, storage_bits=1, step=2, origin=-1)
     low = -(2 ** (int(bits) - 1))
     return Grid(low, -low - 1, storage_bits=int(bits), origin=low)
+
+
+def unsigned_grid(bits: int) -> Grid:
+    """The codes 0 ... 2^bits - 1, for layouts with an offset."""
+    return Grid(0, 2**bits - 1, storage_bits=bits)
+
+
+def table_grid(values: tuple[int, ...]) -> Grid:
+    """Codes that stand for these values, which rise; their number is a power of two."""
+    return Grid(0, len(values) - 1, storage_bits=(len(values) - 1).bit_length(), table=values)
+
+
+@functools.cache
+def _entries(table: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(table, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _borders(table: tuple[int, ...], device: torch.device) -> Tensor:
+    """Halfway between neighbours."""
+    entries = _entries(table, device)
+    return (entries[1:] + entries[:-1]) / 2

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gsq.weights.packing import WORD_BITS, packed_words
-from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight
+from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, stored_scale_bits
 from lightning_gsq.weights.scheme import QuantScheme
 
 PARTS = ("codes", "scales", "positions", "padding", "redundant", "unquantized")
@@ -54,7 +54,7 @@ class LedgerEntry:
             name: Parameter name.
             shape: ``(O, I)``.
             scheme: Its grid and group size.
-            scale_bits: Bits of one scale.
+            scale_bits: Bits of one float of the scales, unless the layout fixes them.
         """
         rows, columns = shape
         codes = rows * columns * scheme.storage_bits
@@ -63,7 +63,7 @@ class LedgerEntry:
             name,
             rows * columns,
             codes=codes,
-            scales=rows * scheme.num_groups(columns) * scale_bits,
+            scales=stored_scale_bits(scheme, rows, columns, scale_bits),
             padding=stored - codes,
         )
 

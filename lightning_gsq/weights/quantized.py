@@ -1,15 +1,16 @@
-"""A quantized weight: integer codes, one scale a group, and what both cost."""
+"""A quantized weight: codes, scales in their stored form, and what both cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_gsq.weights.packing import pack, packed_words, unpack
+from lightning_gsq.weights.layout import FLOATS, SCALES
+from lightning_gsq.weights.packing import WORD_BITS, pack, packed_words, unpack
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -64,14 +65,16 @@ class QuantizedTensor:
     """The codes and scales of one weight matrix.
 
     Args:
-        codes_OI: int8 levels (not offset): for 2 bits -2 ... 1.
-        scales_OG: Floating point, one a group.
-        scheme: The grid and the group size.
+        codes_OI: Codes of the scheme's grid (not offset): for 2 bits -2 ... 1. int8, int16 where these are too narrow.
+        scales_OG: Floating point, one a group; one a block under a two-level layout.
+        scheme: The grid, the group size and the layout of scales.
+        others: What the layout stores beside ``scales_OG``, by name (:mod:`lightning_gsq.weights.layout`).
     """
 
     codes_OI: Tensor
     scales_OG: Tensor
     scheme: QuantScheme
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,36 +82,54 @@ class QuantizedTensor:
         return self.codes_OI.shape[0], self.codes_OI.shape[1]
 
     @property
-    def scales(self) -> tuple[Tensor]:
-        """The scales ``O G``."""
-        return (self.scales_OG,)
+    def scale_parts(self) -> dict[str, Tensor]:
+        """Everything that is stored for the scales, by name."""
+        return {SCALES: self.scales_OG, **self.others}
 
-    def parts(self) -> tuple[Tensor, Tensor]:
+    @property
+    def scales(self) -> tuple[Tensor, ...]:
+        """Scales and offsets as far as they are floats."""
+        return tuple(value for name, value in self.scale_parts.items() if name in FLOATS)
+
+    @property
+    def group_length(self) -> int:
+        """Weights in a full group."""
+        return self.scheme.group_length(self.shape[1])
+
+    def parts(self) -> tuple[Tensor, ...]:
         """Codes and fp32 scales."""
-        return self.codes_OI, self.scales_OG.float()
+        return self.codes_OI, *(value.float() for value in self.scale_parts.values())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """The same with every tensor changed, such as moved or with its rows in another order."""
+        others = {name: change(value) for name, value in self.others.items()}
+        return QuantizedTensor(change(self.codes_OI), change(self.scales_OG), self.scheme, others)
 
     def cpu(self) -> QuantizedTensor:
         """The same on the CPU."""
-        return QuantizedTensor(self.codes_OI.cpu(), self.scales_OG.cpu(), self.scheme)
+        return self.map(Tensor.cpu)
 
     def ledger(self) -> BitsLedger:
         """What the packed tensors cost."""
         rows, columns = self.shape
         words = rows * packed_words(columns, self.scheme.storage_bits)
-        return BitsLedger(rows * columns, 32 * words, 8 * self.scales_OG.element_size() * self.scales_OG.numel())
+        scale_bits = stored_scale_bits(self.scheme, rows, columns, 8 * self.scales_OG.element_size())
+        return BitsLedger(rows * columns, WORD_BITS * words, scale_bits)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``O I``; computed in fp32, then rounded to ``dtype``."""
-        in_features = self.shape[1]
-        scales = expand_groups(self.scales_OG.float(), in_features, self.scheme.group_length(in_features))
-        return (self.codes_OI * scales).to(dtype)
+        values_OI = self.scheme.grid.value_of(self.codes_OI)
+        layout, parts = self.scheme.layout, self.scale_parts
+        return scale_values(values_OI, layout.scales(parts), layout.offsets(parts), self.group_length).to(dtype)
 
     def pack(self) -> dict[str, Tensor]:
-        """``{"codes": int32 words, "scales": O G}``: what a block file holds."""
-        return {
-            "codes": pack(self.scheme.grid.store(self.codes_OI), self.scheme.storage_bits),
-            "scales": self.scales_OG.cpu().contiguous(),
-        }
+        """``codes`` (int32 words), ``scales`` and the layout's other parts: what a block file holds."""
+        integers = {name: part.integers for name, part in self.scheme.parts(self.shape[1]).items()}
+        packed = {"codes": pack(self.scheme.grid.store(self.codes_OI), self.scheme.storage_bits)}
+        for name, value in self.scale_parts.items():
+            kind = integers[name]
+            packed[name] = value.cpu().contiguous() if kind is None else pack(value - kind.low, kind.bits)
+        return packed
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]) -> QuantizedTensor:
@@ -118,17 +139,50 @@ class QuantizedTensor:
             ValueError: a shape, a dtype or a code does not fit the scheme.
         """
         rows, columns = shape
-        scales, groups = tensors["scales"], scheme.num_groups(columns)
-        if tuple(scales.shape) != (rows, groups) or not scales.dtype.is_floating_point:
-            raise ValueError(
-                f"expected floating-point scales of shape ({rows}, {groups}), got {scales.dtype} {tuple(scales.shape)}"
-            )
-        if not bool(torch.isfinite(scales).all()):
-            raise ValueError("the scales are not all finite")
+        parts = {}
+        for name, part in scheme.parts(columns).items():
+            value = tensors[name]
+            if part.integers is not None:
+                parts[name] = unpack(value, part.integers.bits, part.columns).to(torch.int16) + part.integers.low
+                value = parts[name]
+            elif not value.dtype.is_floating_point or (scheme.layout.dtype or value.dtype) != value.dtype:
+                raise ValueError(f"expected {scheme.layout.dtype or 'floating-point'} {name}, got {value.dtype}")
+            elif not bool(torch.isfinite(value).all()):
+                raise ValueError(f"the {name} are not all finite")
+            if tuple(value.shape) != (rows, part.columns):
+                raise ValueError(f"expected {name} of shape ({rows}, {part.columns}), got {tuple(value.shape)}")
+            parts[name] = value
         if tensors["codes"].ndim != 2 or tensors["codes"].shape[0] != rows:
             raise ValueError(f"expected codes with {rows} rows, got shape {tuple(tensors['codes'].shape)}")
         codes_OI = scheme.grid.restore(unpack(tensors["codes"], scheme.storage_bits, columns))
-        return cls(codes_OI, scales, scheme)
+        return cls(codes_OI, parts.pop(SCALES), scheme, parts)
+
+
+def scale_values(values_OI: Tensor, s_OG: Tensor, o_OG: Tensor | None, group_length: int) -> Tensor:
+    """``s * value + o`` in fp32, ``O I``: what every layout amounts to."""
+    columns = values_OI.shape[1]
+    w_OI = values_OI * expand_groups(s_OG, columns, group_length)
+    return w_OI if o_OG is None else w_OI + expand_groups(o_OG, columns, group_length)
+
+
+def stored_scale_bits(scheme: QuantScheme, rows: int, columns: int, float_bits: int) -> int:
+    """Bits of the packed tensors of a matrix's scales, what fills words up included.
+
+    Args:
+        scheme: Its scheme.
+        rows: ``O``.
+        columns: ``I``.
+        float_bits: Bits of one float, unless the layout fixes its dtype.
+    """
+    if scheme.layout.dtype is not None:
+        float_bits = 8 * scheme.layout.dtype.itemsize
+    sizes = (
+        part.columns * float_bits
+        if part.integers is None
+        else WORD_BITS * packed_words(part.columns, part.integers.bits)
+        for part in scheme.parts(columns).values()
+    )
+    return rows * sum(sizes)
 
 
 @dataclass(frozen=True)

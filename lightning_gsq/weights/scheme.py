@@ -13,18 +13,23 @@ from dataclasses import dataclass
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.grid import MAX_BITS, Bits, Grid, grid_of
+from lightning_gsq.weights.layout import FLAT, Part, ScaleLayout
+from lightning_gsq.weights.presets import plain_preset, preset_named
 from lightning_gsq.weights.salient_part import SalientPart
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """Symmetric group-wise scalar quantization: ``w = scale of the group * level``, without zero points.
+    """Group-wise scalar quantization: ``w = scale of the group * level``, plus an offset where the layout has one.
 
     | bits      | levels                       | stored as |
     |-----------|------------------------------|-----------|
     | 1         | -1, +1                       | 1 bit     |
     | "ternary" | -1, 0, +1                    | 2 bits    |
     | b = 2...8 | -2^(b-1) ... 2^(b-1) - 1     | b bits    |
+
+    A preset (:mod:`lightning_gsq.weights.presets`) fixes grid, groups and how scales are stored; without one, they are
+    the table's, with one floating-point scale a group.
 
     Args:
         bits: Bits a weight, 1 to 8, or "ternary".
@@ -33,6 +38,7 @@ class QuantScheme:
         salient: A part of each matrix that gets more bits; bits and group_size are then those of the other weights.
         budget: True bits a weight (codes, scales and positions) that the blocks may cost. Salient ratio, salient bits
             and group size are then chosen for each matrix, and those given here are not used.
+        preset: Name of a scheme, such as q4_k, iq4_nl, mlx4g64 or w3g64; bits and group_size are then its own.
 
     Raises:
         ConfigurationError: a value out of range, or a combination that does not exist.
@@ -42,8 +48,11 @@ class QuantScheme:
     group_size: int = 64
     salient: SalientPart | None = None
     budget: float | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
+        if self.preset is not None:
+            self._take_preset(self.preset.lower())
         grid_of(self.bits)
         if self.group_size != -1 and self.group_size < 1:
             raise ConfigurationError(
@@ -61,6 +70,24 @@ class QuantScheme:
                     f"budget must be above the {self.storage_bits} bits that a code takes and at most {MAX_BITS}, got "
                     f"{self.budget}; fewer bits make room for less"
                 )
+
+    def _take_preset(self, name: str) -> None:
+        """Fills bits and group size; a name that says no more than these leaves no trace."""
+        plain = plain_preset(name)
+        preset = None if plain else preset_named(name)
+        bits, group_size = plain if plain else (preset.bits, preset.group_size)  # type: ignore[union-attr]
+        given = {"bits": (self.bits, bits, 2), "group_size": (self.group_size, group_size, 64)}
+        for option, (value, wanted, default) in given.items():
+            if value not in (wanted, default):
+                raise ConfigurationError(f"{option} {value} does not go with the preset {name}, whose own is {wanted}")
+        if preset is not None and (self.salient is not None or self.budget is not None):
+            raise ConfigurationError(
+                f"the preset {name} has no salient weights and no budget: leave them out, or give bits and group_size "
+                "in place of the preset"
+            )
+        settings = {"bits": bits, "group_size": group_size, "preset": None if preset is None else preset.name}
+        for option, setting in settings.items():
+            object.__setattr__(self, option, setting)
 
     @property
     def mixed(self) -> bool:
@@ -103,7 +130,17 @@ class QuantScheme:
     @property
     def grid(self) -> Grid:
         """The levels of one weight."""
-        return grid_of(self.bits)
+        return grid_of(self.bits) if self.preset is None else preset_named(self.preset).grid
+
+    @property
+    def layout(self) -> ScaleLayout:
+        """How its scales are stored."""
+        return FLAT if self.preset is None else preset_named(self.preset).layout
+
+    @property
+    def plain_symmetric(self) -> bool:
+        """Whether it is a grid of the table above with a floating-point scale a group: what most formats know."""
+        return self.preset is None or (self.layout.plain and self.grid == grid_of(self.bits))
 
     @property
     def low(self) -> int:
@@ -126,6 +163,10 @@ class QuantScheme:
         assert self.salient is not None
         return QuantScheme(self.salient.bits, self.salient.group_size)
 
+    def parts(self, in_features: int) -> dict[str, Part]:
+        """The tensors that the scales of rows with ``in_features`` weights are stored as, by name."""
+        return self.layout.parts(in_features, self.group_length(in_features))
+
     def group_length(self, in_features: int) -> int:
         """Weights in one full group of a row with ``in_features`` weights."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
@@ -135,6 +176,8 @@ class QuantScheme:
         return math.ceil(in_features / self.group_length(in_features))
 
     def __str__(self) -> str:
+        if self.preset is not None:
+            return self.preset
         name = "ternary" if self.bits == "ternary" else f"{self.bits} bit"
         if self.budget is not None:
             return f"{name} and salient columns within {self.budget:g} true bits"

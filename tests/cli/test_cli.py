@@ -74,6 +74,21 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
         assert len(explanation.split()) >= 3, option
 
 
+@pytest.mark.parametrize("given", [["--model.scheme", "Q4_0"], ["--model.scheme=q4_0"], "model:\n  scheme: q4_0\n"])
+def test_a_scheme_can_be_given_by_its_name(
+    given: list[str] | str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name replaces the whole scheme, whatever a configuration before it says."""
+    (tmp_path / "config.yaml").write_text(given if isinstance(given, str) else "")
+    before = ["--config", str(ROOT / "cli.yaml")]
+    arguments = ["--config", str(tmp_path / "config.yaml")] if isinstance(given, str) else given
+    with pytest.raises(SystemExit):
+        main(["fit", *before, *arguments, "--print_config"])
+    scheme = yaml.safe_load(capsys.readouterr().out)["model"]["scheme"]
+    assert scheme.pop("preset").lower() == "q4_0"
+    assert scheme == {"bits": 2, "group_size": 64, "salient": None, "budget": None}
+
+
 def test_shipped_configuration_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     """Every model, data and evaluation option stands in cli.yaml with its own value."""
     with pytest.raises(SystemExit):
@@ -109,6 +124,11 @@ def test_unknown_option_names_the_nearest(fit: Run) -> None:
         (["--model.scheme.bits", "9"], "bits must be 1 to 8 or 'ternary', got 9"),
         (["--model.scheme.bits", "1.5"], "model.scheme.bits"),
         (["--model.scheme.group_size", "0"], "group_size must be a positive number"),
+        (["--model.scheme", "q4k"], "there is no preset 'q4k'; the nearest is q4_k"),
+        (["--model.scheme", "q3_k"], "q3_k holds rows of whole blocks of 256 weights"),
+        (["--model.scheme", "q4_0", "--model.scheme.bits", "3"], "bits 3 does not go with the preset q4_0"),
+        (["--model.overrides", '{"*.down_proj": "mlx7g64"}'], "model.overrides: '*.down_proj': there is no preset"),
+        (["--model.overrides", '{"*.down_proj": {"bit": 4}}'], "expected the name of a preset, or settings (bits, "),
         (["--model.include", "[nothing*]"], "include: the pattern 'nothing*' matches none"),
         (["--model.overrides", '{"*.nope": {"bits": 4}}'], "overrides: the pattern '*.nope' matches none"),
         (["--model.blocks", "3:9"], "model.blocks: 3:9 is not a range within the model's 2 blocks"),

@@ -1,18 +1,26 @@
 """The command as a user meets it: what it writes, what it refuses, what a crash leaves."""
 
 import json
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import lightning_gsq
+import lightning_gsq.commands.export as export_command
 from lightning_gsq.cli import main
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export import CheckFailedError, preflight
 from lightning_gsq.export.formats.native import NativeFormat
 from lightning_gsq.run.folder import RunFolder
+from tests.support.exported import with_own_code
 from tests.support.finished import MakeRun
+from tests.support.hostile import YAML_BOMB
 
 
 def _command(*arguments: str) -> int:
@@ -70,17 +78,28 @@ def test_model_card(new_run: MakeRun) -> None:
     assert f"**{size:,}**" in text
 
 
-def test_nothing_is_overwritten_unasked(new_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten_unasked_and_nothing_foreign_at_all(
+    new_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = new_run()
+    arguments = ["--run", str(run), "--format", "native", "--check", "false"]
     mine = run / "export" / "native" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
-    arguments = ["--run", str(run), "--format", "native", "--check", "false"]
-    assert _command(*arguments) == 2
-    assert "exists; use --overwrite" in capsys.readouterr().err
-    assert mine.read_text() == "precious"
+    for options, message in (([], "exists; use --overwrite"), (["--overwrite"], "was not written by an export")):
+        assert _command(*arguments, *options) == 2
+        assert message in capsys.readouterr().err
+        assert mine.read_text() == "precious"
+    mine.unlink()
     assert _command(*arguments, "--overwrite") == 0
-    assert not mine.exists() and (mine.parent / "model.safetensors").is_file()
+    before = (mine.parent / "model.safetensors").stat().st_mtime_ns
+    assert _command(*arguments) == 2
+    assert _command(*arguments, "--overwrite") == 0
+    assert (mine.parent / "model.safetensors").stat().st_mtime_ns > before
+    mine.write_text("precious")
+    assert _command(*arguments, "--overwrite") == 2
+    assert "holds mine.txt, which no export wrote" in capsys.readouterr().err
+    assert mine.read_text() == "precious"
 
 
 def test_a_crash_leaves_nothing_that_looks_whole(new_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +120,123 @@ def test_output_elsewhere_and_small_shards(new_run: MakeRun, tmp_path: Path) -> 
     out = tmp_path / "elsewhere"
     assert _command("--run", str(run), "--format", "native", "--output", str(out), "--shard_size_gb", "1e-5") == 0
     assert len(list((out / "native").glob("model-*.safetensors"))) > 1
+
+
+def test_a_format_that_cannot_be_written_takes_no_other_with_it(
+    new_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run()
+    (run / "export" / "dequantized").mkdir(parents=True)
+    formats = ["--format", "gguf", "native", "dequantized"]
+    assert _command("--run", str(run), *formats, "--check", "false") == 1
+    captured = capsys.readouterr()
+    assert "written: native; formats that cannot be written:" in captured.err
+    assert "gguf: the tokenizer has no merges" in captured.err and "dequantized exists; use" in captured.err
+    assert "gguf is left out: " in captured.out
+    assert (run / "export" / "native" / "model.safetensors").is_file()
+    assert {path.name for path in (run / "export").iterdir()} == {"native", "dequantized"}
+    assert list(RunFolder(run, create=False).summary["exports"]) == ["native"]
+
+
+def test_formats_that_exist_are_refused_before_the_model_is_loaded(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run()
+    for name in ("native", "gguf"):
+        (run / "export" / name).mkdir(parents=True)
+    monkeypatch.setattr(export_command, "open_run", None)
+    assert _command("--run", str(run), "--format", "native", "gguf") == 2
+    error = capsys.readouterr().err
+    assert f"native: {run / 'export' / 'native'} exists" in error and f"gguf: {run / 'export' / 'gguf'} exists" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (OSError(28, "No space left on device"), "native: output: cannot write"),
+        (CheckFailedError("lightning-gsq loads 3 of 14 weights with other values"), "native: lightning-gsq loads 3 of"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_format_that_fails_is_a_line_and_the_others_go_on(
+    new_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    message: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(NativeFormat, "check" if isinstance(error, CheckFailedError) else "write", fail)
+    run = new_run()
+    assert _command("--run", str(run), "--format", "native", "dequantized") == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert {path.name for path in (run / "export").iterdir()} == {"dequantized"}
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run()
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=20_100_000))
+    assert _command("--run", str(run), "--format", "native", "dequantized", "--check", "false") == 1
+    assert "dequantized takes about 0.02 GB, its disk has 0.00 GB free" in capsys.readouterr().err
+    assert {path.name for path in (run / "export").iterdir()} == {"native"}
+
+
+def test_names_are_printed_as_they_are_and_paths_in_one_piece(
+    new_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / ("with 'quotes' and [bold]brackets[/2] " + "long" * 20)
+    run = new_run()
+    assert _command("--run", str(run), "--format", "native", "compressed-tensors", "--output", str(out)) == 0
+    captured = capsys.readouterr()
+    assert f'  lightning-gsq: lightning_gsq.load("{out / "native"}")\n' in captured.out
+    line = next(line for line in captured.out.splitlines() if "vllm serve" in line)
+    assert shlex.split(line.partition("vllm serve ")[2]) == [str(out / "compressed-tensors")]
+    assert f"native: {out / 'native'}\n" in captured.out
+    for bar in ("Compressing", "Dispatching", "Loading weights", "Writing"):
+        assert bar not in captured.err.partition("What loads")[2]
+
+
+def test_a_format_of_ones_own_by_its_class_path(new_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run()
+    assert _command("--run", str(run), "--format", "tests.export.test_registry.Sizes") == 0
+    assert "checked with nothing: 14 of 14 quantized weights" in capsys.readouterr().out
+    assert len((run / "export" / "sizes" / "sizes.bin").read_bytes()) == 14 * 4
+
+
+def test_a_recipe_does_not_decide_what_code_runs(new_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model with code of its own: never because the recipe says so, and with the user's option without a prompt."""
+    run = new_run()
+    original = run.parent / "original"
+    with_own_code(original, leaves=run / "it ran")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["settings"]["model"]["trust_remote_code"] = True
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["--run", str(run), "--format", "native", "dequantized"]
+    assert _command(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "That is never run because a recipe says so" in error and "add --trust_remote_code" in error
+    assert not (run / "it ran").exists()
+    assert _command(*arguments, "--trust_remote_code") == 0
+    output = capsys.readouterr().out
+    assert "--trust_remote_code: running Python code that comes with the model" in output
+    assert (run / "it ran").exists() and output.count("14 of 14 quantized weights bit-identical") == 2
+    native = run / "export" / "native"
+    with pytest.raises(ConfigurationError, match="trust_remote_code=True"):
+        lightning_gsq.load(native)
+    assert type(lightning_gsq.load(native, trust_remote_code=True)).__name__ == "OwnLlama"
+
+
+def test_a_recipe_that_stands_for_gigabytes_is_refused(new_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run()
+    (run / "recipe.yaml").write_text(YAML_BOMB)
+    assert _command("--run", str(run), "--format", "native") == 2
+    assert "stands for more than 200,000 values" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

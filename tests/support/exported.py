@@ -66,6 +66,23 @@ def quantize(model: Path, folder: Path, bits: object, group_size: int, **setting
     return open_run(folder)
 
 
+def with_own_code(folder: Path, leaves: Path) -> None:
+    """Makes a saved Llama one that only its own Python code can load; that code leaves a file when it runs."""
+    edit_config(
+        folder,
+        model_type="own_llama",
+        architectures=["OwnLlama"],
+        auto_map={"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnLlama"},
+    )
+    (folder / "own_llama.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n"
+        f"Path({str(leaves)!r}).touch()\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n\n\n"
+        "class OwnLlama(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     """Replaces entries of a config.json."""
     path = folder / "config.json"

@@ -37,7 +37,7 @@ def write_config(model: Path, corpus: Path, folder: Path, **changes: object) -> 
     }
     for key, value in changes.items():
         group, _, name = key.partition("__")
-        settings[group][name] = value
+        settings.setdefault(group, {})[name] = value
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder / "config.yaml"

@@ -9,7 +9,12 @@ from lightning_gsq.system.digests import data_digest, tensors_digest, weights_di
 @pytest.mark.parametrize("digest", [tensors_digest, weights_digest])
 def test_everything_counts(digest: object) -> None:
     of = tensors_digest if digest is tensors_digest else weights_digest
-    tensors = {"a": torch.randn(3, 5).bfloat16(), "b": torch.zeros(0), "c": torch.tensor(1.0), "d": torch.ones(7).half()}
+    tensors = {
+        "a": torch.randn(3, 5).bfloat16(),
+        "b": torch.zeros(0),
+        "c": torch.tensor(1.0),
+        "d": torch.ones(7).half(),
+    }
     first = of(tensors)
     assert len(first) == 32 and first == of(dict(reversed(tensors.items())))
     others = [

@@ -24,7 +24,7 @@ def test_the_old_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pyte
 
 def test_a_folder_that_cannot_be_made_is_told_as_well(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigurationError, match="Not a directory|File exists"):
+    with pytest.raises(ConfigurationError, match=r"Not a directory|File exists"):
         write_atomically(tmp_path / "file" / "inside" / "x", b"1")
 
 

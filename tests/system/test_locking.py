@@ -42,9 +42,9 @@ def test_another_process_is_named_and_its_end_frees_the_lock(tmp_path: Path) -> 
 
 
 def test_within_one_process_it_is_held_once(tmp_path: Path) -> None:
-    with locked(tmp_path / ".lock", "text", "option", print):
-        with pytest.raises(ConfigurationError, match="is working in"), locked(tmp_path / ".lock", "a", "option", print):
-            pass
+    again = pytest.raises(ConfigurationError, match="is working in")
+    with locked(tmp_path / ".lock", "text", "option", print), again, locked(tmp_path / ".lock", "a", "option", print):
+        pass
     with locked(tmp_path / ".lock", "text", "option", print):
         pass
 

@@ -31,7 +31,9 @@ def test_whole_and_current(tmp_path: Path) -> None:
     assert out_of_date(folder, MARK, OF) == "inside/weights is missing"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"written_by": "lightning-gsq", "files": {"a": 1}}', "\xff", "[" * 9999])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"written_by": "lightning-gsq", "files": {"a": 1}}', "\xff", "[" * 9999]
+)
 def test_a_mark_of_another_shape_is_none(text: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

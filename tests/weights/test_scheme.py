@@ -87,4 +87,4 @@ def test_an_override_that_the_budget_forbids_says_how_to_leave_it() -> None:
 
 def test_true_switches_nothing_on() -> None:
     with pytest.raises(ConfigurationError, match="budget: true says nothing"):
-        SchemeOverride(budget=True)
+        SchemeOverride(budget=True).check()

@@ -5,6 +5,7 @@ dequantized         an ordinary Hugging Face folder
 linear              what formats made of linear layers have in common
 compressed_tensors  vLLM and transformers
 gptq                GPTQModel and what reads its files
+mlx                 Apple's MLX
 gguf                llama.cpp
 gguf_storage        how a run lies in such a file: types, rows, the file it came from
 gguf_tensors        its tensors before they are written
@@ -15,6 +16,7 @@ from lightning_gsq.export.formats.compressed_tensors import CompressedTensorsFor
 from lightning_gsq.export.formats.dequantized import DequantizedFormat
 from lightning_gsq.export.formats.gguf import GGUFFormat
 from lightning_gsq.export.formats.gptq import GPTQFormat
+from lightning_gsq.export.formats.mlx import MLXFormat
 from lightning_gsq.export.formats.native import NativeFormat
 
-__all__ = ["CompressedTensorsFormat", "DequantizedFormat", "GGUFFormat", "GPTQFormat", "NativeFormat"]
+__all__ = ["CompressedTensorsFormat", "DequantizedFormat", "GGUFFormat", "GPTQFormat", "MLXFormat", "NativeFormat"]

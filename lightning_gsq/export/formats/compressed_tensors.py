@@ -39,6 +39,8 @@ from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
 PACKAGE = "compressed-tensors"
+SERVED_EVERYWHERE = {4, 8}
+"""Bits that every vLLM and SGLang has kernels for; 2, 3 and 5 to 7 bits need a vLLM with Humming's."""
 
 
 def quantization_config(layers: Mapping[str, tuple[QuantScheme, int]], ignore: Sequence[str]) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class CompressedTensorsFormat(LinearFormat):
     name: ClassVar[str] = PACKAGE
     codes: ClassVar[str] = "weight_packed"
     scales: ClassVar[str] = "weight_scale"
+    package: ClassVar[str] = PACKAGE
 
     def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """``weight_packed``, ``weight_scale`` and ``weight_shape`` of one layer."""
@@ -107,7 +110,7 @@ class CompressedTensorsFormat(LinearFormat):
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes safetensors, config and tokenizer."""
         writer = ShardWriter(folder, options.shard_size)
-        self.write_layers(run, writer, run.scale_dtype)
+        self.write_layers(run, writer)
         layers = {weight.stem: (weight.scheme, weight.site.in_features) for weight in run.weights.values()}
         write_companions(run, folder, quantization_config(layers, other_linear_layers(run)), run.scale_dtype)
         return writer.finish()
@@ -117,11 +120,16 @@ class CompressedTensorsFormat(LinearFormat):
         return not_checked(PACKAGE) or compare_model(run, folder, PACKAGE, _dense)
 
     def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
-        """transformers, vLLM, SGLang."""
-        return [
-            Runtime("transformers", "exact", 'AutoModelForCausalLM.from_pretrained("{folder}")'),
-            Runtime("vLLM", "exact", "vllm serve {folder}"),
-        ]
+        """transformers; vLLM and SGLang by the width."""
+        found = [Runtime("transformers", "exact", 'AutoModelForCausalLM.from_pretrained("{folder}")')]
+        if {self.bits(weight.scheme) for weight in weights} <= SERVED_EVERYWHERE:
+            found.append(Runtime("vLLM", "exact (not run here)", "vllm serve {folder}"))
+            found.append(
+                Runtime("SGLang", "exact (not run here)", "python -m sglang.launch_server --model-path {folder}")
+            )
+        else:
+            found.append(Runtime("vLLM with Humming kernels, GPU", "exact (not run here)", "vllm serve {folder}"))
+        return found
 
 
 def _dense(model: PreTrainedModel, name: str) -> Tensor:

@@ -47,6 +47,10 @@ class DequantizedFormat(ExportFormat):
         """Loads it with transformers."""
         return compare_model(run, folder, "transformers", rounded_to=run.dtype)
 
+    def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
+        """Those of the stored dtype."""
+        return 8.0 * run.dtype.itemsize
+
     def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """Everything that reads Hugging Face folders."""
         usage = 'AutoModelForCausalLM.from_pretrained("{folder}")'

@@ -19,21 +19,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 import yaml
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Runtime
 from lightning_gsq.export.formats.gguf_check import check_file
-from lightning_gsq.export.formats.gguf_storage import FILE, SUPPORTED_BY_TRANSFORMERS, Storage, source_file
+from lightning_gsq.export.formats.gguf_storage import (
+    FILE,
+    SUPPORTED_BY_TRANSFORMERS,
+    Storage,
+    fitting_schemes,
+    source_file,
+)
 from lightning_gsq.export.formats.gguf_tensors import from_file, from_folder, ledger_of, quantized
 from lightning_gsq.export.formats.linear import refuse_other_than_linear
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
+from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.gguf.metadata import storage_fields
+from lightning_gsq.gguf.metadata import fields_of_model, storage_fields
 from lightning_gsq.gguf.names import Layout
 from lightning_gsq.gguf.write import write_gguf
 from lightning_gsq.weights.ledger import Ledger
+
+WORTH_SAYING = 0.6
+"""Bits a weight that a block type wastes before that is said."""
 
 
 @register
@@ -41,10 +52,26 @@ class GGUFFormat(ExportFormat):
     """One GGUF file."""
 
     name: ClassVar[str] = "gguf"
+    package: ClassVar[str] = llama_cpp.PACKAGE
 
     def refuse(self, run: PlannedRun) -> str | None:
-        """Refuses fused experts and transposed weights."""
-        return refuse_other_than_linear(self.name, list(run.weights.values()))
+        """Refuses what has no name, no type or no rule of splitting text in a GGUF file."""
+        reason = refuse_other_than_linear(self.name, list(run.weights.values()))
+        if reason is not None:
+            return reason
+        if run.scale_dtype == torch.float32 and run.start_file is None:
+            return "gguf stores scales in float16; quantize with --model.scale_dtype float16"
+        try:
+            layout, source = Layout.of(run.config), source_file(run)
+            names = {layout.name_of(name): name for name in [*run.other_names(), *run.weights]}
+            if source is None:
+                fields_of_model(run.config, run.tokenizer, layout.architecture, run.address)
+                return None
+            from_file(source, layout, ExportOptions())
+        except ConfigurationError as error:
+            return str(error).removeprefix("format: ").removeprefix("gguf: ")
+        lacking = set(run.weights) - {names[name] for name in source.tensors if name in names}
+        return f"{source.path} has no tensor for {sorted(lacking)[0]}" if lacking else None
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes ``model.gguf``."""
@@ -57,9 +84,6 @@ class GGUFFormat(ExportFormat):
         for tensor in tensors:
             weight = run.weights.get(names.get(tensor.name, ""))
             planned.append(tensor if weight is None else quantized(run, weight, layout, tensor.name, options))
-        missing = set(run.weights) - {names[tensor.name] for tensor in planned if tensor.name in names}
-        if missing:
-            raise ConfigurationError(f"format: gguf: {source and source.path} has no tensor for {sorted(missing)[0]}")
         write_gguf(folder / FILE, fields, planned)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")
         return ledger_of(folder / FILE, planned, names, set(run.weights))
@@ -78,6 +102,24 @@ class GGUFFormat(ExportFormat):
             usage = f'AutoModelForCausalLM.from_pretrained("{{folder}}", gguf_file="{FILE}")'
             found.append(Runtime("transformers", how, usage))
         return found
+
+    def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
+        """Those of the block type."""
+        return Storage.of(weight.scheme, weight.site.in_features, "Q8_0").bits
+
+    def remarks(self, run: PlannedRun) -> list[str]:
+        """Says of each scheme that fills its block type badly which schemes fit it, and the next smaller one."""
+        remarks = {}
+        for weight in run.weights.values():
+            storage = Storage.of(weight.scheme, weight.site.in_features, "Q8_0")
+            scheme, bits = weight.scheme, weight.bits(8 * run.scale_dtype.itemsize)
+            if scheme in remarks or storage.bits < bits + WORTH_SAYING:
+                continue
+            stored = f"{scheme}: held as {storage.name}, {storage.bits:.4g} bits a weight instead of {bits:.4g}"
+            fitting = [s for s in fitting_schemes(weight.site.in_features) if s[1] <= storage.bits]
+            choices = [f"{other} ({name}, {size:.4g} bits)" for other, size, name in fitting[-2:]]
+            remarks[scheme] = stored + (f"; these fit a block type: {', '.join(choices)}" if choices else "")
+        return list(remarks.values())
 
     def weight_files(self, folder: Path) -> list[Path]:
         """The GGUF file."""

@@ -8,8 +8,6 @@ loosely: the mean over a text may differ by :data:`LOGPROB_TOLERANCE`.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +25,7 @@ from lightning_gsq.export.formats.gguf_storage import (
     in_model_order,
 )
 from lightning_gsq.export.readers import llama_cpp
-from lightning_gsq.export.readers.packages import not_checked
+from lightning_gsq.export.readers.packages import missing
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.names import Layout
@@ -65,9 +63,9 @@ def check_file(run: FinishedRun, path: Path, source: GGUFFile | None) -> CheckRe
         notes.append(f"transformers {version('transformers')}: logits differ by {difference:.2g}")
     else:
         notes.append("transformers cannot read these block types")
-    missing = not_checked(llama_cpp.PACKAGE)
-    if missing is not None:
-        return CheckReport(missing.runtime, (len(run.weights), exact), note="; ".join([missing.note, *notes]))
+    without = missing(llama_cpp.PACKAGE)
+    if without:
+        return CheckReport("the bytes of the file", (len(run.weights), exact), note="; ".join([without, *notes]))
     answer = llama_cpp.ask(path, PROMPTS, NEW_TOKENS, TOP, ids_BT[0].tolist())
     difference, same = _compare_with_llama_cpp(run, network, answer)
     notes.append(f"log-probabilities of the next token differ by up to {difference:.2g}, same greedy text for {same}")
@@ -126,14 +124,14 @@ def _compare_values(
 def _compare_with_transformers(run: FinishedRun, network: PreTrainedModel, path: Path) -> float:
     """Largest difference of a logit between transformers' reading of the file and the network with its values."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
-            loaded = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                local_files_only=True,
-            ).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            local_files_only=True,
+            trust_remote_code=False,
+        ).eval()
     except Exception as error:  # whatever the package raises, the file is not what it should be
         raise CheckFailedError(f"transformers cannot load {path}: {error}") from error
     difference = largest = 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import gguf
 import torch
@@ -16,7 +15,7 @@ from lightning_gsq.gguf.blocks import BLOCK_TYPES, exact_type
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.names import Layout
 from lightning_gsq.gguf.types.table import GgmlType
-from lightning_gsq.models import loading
+from lightning_gsq.quantizers.from_file import SCHEMES
 from lightning_gsq.weights.scheme import QuantScheme
 
 FILE = "model.gguf"
@@ -48,6 +47,11 @@ class Storage:
         return cls(None if in_features % other.length else other, False)
 
     @property
+    def bits(self) -> float:
+        """Bits a weight, scales included."""
+        return 8 * torch.float16.itemsize if self.kind is None else 8 * self.kind.num_bytes / self.kind.length
+
+    @property
     def name(self) -> str:
         """llama.cpp's name of the type."""
         return "F16" if self.kind is None else self.kind.name
@@ -58,6 +62,16 @@ class Storage:
         return F16 if self.kind is None else self.kind.number
 
 
+def fitting_schemes(in_features: int) -> list[tuple[QuantScheme, float, str]]:
+    """Schemes that fill a block type for rows of this length, with its bits a weight and its name, smallest first."""
+    return [
+        (scheme, 8 * kind.num_bytes / kind.length, kind.name)
+        for kind in BLOCK_TYPES.values()
+        for scheme in [SCHEMES[kind.number]]
+        if exact_type(scheme, in_features) is kind
+    ]
+
+
 def source_file(run: PlannedRun) -> GGUFFile | None:
     """The GGUF file whose remaining contents an export keeps; None for a run that has none.
 
@@ -66,10 +80,9 @@ def source_file(run: PlannedRun) -> GGUFFile | None:
     Raises:
         ConfigurationError: the file is not there or cannot be read.
     """
-    start = run.settings.get("warm_start")
-    if isinstance(start, dict) and str(start.get("class_path", "")).rpartition(".")[2] == "FromFile":
-        return GGUFFile(Path(start["init_args"]["file"]).expanduser())
-    source = loading.resolve(run.address, run.model.address.revision, run.model.address.trust_remote_code)
+    if run.start_file is not None:
+        return GGUFFile(run.start_file)
+    source = run.model.address.source()
     if source.gguf_file is None:
         return None
     if not source.files:

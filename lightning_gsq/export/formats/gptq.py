@@ -30,7 +30,7 @@ from lightning_gsq.export.check import compare
 from lightning_gsq.export.companions import write_companions
 from lightning_gsq.export.contract import CheckFailedError, CheckReport, ExportOptions, Runtime
 from lightning_gsq.export.formats.linear import LinearFormat, linear_bits, other_linear_layers
-from lightning_gsq.export.planned import ExportedWeight
+from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.readers.packages import not_checked
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
@@ -84,6 +84,7 @@ class GPTQFormat(LinearFormat):
     name: ClassVar[str] = "gptq"
     codes: ClassVar[str] = "qweight"
     scales: ClassVar[str] = "scales"
+    package: ClassVar[str] = PACKAGE
 
     def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of one layer.
@@ -101,11 +102,23 @@ class GPTQFormat(LinearFormat):
             "g_idx": torch.arange(columns, dtype=torch.int32) // length,
         }
 
+    def compute_dtype(self, run: PlannedRun) -> torch.dtype:
+        """float16, whatever the scales were trained in."""
+        return DTYPE
+
+    def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
+        """Codes, and a scale and a zero point a group."""
+        bits = self.bits(weight.scheme)
+        return bits + (8 * DTYPE.itemsize + bits) / weight.group_length
+
     def refuse_weight(self, weight: ExportedWeight) -> str | None:
-        """Refuses bits without a kernel, and 3-bit matrices that are not made of blocks of 32."""
+        """Refuses 5 to 7 bits, and 3-bit matrices that are not made of blocks of 32."""
         bits = self.bits(weight.scheme)
         if bits not in BITS:
-            return f"{self.name} has no kernels for {bits} bits ({weight.name}); compressed-tensors holds them"
+            return (
+                f"{self.name} holds 2, 3, 4 and 8 bits, and {weight.name} has {bits}: gptqmodel reads 5 to 7 bits in "
+                "another, planar layout (gptq_p), which is not written; compressed-tensors holds them"
+            )
         if bits == 3 and any(size % BLOCK for size in weight.shape):
             return (
                 f"{self.name} at 3 bits needs sizes that are multiples of {BLOCK}, and {weight.name} is "
@@ -116,7 +129,7 @@ class GPTQFormat(LinearFormat):
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes safetensors, config, quantize_config.json and tokenizer."""
         writer = ShardWriter(folder, options.shard_size)
-        self.write_layers(run, writer, DTYPE)
+        self.write_layers(run, writer)
         layers = {weight.stem: weight.scheme for weight in run.weights.values()}
         config = quantization_config(layers, other_linear_layers(run), f"lightning-gsq:{version('lightning-gsq')}")
         write_companions(run, folder, config, DTYPE)
@@ -130,7 +143,7 @@ class GPTQFormat(LinearFormat):
         if report is not None:
             return report
         try:
-            loaded = _load(folder)
+            loaded = _load(folder, run.model.address.trust_remote_code)
         except Exception as error:  # whatever the package raises, the file is not what it should be
             raise CheckFailedError(f"{PACKAGE} cannot load {folder}: {error}") from error
         return compare(run, loaded.float().eval(), f"{PACKAGE} {version(PACKAGE)}", _dense)
@@ -140,10 +153,11 @@ class GPTQFormat(LinearFormat):
         return [Runtime(PACKAGE, "exact", 'GPTQModel.load("{folder}")')]
 
 
-def _load(folder: Path) -> PreTrainedModel:
+def _load(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     from gptqmodel import BACKEND, GPTQModel
 
-    model: PreTrainedModel = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=DTYPE).model
+    options = {"backend": BACKEND.GPTQ_TORCH, "device": "cpu", "dtype": DTYPE, "trust_remote_code": trust_remote_code}
+    model: PreTrainedModel = GPTQModel.load(str(folder), **options).model
     return model
 
 

@@ -50,18 +50,37 @@ class LinearFormat(ExportFormat):
         """Refuses fused experts, transposed weights, and what :meth:`refuse_weight` names."""
         weights = list(run.weights.values())
         reasons = [*map(self.refuse_weight, weights), refuse_other_than_linear(self.name, weights)]
-        return next((reason for reason in reasons if reason), None)
+        return next((reason for reason in reasons if reason), None) or self.refuse_values(run)
 
-    def write_layers(self, run: FinishedRun, writer: ShardWriter, dtype: torch.dtype) -> None:
+    def refuse_values(self, run: PlannedRun) -> str | None:
+        """Why the format cannot hold the scales or the plain numbers; None if it can."""
+        dtype = self.compute_dtype(run)
+        if dtype == torch.float16 and run.scale_dtype == torch.float32:
+            return f"{self.name} stores scales in float16; quantize with --model.scale_dtype float16"
+        for name in run.other_names():
+            try:
+                fits_dtype(name, run.parameter(name), dtype)
+            except ConfigurationError as error:
+                return str(error)
+        return None
+
+    def compute_dtype(self, run: PlannedRun) -> torch.dtype:
+        """What readers compute in: plain numbers have to fit it."""
+        return run.scale_dtype
+
+    def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
+        """Codes, and a scale a group."""
+        return self.bits(weight.scheme) + 8 * run.scale_dtype.itemsize / weight.group_length
+
+    def write_layers(self, run: FinishedRun, writer: ShardWriter) -> None:
         """Adds every parameter of a run: quantized layers as the format encodes them, the others as plain numbers.
 
         Args:
             run: The run.
             writer: Where to.
-            dtype: What readers compute in: plain numbers have to fit it.
 
         Raises:
-            ConfigurationError: a parameter does not.
+            ConfigurationError: a plain number does not fit the dtype that readers compute in.
         """
         for names in run.units():
             for name in names:
@@ -71,7 +90,15 @@ class LinearFormat(ExportFormat):
                     tensors = {f"{weight.stem}.{part}": value for part, value in parts.items()}
                     writer.add(tensors, self._entry(name, tensor, parts))
                 else:
-                    writer.add_plain(name, fits_dtype(name, run.parameter(name), dtype))
+                    writer.add_plain(name, self.plain(name, run))
+
+    def plain(self, name: str, run: FinishedRun) -> Tensor:
+        """A parameter that is not quantized, as it is stored.
+
+        Raises:
+            ConfigurationError: it does not fit the dtype that readers compute in.
+        """
+        return fits_dtype(name, run.parameter(name), self.compute_dtype(run))
 
     def _entry(self, name: str, tensor: QuantizedTensor, parts: Mapping[str, Tensor]) -> LedgerEntry:
         """What a layer's tensors cost."""

@@ -2,5 +2,6 @@
 
 packages           which are installed
 llama_cpp          llama.cpp, in a process of its own
+mlx                MLX, on the CPU
 llama_cpp_process  that process
 """

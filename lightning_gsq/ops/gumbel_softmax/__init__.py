@@ -9,12 +9,16 @@ op         the operator that torch knows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from lightning_gsq.ops.gumbel_softmax import op
 from lightning_gsq.ops.gumbel_softmax.fused import Backend, numbers_of
+from lightning_gsq.weights.quantized import expand_groups
 
-__all__ = ["Backend", "gumbel_softmax_weight"]
+__all__ = ["Backend", "gumbel_softmax_values", "gumbel_softmax_weight"]
 
 
 def gumbel_softmax_weight(
@@ -54,3 +58,26 @@ def gumbel_softmax_weight(
         logits_LOI, scales_OG, base_OI, levels, numbers, words, group_length, backend
     )
     return result
+
+
+def gumbel_softmax_values(logits_LOI: Tensor, scales_OG: Tensor, values: Sequence[Tensor], **settings: Any) -> Tensor:
+    """Samples ``w = s * sum_l v_l softmax(...)_l`` where candidates have values of their own for each weight.
+
+    The op with levels 0, ..., 1, ..., 0 gives one candidate's probability; the same seed draws the same noise every
+    time, so that ``L - 1`` calls give all of them.
+
+    Args:
+        logits_LOI: As in :func:`gumbel_softmax_weight`; at least two candidates.
+        scales_OG: Scales.
+        values: Of each candidate, fp32 ``O I``.
+        settings: The keyword arguments of :func:`gumbel_softmax_weight`.
+
+    Returns:
+        ``w_OI`` in the logits' dtype, differentiable in logits and scales.
+    """
+    count, first = len(values), values[0]
+    w_OI = expand_groups(scales_OG, first.shape[1], settings["group_length"]) * first
+    for index in range(1, count):
+        one = tuple(float(level == index) for level in range(count))
+        w_OI = w_OI + gumbel_softmax_weight(logits_LOI, scales_OG, one, **settings) * (values[index] - first)
+    return w_OI.to(logits_LOI.dtype)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.ops.packed_linear import dispatch, op
+from lightning_gsq.ops.packed_linear.reference import unpack_values
 from lightning_gsq.weights.grid import Bits, grid_of
 from lightning_gsq.weights.packing import packed_words
 
-__all__ = ["dequantize_packed", "packed_linear"]
+__all__ = ["dequantize_packed", "packed_linear", "unpack_values"]
 
 
 def dequantize_packed(

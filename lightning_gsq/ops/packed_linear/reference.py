@@ -22,13 +22,18 @@ def unpack_levels(words_OW: Tensor, bits: int, in_features: int) -> Tensor:
         bits: Bits that one stored value takes.
         in_features: ``I``.
     """
+    values_OI = unpack_values(words_OW, bits, in_features)
+    return 2 * values_OI - 1 if bits == 1 else values_OI - (1 << bits - 1)
+
+
+def unpack_values(words_OW: Tensor, bits: int, in_features: int) -> Tensor:
+    """The stored values ``O I`` as they are, unsigned, int16, on the words' device; arguments as above."""
     start_I = torch.arange(in_features, device=words_OW.device) * bits
     word_I, shift_I = start_I // WORD_BITS, start_I % WORD_BITS
     unsigned_OW = words_OW.long() & 0xFFFFFFFF
     following_OW = nn.functional.pad(unsigned_OW[:, 1:], (0, 1))
     stream_OI = unsigned_OW[:, word_I] | following_OW[:, word_I] << WORD_BITS
-    values_OI = (stream_OI >> shift_I & (1 << bits) - 1).to(torch.int16)
-    return 2 * values_OI - 1 if bits == 1 else values_OI - (1 << bits - 1)
+    return (stream_OI >> shift_I & (1 << bits) - 1).to(torch.int16)
 
 
 def dequantize_packed_reference(

@@ -1,0 +1,63 @@
+"""Which errors a command tells in one line, and with which exit code.
+
+Every error that a user can cause ends here. Anything else is a mistake of this program and is shown in full.
+"""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Callable
+
+import jinja2
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
+
+from lightning_gsq.cli.app import GSQCLI
+from lightning_gsq.cli.defaults import EXIT_FAILURE, EXIT_USAGE, quiet_libraries
+from lightning_gsq.errors import ConfigurationError, ProcessLostError, WorkFailedError
+from lightning_gsq.system.console import make_console
+from lightning_gsq.training import NonFiniteLossError
+
+LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
+    ConfigurationError: (EXIT_USAGE, str),
+    MisconfigurationException: (EXIT_USAGE, str),
+    NonFiniteLossError: (EXIT_FAILURE, str),
+    ProcessLostError: (EXIT_FAILURE, str),
+    WorkFailedError: (EXIT_FAILURE, str),
+    jinja2.TemplateError: (EXIT_USAGE, lambda error: f"the tokenizer's chat template cannot be used: {error}"),
+    RecursionError: (EXIT_USAGE, lambda error: f"a file or an option is nested too deeply to be read ({error})"),
+    SafetensorError: (EXIT_FAILURE, lambda error: f"a safetensors file cannot be read or written: {error}"),
+    torch.OutOfMemoryError: (EXIT_FAILURE, lambda error: f"the device has too little memory: {error}"),
+    MemoryError: (EXIT_FAILURE, lambda error: f"this machine has too little memory: {error or 'plan says how much'}"),
+    OSError: (EXIT_FAILURE, lambda error: ": ".join(str(x) for x in (error.strerror or error, error.filename) if x)),
+}
+"""Exit code and line of the errors that are told in one; the first that fits."""
+
+
+def run(arguments: list[str], debug: bool) -> int:
+    """Runs a command; returns its exit code.
+
+    Args:
+        arguments: Those of the command line, without ``--debug``.
+        debug: Show the traceback of errors that are told in one line, too.
+    """
+    quiet_libraries()
+    try:
+        GSQCLI(arguments)
+    except tuple(LINES) as error:
+        if debug:
+            traceback.print_exception(error)
+        code, line = line_of(error)
+        make_console(stderr=True).print(f"error: {line}", soft_wrap=True)
+        return code
+    return 0
+
+
+def line_of(error: Exception) -> tuple[int, str]:
+    """Exit code and line of an error of :data:`LINES`."""
+    code, line = next(entry for kind, entry in LINES.items() if isinstance(error, kind))
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        code = EXIT_USAGE
+    return code, line(error)

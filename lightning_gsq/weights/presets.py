@@ -1,0 +1,126 @@
+"""Schemes that have names: the types of ggml, the modes of MLX, and ``w3g64`` for any width and group.
+
+A preset is data: a grid, a group size, a layout of scales, and whose file holds it without rounding. The types of ggml
+round their floats to fp16, and their rows are whole blocks; where a row is none, llama.cpp takes another type, and so
+does a run that asks for ``fallback``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from dataclasses import dataclass
+
+import torch
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.weights.grid import Bits, Grid, grid_of, table_grid, unsigned_grid
+from lightning_gsq.weights.layout import Integers, ScaleLayout
+
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The values of IQ4_NL and IQ4_XS, from ggml's ``kvalues_iq4nl``."""
+MLX_BITS, MLX_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
+"""What MLX computes rightly; 7 bits and other groups give wrong numbers there, without an error."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A scheme with a name.
+
+    Args:
+        name: In small letters.
+        bits: Bits of a code, or "ternary".
+        grid: The codes of a weight.
+        group_size: Weights that share a scale; -1 for a row.
+        layout: How scales are stored.
+        multiple: Rows have to be a multiple of so many weights.
+        fallback: The preset that llama.cpp's rule takes for other rows; None where it names none.
+        ggml: The type of ggml that holds such a weight exactly; None for other presets.
+    """
+
+    name: str
+    bits: Bits
+    grid: Grid
+    group_size: int
+    layout: ScaleLayout
+    multiple: int = 1
+    fallback: str | None = None
+    ggml: str | None = None
+
+
+_HALF = ScaleLayout(dtype=torch.float16)
+_AFFINE = ScaleLayout(offset=True, dtype=torch.float16)
+
+
+def _ggml(
+    name: str, grid: Grid, group: int, layout: ScaleLayout = _HALF, multiple: int = 0, fallback: str | None = None
+) -> Preset:
+    bits: Bits = "ternary" if len(grid.levels) == 3 else grid.storage_bits
+    return Preset(name, bits, grid, group, layout, multiple or group, fallback, name.upper())
+
+
+def _two_level(sub_scales: Integers, sub_offsets: Integers | None = None) -> ScaleLayout:
+    return ScaleLayout(sub_offsets is not None, 256, sub_scales, sub_offsets, torch.float16)
+
+
+_FOUR, _SIX, _SIGNED_SIX, _EIGHT = Integers(0, 15), Integers(0, 63), Integers(-32, 31), Integers(-128, 127)
+_FROM_MINUS_ONE = Grid(-1, 2, storage_bits=2, origin=-1)
+GGML = {
+    preset.name: preset
+    for preset in (
+        _ggml("q1_0", grid_of(1), 128),
+        _ggml("q2_0", _FROM_MINUS_ONE, 64, fallback="q4_0"),
+        _ggml("tq1_0", grid_of("ternary"), 256, fallback="q4_0"),
+        _ggml("tq2_0", _FROM_MINUS_ONE, 256, fallback="q4_0"),
+        _ggml("q2_k", unsigned_grid(2), 16, _two_level(_FOUR, _FOUR), 256, "q4_0"),
+        _ggml("q3_k", grid_of(3), 16, _two_level(_SIGNED_SIX), 256, "q4_0"),
+        _ggml("q4_k", unsigned_grid(4), 32, _two_level(_SIX, _SIX), 256, "q5_0"),
+        _ggml("q5_k", unsigned_grid(5), 32, _two_level(_SIX, _SIX), 256, "q5_1"),
+        _ggml("q6_k", grid_of(6), 16, _two_level(_EIGHT), 256, "q8_0"),
+        _ggml("iq4_nl", table_grid(IQ4_VALUES), 32),
+        _ggml("iq4_xs", table_grid(IQ4_VALUES), 32, _two_level(_SIGNED_SIX), 256, "iq4_nl"),
+        _ggml("q4_0", grid_of(4), 32),
+        _ggml("q4_1", unsigned_grid(4), 32, _AFFINE),
+        _ggml("q5_0", grid_of(5), 32),
+        _ggml("q5_1", unsigned_grid(5), 32, _AFFINE),
+        _ggml("q8_0", grid_of(8), 32),
+    )
+}
+"""The types of ggml whose weight is a scale times a level, less an offset."""
+MLX = {
+    f"mlx{bits}g{group}": Preset(f"mlx{bits}g{group}", bits, unsigned_grid(bits), group, _AFFINE, group)
+    for bits in MLX_BITS
+    for group in MLX_GROUPS
+}
+"""MLX's affine modes: a scale and an offset a group."""
+NAMED = {**GGML, **MLX}
+"""Presets that are more than a width and a group size."""
+_PLAIN = re.compile(r"w([1-8]|t)g([1-9]\d{0,6})")
+
+
+@functools.cache
+def plain_preset(name: str) -> tuple[Bits, int] | None:
+    """Width and group size of a name such as ``w3g64`` (``wtg64`` is ternary); None for another kind of name."""
+    match = _PLAIN.fullmatch(name)
+    if match is None:
+        return None
+    return "ternary" if match[1] == "t" else int(match[1]), int(match[2])
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigurationError: there is none; the nearest is named.
+    """
+    preset = NAMED.get(name)
+    if preset is None:
+        plain = [f"w{bits}g{group}" for bits in (*range(1, 9), "t") for group in (32, 64, 128)]
+        near = difflib.get_close_matches(name.lower(), [*NAMED, *plain], n=1, cutoff=0.0)[0]
+        raise ConfigurationError(
+            f"there is no preset {name!r}; the nearest is {near}. There are w<bits>g<group size> (bits 1 to 8, or t "
+            f"for ternary), mlx<bits>g<group size> (bits {', '.join(map(str, MLX_BITS))}; groups of "
+            f"{', '.join(map(str, MLX_GROUPS))}), {', '.join(GGML)}"
+        )
+    return preset
