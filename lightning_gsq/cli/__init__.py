@@ -1,11 +1,17 @@
 """How do options become objects? The command line on LightningCLI.
 
-entry     arguments in, exit code out
-errors    which errors are told in one line
-verbs     the verbs by name
-app       their options, and what each is given
-parser    errors of one line
-defaults  what every verb shares
+entry      arguments in, exit code out; the overview
+verbs      the verbs by name
+errors     which errors are told in one line
+app        the options of each verb, and what it is given
+arguments  the command line as people type it
+classes    classes by their short names
+configs    the recipe without options; what a file may not hold
+parser     the parser of a verb
+messages   its errors in one line, with the nearest name
+help       the options that are used first
+trainers   Trainers from settings
+defaults   what every verb shares
 """
 
 from lightning_gsq.cli.entry import main

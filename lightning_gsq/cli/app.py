@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from lightning_gsq.callbacks import GumbelAnnealing
 from lightning_gsq.cli.arguments import rewritten
 from lightning_gsq.cli.configs import DEFAULTS
 from lightning_gsq.cli.defaults import TRAINER_DEFAULTS, native_precision
@@ -76,6 +77,8 @@ class GSQCLI(LightningCLI):
         self.console = make_console()
         self.all_help = "--help.all" in args
         args = ["--help" if argument == "--help.all" else argument for argument in args]
+        # A parser of all options takes a second to build: only that of the verb, where it is one.
+        self.verbs = [args[0]] if args[0] in VERBS else list(VERBS)
         self._logger: Logger | None = None
         super().__init__(
             ModelQuantization,
@@ -99,7 +102,8 @@ class GSQCLI(LightningCLI):
         self._subcommand_parsers = {}
         subcommands = parser.add_subcommands()
         recipe = {"default_config_files": [DEFAULTS]}
-        for name, verb in VERBS.items():
+        for name in self.verbs:
+            verb = VERBS[name]
             defaults = recipe if verb.trains else {}
             options = self.init_parser(description=SUMMARIES[name], **defaults)
             assert isinstance(options, GSQArgumentParser)  # as asked for above
@@ -155,6 +159,7 @@ class GSQCLI(LightningCLI):
             return
         trainer = self.settings.trainer
         check_settings(trainer)
+        trainer.callbacks = latest_of_each_class(trainer.callbacks)
         if sharding.asked_for(trainer.strategy):
             trainer.strategy, self.settings.end_to_end.strategy = "ddp", sharding.FSDP2
         if trainer.precision is None:
@@ -195,6 +200,7 @@ class GSQCLI(LightningCLI):
 
     def fit(self) -> None:
         """Quantizes the model into the run folder."""
+        self._say_what_is_unusual()
         fit(
             model=self.model,
             data=self.datamodule,
@@ -208,6 +214,21 @@ class GSQCLI(LightningCLI):
             console=self.console,
             formats=self.settings.export,
         )
+
+    def _say_what_is_unusual(self) -> None:
+        """Lines on settings that somebody may not know to have made."""
+        callbacks = self.objects.trainer.callbacks or []
+        if "blocks" in self.model.phases and not any(isinstance(own, GumbelAnnealing) for own in callbacks):
+            self.console.print(
+                "note: trainer.callbacks holds no GumbelAnnealing: temperature and logit scale stay where they start, "
+                "and blocks come out worse; --trainer.callbacks GumbelAnnealing adds it",
+                soft_wrap=True,
+            )
+        if self.model.address.trust_remote_code:
+            self.console.print(
+                f"note: Python code that comes with {self.model.address.pretrained} is run (model.trust_remote_code)",
+                soft_wrap=True,
+            )
 
     def validate(self) -> None:
         """Prints the perplexity of a model, or of the model in a finished run folder."""
@@ -227,6 +248,13 @@ class GSQCLI(LightningCLI):
             host_memory_gb=self.settings.host_memory_gb,
             device_memory_gb=self.settings.device_memory_gb,
         )
+
+
+def latest_of_each_class(callbacks: list[Namespace] | None) -> list[Namespace] | None:
+    """Callbacks where the last one of a class stands for those before it: one that comes with other settings."""
+    if callbacks is None:
+        return None
+    return list({callback.class_path: callback for callback in callbacks}.values())
 
 
 def as_plain(parser: LightningArgumentParser, settings: Namespace) -> dict[str, Any]:

@@ -37,8 +37,20 @@ def rewritten(arguments: list[str]) -> list[str]:
     verb, *rest = arguments
     if verb in NAMED:
         named = [NAMED[verb]] if rest and not rest[0].startswith("-") else []
-        return [verb, *named, *rest]
+        return [verb, *named, *_formats(rest)]
     return [verb, *(part for option in _options(rest) for part in _option(*option))]
+
+
+def _formats(arguments: list[str]) -> Iterator[str]:
+    """The values of ``--format`` apart: gguf,gptq are two."""
+    formats = False
+    for argument in arguments:
+        if argument.startswith("--format="):
+            yield "--format"
+            argument, formats = argument.removeprefix("--format="), True
+        elif argument.startswith("-"):
+            formats = argument == "--format"
+        yield from filter(None, argument.strip("[]").replace(" ", "").split(",")) if formats else [argument]
 
 
 def _options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -73,7 +85,9 @@ def _option(name: str, value: str | None) -> list[str]:
         return _source(name, class_path(name, value))
     if name in LISTS and not value.startswith("["):
         value = json.dumps([part.strip() for part in value.split(",")])
-    return [f"--{name}={class_path(name, value)}"]
+    if name == "trainer.callbacks" and not value.startswith("[") and value != "null":
+        name += "+"  # a list replaces those of the recipe, a single one comes to them
+    return [f"--{name}={class_path(name.removesuffix('+'), value)}"]
 
 
 def _is_settings(value: str) -> bool:

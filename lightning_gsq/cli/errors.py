@@ -18,6 +18,7 @@ from lightning_gsq.cli.app import GSQCLI
 from lightning_gsq.cli.defaults import EXIT_FAILURE, EXIT_USAGE, quiet_libraries
 from lightning_gsq.errors import ConfigurationError, ProcessLostError, WorkFailedError
 from lightning_gsq.system.console import make_console
+from lightning_gsq.system.progress_bars import no_foreign_bars
 from lightning_gsq.training import NonFiniteLossError
 
 LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
@@ -30,7 +31,10 @@ LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
     RecursionError: (EXIT_USAGE, lambda error: f"a file or an option is nested too deeply to be read ({error})"),
     SafetensorError: (EXIT_FAILURE, lambda error: f"a safetensors file cannot be read or written: {error}"),
     torch.OutOfMemoryError: (EXIT_FAILURE, lambda error: f"the device has too little memory: {error}"),
-    MemoryError: (EXIT_FAILURE, lambda error: f"this machine has too little memory: {error or 'plan says how much'}"),
+    MemoryError: (
+        EXIT_FAILURE,
+        lambda error: f"this machine has too little memory: {str(error) or 'plan says how much is needed'}",
+    ),
     OSError: (EXIT_FAILURE, lambda error: ": ".join(str(x) for x in (error.strerror or error, error.filename) if x)),
 }
 """Exit code and line of the errors that are told in one; the first that fits."""
@@ -45,7 +49,8 @@ def run(arguments: list[str], debug: bool) -> int:
     """
     quiet_libraries()
     try:
-        GSQCLI(arguments)
+        with no_foreign_bars():
+            GSQCLI(arguments)
     except tuple(LINES) as error:
         if debug:
             traceback.print_exception(error)

@@ -50,7 +50,12 @@ class GSQArgumentParser(LightningArgumentParser):
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """The options that are used first, or all of them."""
-        return common_help(self, self.common) if self.common else super().format_help(formatter)
+        if self.common:
+            return common_help(self, self.common)
+        # Lightning's own group is the longest, and comes last.
+        trainer = (self.groups or {}).get("trainer")
+        self._action_groups = sorted(self._action_groups, key=lambda group: group is trainer)
+        return super().format_help(formatter)
 
     def add_signature(
         self, function: Callable[..., Any], skip: set[str], repeated: tuple[str, ...] = (), flags: tuple[str, ...] = ()

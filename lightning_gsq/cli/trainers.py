@@ -50,11 +50,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         whole = value in (None, False) or (isinstance(value, float) and value in (0.0, 1.0))
         if name == "limit_val_batches":
-            whole = value is None or value == 1.0
+            whole = value is None or (isinstance(value, float) and value == 1.0)
         if not whole:
             raise ConfigurationError(
-                f"trainer.{name}: {value} would measure on a part of the text and report it as the whole; leave it "
-                "out, and use --data.num_validation_sequences and --evaluation.num_windows"
+                f"trainer.{name}: {str(value).lower()} would measure on a part of the text and report it as all; leave "
+                "it out, and use --data.num_validation_sequences and --evaluation.num_windows"
             )
     if settings.get("default_root_dir") == "":
         raise ConfigurationError("trainer.default_root_dir is empty: name the run folder, such as runs/mine")

@@ -1,9 +1,10 @@
 """What does each verb do, from top to bottom?
 
-fit       quantizes a model into a run folder
-validate  the perplexity of a model
-plan      what fit would take
-export    writes a finished run as files for other programs
-predict   text from prompts
-tables    plans, summaries and ledgers as tables
+fit        quantizes a model into a run folder
+validate   the perplexity of a model
+plan       what fit would take
+export     writes a finished run as files for other programs
+predict    text from prompts
+addresses  what other verbs wrote
+tables     plans, summaries and ledgers as tables
 """

@@ -22,7 +22,7 @@ from lightning_gsq.export.preflight import refuse_exports
 from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
-from lightning_gsq.run.block_plan import BlockPlan, make_plan
+from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
 from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
 from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.end_to_end import check_end_to_end
@@ -104,6 +104,8 @@ def fit(
         if not folder.rank:
             check_saving(model.network, model.tokenizer, folder.root)
         plan = make_plan(model)
+        for line in not_quantized(model, plan):
+            say(line)
         _check_plan(model, plan)
         planned = PlannedRun(model, plan, settings["model"])
         refuse_exports(exports, planned, folder.root / "export", reserved=_bytes_to_write(model))

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from lightning_gsq.commands.addresses import written_model
 from lightning_gsq.data.documents import without_surrogates
 from lightning_gsq.data.encoding import check_ids, template_errors, tokenizer_errors
 from lightning_gsq.data.files import local_path, read_text
@@ -68,7 +69,7 @@ def predict(
         raise ConfigurationError(f"seed must be a number from 0 to {2**32 - 1}, got {seed}")
     place = _device(device)
     prompts = _prompts(prompt, file)
-    source = loading.resolve(loading.finished_model(model), revision, trust_remote_code)
+    source = loading.resolve(written_model(model), revision, trust_remote_code)
     tokenizer = loading.load_tokenizer(source)
     network = loading.load_model(source, dtype, quantized=True)
     nn.Module.to(network, place)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from lightning.pytorch import Trainer
 from rich.console import Console
 
+from lightning_gsq.commands.addresses import written_model
 from lightning_gsq.data import PerplexityData
 from lightning_gsq.estimate import limits
 from lightning_gsq.models import loading
@@ -38,7 +39,7 @@ def validate(
     Raises:
         ConfigurationError: the model cannot be loaded, or the text is too short.
     """
-    finished = loading.finished_model(model.address.pretrained)
+    finished = written_model(model.address.pretrained)
     source = dataclasses.replace(model.address, pretrained=finished).source()
     evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
     model.load(source, quantized=True)

@@ -185,7 +185,7 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
         for site in skeleton.blocks[index].sites
     }
     plan: dict[int, Weights] = defaultdict(dict)
-    schemes = model.selection.schemes({name: site.in_features for name, (_, site) in sites.items()})
+    schemes = model.selection.schemes({name: site for name, (_, site) in sites.items()})
     refuse_shared(skeleton.model, schemes)
     for name, scheme in schemes.items():
         index, site = sites[name]

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lightning_gsq.estimate.skeleton import BlockSkeleton, zeros_on_cpu
-from lightning_gsq.models.chain import BlockCall, run_block
+from lightning_gsq.models.calls import BlockCall
+from lightning_gsq.models.chain import run_block
 from lightning_gsq.models.probe import PROBE_TOKENS
 
 FEW_TOKENS = (64, 128)
@@ -131,9 +132,7 @@ def _run(
 def longer(call: BlockCall, tokens: int) -> BlockCall:
     """The call, recorded for a few tokens, for another number of them; the values are zeros."""
 
-    def resize(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def resize(_: str, value: Tensor) -> Tensor:
         return torch.zeros([tokens if size == PROBE_TOKENS else size for size in value.shape], dtype=value.dtype)
 
-    return BlockCall(tree_map(resize, call.args), tree_map(resize, call.kwargs))
+    return call.mapped(resize)

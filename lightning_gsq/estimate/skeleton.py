@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
-from lightning_gsq.models.chain import BlockCall, find_blocks, split_hidden
+from lightning_gsq.models.calls import BlockCall, leaves, with_containers
+from lightning_gsq.models.chain import Reached, check_count, find_blocks, fitting, running, split_hidden
 from lightning_gsq.models.empty import empty_model
-from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
+from lightning_gsq.models.linear_weights import LinearSite, find_all_sites
 from lightning_gsq.models.probe import probe_ids
 
 
@@ -33,7 +33,7 @@ class BlockSkeleton:
 
     Args:
         module: The block, on the meta device.
-        sites: Its linear weights.
+        sites: Its linear weights, those that are left out as well.
         call: How the model calls it, for the tokens of :func:`probe_ids`.
     """
 
@@ -71,10 +71,6 @@ class Skeleton:
     def parameters(self) -> int:
         """Parameters of the model, tied ones counted once."""
         return sum(p.numel() for p in self.model.parameters())
-
-
-class _AllBlocksSeen(Exception):  # noqa: N818 - no error
-    """Ends the forward pass before the head."""
 
 
 def make_skeleton(source: loading.ModelSource, config: PretrainedConfig, dtype: loading.Dtype) -> Skeleton:
@@ -116,27 +112,32 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], BlockCall, int]]:
     """Sites, call and input width of every block; ``model`` is used up."""
     blocks = find_blocks(model)[1]
-    known: dict[Any, tuple[list[LinearSite], Any]] = {}
+    known: dict[Any, tuple[list[LinearSite], BlockCall, Any]] = {}
     found: list[tuple[list[LinearSite], BlockCall, int]] = []
+    writes: list[nn.Module] = []
+    """Blocks that leave something for others in what they are called with: then all have to run."""
+    ids_BT = probe_ids(model)
 
     def instead_of(block: nn.Module) -> Any:
         original = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest, others = split_hidden(args, kwargs)
+            hidden_BTD, call = split_hidden(args, kwargs, ids_BT)
             signature = (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
-            if signature not in known:
+            if signature not in known or writes:
                 outputs: list[Any] = []
                 block._apply(_zeros_like)
-                known[signature] = (
-                    find_linear_sites(block, lambda: outputs.append(original(*args, **kwargs))),
-                    outputs[0],
-                )
+                before = _count(kwargs)
+                call = fitting(block, hidden_BTD, with_containers(call))
+                sites = find_all_sites(block, lambda: outputs.append(original(*args, **kwargs)))
+                known[signature] = sites, call, outputs[0]
                 block.to("meta")
-            sites, output = known[signature]
-            found.append((sites, BlockCall(rest, others), int(hidden.shape[-1])))
+                writes.extend([block] if _count(kwargs) > before else [])
+            sites, fitted, output = known[signature]
+            call = replace(call, repeated=fitted.repeated)
+            found.append((sites, call, int(hidden_BTD.shape[-1])))
             if len(found) == depth:
-                raise _AllBlocksSeen
+                raise Reached
             return output
 
         return forward
@@ -151,11 +152,11 @@ def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], B
                 module._buffers[name] = _zeros_like(buffer)
     for block in blocks:
         block.forward = instead_of(block)
-    with torch.no_grad(), contextlib.suppress(_AllBlocksSeen):
-        model(probe_ids(model), use_cache=False)
-    if len(found) != depth:
-        raise ConfigurationError(
-            f"model: {type(model).__name__} called {len(found)} of its {depth} blocks in one forward pass; only models "
-            "that run each block once can be quantized block by block"
-        )
+    with torch.no_grad(), contextlib.suppress(Reached), running(model, "on a few tokens"):
+        model(ids_BT, use_cache=False)
+    check_count(model, depth, len(found))
     return found
+
+
+def _count(kwargs: dict[str, Any]) -> int:
+    return sum(1 for _ in leaves(kwargs))

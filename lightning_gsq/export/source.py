@@ -70,11 +70,11 @@ class FinishedRun(PlannedRun):
                     f"run: {folder.root} has no {folder.block_file(self.kind, index).name}; resume the run with the "
                     "command that started it"
                 )
-        self._trained = self._read_trained()
-        self.values = self.values | self._trained
+        self.trained = self._read_trained()
+        self.values = self.values | self.trained
         self._config = copy.deepcopy(self.network.config)
         head = self.network.get_output_embeddings()
-        if any(self.network.get_submodule(name.rpartition(".")[0]) is head for name in self._trained):
+        if any(self.network.get_submodule(name.rpartition(".")[0]) is head for name in self.trained):
             self._config.tie_word_embeddings = False
         self._cached: tuple[int, dict[str, QuantizedWeight]] | None = None
 
@@ -97,7 +97,7 @@ class FinishedRun(PlannedRun):
     def digests(self) -> dict[str, str]:
         """What everything here follows from: a digest of each file of the run, and of the original model."""
         files = [self.folder.block_file(self.kind, index) for index in self.plans]
-        if self._trained:
+        if self.trained:
             files.append(self.folder.dense_file(self.kind))
         model = self.recipe.get("fingerprints", {}).get("model", "")
         return {
@@ -145,7 +145,7 @@ class FinishedRun(PlannedRun):
             weight_dtype: Dtype that dequantized weights are rounded to on the way.
         """
         model = copy.deepcopy(self.network)
-        for name, value in self._trained.items():
+        for name, value in self.trained.items():
             replace(model, name, value)
         values = model.state_dict()
         for name in self.other_names():

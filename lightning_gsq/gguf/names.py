@@ -1,85 +1,74 @@
-"""How a Hugging Face model of the Llama family lies in a GGUF file: architecture, tensor names, order of rows.
+"""What the parameters of a model are called in a GGUF file: gguf-py's map, with one parameter in several tensors.
 
-llama.cpp rotates neighbouring rows of a query or key head together where Hugging Face's Llama rotates row ``i`` with
-row ``i + d/2``; files of the ``llama`` architecture therefore hold those two matrices with the halves of every head
-interleaved. Rows are independent of each other, so codes and scales move with them and nothing is rounded. The Qwen
-architectures are rotated by halves in llama.cpp too.
+transformers fuses the gates and the upward matrices of all experts into one parameter; a file has a tensor for each of
+the two. Where a file fuses them too, it is one.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import gguf
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
 
 from lightning_gsq.errors import ConfigurationError
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""llama.cpp's name of the architecture by Hugging Face's model type."""
+GATE_AND_UP = "gate_up_proj"
+SUFFIXES = (".weight", ".bias")
+MOST_PREFIXES = 2
+"""Leading parts of a name that gguf-py's map may lack: models differ in what wraps their blocks."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Names and row orders of one model.
+class Names:
+    """Names of one model's tensors.
 
     Args:
-        architecture: llama.cpp's name.
+        architecture: llama.cpp's name of the architecture.
         blocks: Number of transformer blocks.
-        heads: Query heads.
-        kv_heads: Key-value heads.
+
+    Raises:
+        ConfigurationError: the ``gguf`` package does not know the architecture.
     """
 
-    architecture: str
-    blocks: int
-    heads: int
-    kv_heads: int
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Layout:
-        """The layout of a model.
-
-        Raises:
-            ConfigurationError: its family is not among those that can be written.
-        """
-        architecture = ARCHITECTURES.get(config.model_type)
-        if architecture is None:
+    def __init__(self, architecture: str, blocks: int) -> None:
+        kinds = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
+        if not kinds:
             raise ConfigurationError(
-                f"format: gguf holds {', '.join(ARCHITECTURES)} models, not {config.model_type}; export to "
-                "dequantized and convert that with llama.cpp's convert_hf_to_gguf.py, or use native"
+                f"format: gguf: the gguf package knows no architecture {architecture!r}; a newer one may: "
+                "pip install -U gguf"
             )
-        return cls(architecture, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+        self.architecture = architecture
+        self._map = gguf.get_tensor_name_map(kinds[0], blocks)
 
-    @functools.cached_property
-    def _names(self) -> gguf.TensorNameMap:
-        (kind,) = (own for own, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        return gguf.get_tensor_name_map(kind, self.blocks)
-
-    def name_of(self, parameter: str) -> str:
-        """The name in the file of a parameter of the model.
-
-        Raises:
-            ConfigurationError: it has none.
-        """
-        name: str | None = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise ConfigurationError(
-                f"format: gguf has no name for the parameter {parameter} in a file of the {self.architecture} "
-                "architecture; export to native or dequantized"
-            )
-        return name
-
-    def rows_of(self, name: str, rows: int) -> Tensor | None:
-        """Which row of the model's matrix (or bias) stands in each row of the file's; None where the order is the same.
+    def of(self, parameter: str, present: Collection[str] | None = None) -> list[str]:
+        """The tensors that hold a parameter: one, or gates and upward matrices, in the order of the parameter's rows.
 
         Args:
-            name: The tensor's name in the file.
-            rows: Rows of the matrix.
+            parameter: Its name in the model.
+            present: The names in the file, if there is one already.
+
+        Raises:
+            ConfigurationError: it has no name in a file of this architecture.
         """
-        heads = {"attn_q": self.heads, "attn_k": self.kv_heads}.get(name.split(".")[-2])
-        if self.architecture != "llama" or heads is None:
-            return None
-        return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+        name = self._one(parameter)
+        if name is not None and (present is None or name in present):
+            return [name]
+        if parameter.removesuffix(".weight").endswith(GATE_AND_UP):
+            halves = [self._one(parameter.replace(GATE_AND_UP, half)) for half in ("gate_proj", "up_proj")]
+            if None not in halves:
+                return [half for half in halves if half is not None]
+        if name is not None:
+            return [name]
+        raise ConfigurationError(
+            f"format: gguf has no name for the parameter {parameter} in a file of the {self.architecture} "
+            "architecture; export to native or dequantized"
+        )
+
+    @functools.cache  # noqa: B019 - a few thousand names, as long as the map that gives them
+    def _one(self, parameter: str) -> str | None:
+        parts = parameter.split(".")
+        for first in range(min(MOST_PREFIXES, len(parts) - 1) + 1):
+            name: str | None = self._map.get_name(".".join(parts[first:]), try_suffixes=SUFFIXES)
+            if name is not None:
+                return name if name.endswith(SUFFIXES) else f"{name}.weight"
+        return None

@@ -6,13 +6,19 @@ config          its configuration, and what that says of a model that cannot be 
 empty           the model without its weights
 weight_names    are its weights all in its files, and nothing beside them?
 gguf_weights    the same for a GGUF file
-finite          numbers that are not finite, in weights and activations
+finite          numbers that are not finite
 saving          as an ordinary folder
 loader_errors   what other libraries raise meanwhile, as one line
-chain           its blocks, and what each is called with
+chain           its blocks, run one at a time
+calls           what a block is called with beside the hidden states
+survey          what passes between blocks, and whether that is all
+passing         the model's own code without its blocks
+products        matrix products with a parameter, however they are written
 linear_weights  which parameters of a block are linear weights
-probe           the short sequence that shows all this
+roles           which of them choose, gate, or feed states
+left_out        what stays as it is, and why
 shared_weights  weights that blocks share
+probe           the short sequences that show all this
 head            its logits from its last hidden states
 norms           the parameters of its normalisation layers
 standing_in     other functions in the place of its blocks

@@ -1,31 +1,24 @@
 """Which parameters of a block are linear weights, and what flows into them, found by watching the block run.
 
-Nothing is matched by class or by name. A block runs once under a ``TorchFunctionMode`` that sees every matrix
-product; a parameter whose memory is used as the matrix of one is a linear weight. That covers ``nn.Linear``,
-GPT-2's transposed ``Conv1D``, and experts fused into one ``E O I`` parameter, of which each product uses a view.
+Nothing is matched by class or by name: a parameter that is used as the matrix of a product is a linear weight (see
+:mod:`lightning_gsq.models.products`). That covers ``nn.Linear``, GPT-2's transposed ``Conv1D``, experts fused into one
+parameter, and experts in a list, of which those that no token of the probe reaches are known by their siblings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-_PRODUCTS: dict[Any, tuple[int, int, bool]] = {
-    # function -> positions of the inputs and of the matrix among its arguments, whether the matrix is O I (or I O)
-    nn.functional.linear: (0, 1, True),
-    torch.addmm: (1, 2, False),
-    torch.mm: (0, 1, False),
-    torch.matmul: (0, 1, False),
-    Tensor.matmul: (0, 1, False),
-    Tensor.mm: (0, 1, False),
-    Tensor.__matmul__: (0, 1, False),
-}
+from lightning_gsq.models.products import Product, WatchProducts
+from lightning_gsq.models.roles import GATE, HANDFUL, STATE, Roles
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,8 @@ class LinearSite:
         out_features: ``O``.
         in_features: ``I``.
         transposed: The parameter stores ``I O`` (per expert) rather than ``O I``.
+        shape: Shape of the parameter where it is another than that of these matrices: ``E O`` rows, for one.
+        role: Why it is left in full precision unless it is asked for; empty if it is not.
     """
 
     name: str
@@ -45,6 +40,8 @@ class LinearSite:
     out_features: int
     in_features: int
     transposed: bool
+    shape: tuple[int, ...] = ()
+    role: str = field(default="", compare=False)
 
     @property
     def rows(self) -> int:
@@ -53,6 +50,9 @@ class LinearSite:
 
     def to_matrix(self, parameter: Tensor) -> Tensor:
         """The parameter as one matrix of ``rows`` by ``I``."""
+        if self.shape:
+            sizes = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+            parameter = parameter.reshape(*([self.experts] if self.experts else []), *sizes)
         if self.transposed:
             parameter = parameter.transpose(-1, -2)
         return parameter.reshape(self.rows, self.in_features)
@@ -61,91 +61,130 @@ class LinearSite:
         """Inverse of :meth:`to_matrix`; differentiable."""
         if self.experts:
             w_OI = w_OI.view(self.experts, self.out_features, self.in_features)
-        return w_OI.transpose(-1, -2) if self.transposed else w_OI
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One matrix product seen: ``inputs`` times a matrix that lies inside the parameter ``name``."""
-
-    name: str
-    expert: int
-    inputs: Tensor
-    out_features: int
-    transposed: bool
-
-
-class _WatchProducts(TorchFunctionMode):
-    """Calls ``seen`` for every product with a matrix that lies inside one of the parameters."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], seen: Callable[[_Product], None]) -> None:
-        super().__init__()
-        self.seen = seen
-        self.parameters = {name: p for name, p in parameters.items() if p.ndim in (2, 3)}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        known = _PRODUCTS.get(func)
-        if known is not None and len(args) > max(known[:2]):
-            inputs, matrix = args[known[0]], args[known[1]]
-            if isinstance(matrix, Tensor) and matrix.ndim == 2 and isinstance(inputs, Tensor):
-                for name, parameter in self.parameters.items():
-                    # By address range, not by storage: a memory-mapped file is one storage for all its tensors.
-                    if 0 <= matrix.data_ptr() - parameter.data_ptr() < parameter.nbytes:
-                        self.seen(_product(name, parameter, inputs, matrix, rows_are_outputs=known[2]))
-        return func(*args, **(kwargs or {}))
-
-
-def _product(name: str, parameter: Tensor, inputs: Tensor, matrix: Tensor, rows_are_outputs: bool) -> _Product:
-    expert = 0
-    if parameter.ndim == 3:
-        expert = (matrix.storage_offset() - parameter.storage_offset()) // parameter[0].numel()
-    stored_as_seen = matrix.stride(1) == 1
-    return _Product(
-        name=name,
-        expert=expert,
-        inputs=inputs,
-        out_features=matrix.shape[0 if rows_are_outputs else 1],
-        transposed=stored_as_seen != rows_are_outputs,
-    )
+        w_OI = w_OI.transpose(-1, -2) if self.transposed else w_OI
+        return w_OI.reshape(self.shape) if self.shape else w_OI
 
 
 @contextmanager
 def watch_inputs(block: nn.Module, seen: Callable[[str, int, Tensor], None]) -> Iterator[None]:
     """While active, calls ``seen(parameter name, expert, inputs ... I)`` for each product inside ``block``."""
-    with _WatchProducts(dict(block.named_parameters()), lambda p: seen(p.name, p.expert, p.inputs)):
+    with WatchProducts(dict(block.named_parameters()), lambda p: seen(p.name, p.part, p.inputs)):
         yield
 
 
 def find_linear_sites(block: nn.Module, run: Callable[[], Any]) -> list[LinearSite]:
-    """The linear weights of a block, in the order of its parameters.
+    """Those of :func:`find_all_sites` that are quantized unless somebody says otherwise: the ones without a role."""
+    return [site for site in find_all_sites(block, run) if not site.role]
 
-    A router (a weight with one output per expert in a block with fused experts) is left out: it is tiny, and a
-    wrong choice of expert costs more than it saves.
+
+def find_all_sites(block: nn.Module, run: Callable[[], Any]) -> list[LinearSite]:
+    """The linear weights of a block, in the order of its parameters.
 
     Args:
         block: The block.
         run: Runs the block once on any input.
     """
     parameters = dict(block.named_parameters())
-    found: dict[str, LinearSite] = {}
-
-    def seen(product: _Product) -> None:
-        parameter = parameters[product.name]
-        found[product.name] = LinearSite(
-            name=product.name,
-            experts=parameter.shape[0] if parameter.ndim == 3 else 0,
-            out_features=product.out_features,
-            in_features=product.inputs.shape[-1],
-            transposed=product.transposed,
-        )
-
-    with torch.no_grad(), _WatchProducts(parameters, seen):
+    products: dict[str, list[Product]] = {}
+    roles = Roles()
+    watch = WatchProducts(parameters, lambda p: products.setdefault(p.name, []).append(p), roles.ran)
+    with torch.no_grad(), watch:
         run()
-    expert_counts = {site.experts for site in found.values() if site.experts}
-    return [
-        found[name]
-        for name in parameters
-        if name in found and not (found[name].experts == 0 and found[name].out_features in expert_counts)
-    ]
+    sites = {name: _site(name, parameters[name], seen) for name, seen in products.items()}
+    there = {name: site for name, site in sites.items() if site is not None}
+    there |= _siblings(block, there)
+    named = _with_roles(there, roles.of)
+    return [named[name] for name in parameters if name in named]
+
+
+def to_quantize(sites: Mapping[str, LinearSite], include: Iterable[str]) -> list[str]:
+    """Names of the weights without a role, and of those with one that a pattern asks for by name.
+
+    A pattern does so if what follows its last wildcard covers a module's whole name: ``*.mlp.gate`` or
+    ``model.layers.0.mlp.gate.weight``, and not ``*`` or ``*.mlp.*``.
+
+    Args:
+        sites: The weights, by their full names.
+        include: The patterns of ``model.include``.
+    """
+    patterns = [pattern.removesuffix(".weight") for pattern in include]
+
+    def asked_for(name: str) -> bool:
+        name = name.removesuffix(".weight")
+        for pattern in patterns:
+            literal = re.split(r"[*?\]]", pattern)[-1].lstrip(".")
+            by_name = len(literal) >= len(name.rpartition(".")[2]) and f".{name}".endswith(f".{literal}")
+            if by_name and fnmatch.fnmatchcase(name, pattern):
+                return True
+        return False
+
+    return [name for name, site in sites.items() if not site.role or asked_for(name)]
+
+
+def _site(name: str, parameter: Tensor, products: list[Product]) -> LinearSite | None:
+    """The linear weight that these products are of; None where they use it in ways that no one matrix explains."""
+    first = products[0]
+    forms = {(p.matrix.shape, p.matrix.stride(), p.rows_are_outputs) for p in products}
+    if len(forms) > 1 and (first.transposed or any(p.transposed for p in products)):
+        return None
+    out_features, in_features = first.out_features, first.matrix.numel() // first.out_features
+    parts, rest = divmod(parameter.numel(), first.matrix.numel())
+    plain = (in_features, out_features) if first.transposed else (out_features, in_features)
+    if parts == 1:
+        shape = () if tuple(parameter.shape) == plain else tuple(parameter.shape)
+        return LinearSite(name, 0, out_features, in_features, first.transposed, shape)
+    whole_parts = len(forms) == 1 and not rest and not any(p.offset % p.matrix.numel() for p in products)
+    if parameter.ndim == 3 and whole_parts and parts == len(parameter):
+        return LinearSite(name, parts, out_features, in_features, first.transposed)
+    if parameter.ndim != 2 or parameter.shape[1] != (out_features if first.transposed else in_features):
+        return None
+    if whole_parts and _apart(products):
+        return LinearSite(name, parts, out_features, in_features, first.transposed, tuple(parameter.shape))
+    # Rows used in pieces, such as queries, keys and values apart: one weight, if its rows are outputs.
+    return None if first.transposed else LinearSite(name, 0, parameter.shape[0], in_features, False)
+
+
+def _apart(products: list[Product]) -> bool:
+    """Whether the parts of a parameter are applied to different inputs, as experts are; all inputs are alive."""
+    inputs = {(p.inputs.data_ptr(), p.inputs.shape, p.inputs.stride()) for p in products}
+    return len(inputs) > 1 or len({p.offset for p in products}) == 1
+
+
+def _siblings(block: nn.Module, sites: Mapping[str, LinearSite]) -> dict[str, LinearSite]:
+    """Weights that no product was seen of, in modules of a list whose like has a linear weight in their place."""
+    found: dict[str, LinearSite] = {}
+    for prefix, modules in block.named_modules():
+        if not isinstance(modules, nn.ModuleList):
+            continue
+        of_form: dict[Any, dict[str, LinearSite]] = {}
+        forms = []
+        for index, module in enumerate(modules):
+            names = {name: tuple(p.shape) for name, p in module.named_parameters()}
+            forms.append((type(module), tuple(names.items())))
+            stem = f"{prefix}.{index}." if prefix else f"{index}."
+            seen = {name: sites[stem + name] for name in names if stem + name in sites}
+            of_form.setdefault(forms[-1], {}).update(seen)
+        for index, form in enumerate(forms):
+            stem = f"{prefix}.{index}." if prefix else f"{index}."
+            for name, site in of_form[form].items():
+                if stem + name not in sites:
+                    found[stem + name] = replace(site, name=stem + name)
+    return found
+
+
+def _with_roles(sites: Mapping[str, LinearSite], roles: Mapping[str, str]) -> dict[str, LinearSite]:
+    """The weights, each with its role."""
+    of = {}
+    for name, site in sites.items():
+        handful = min(site.out_features, site.in_features) < HANDFUL
+        of[name] = roles.get(name, GATE if handful else "")
+    for name, role in roles.items():
+        if role != STATE or name not in sites:
+            continue
+        # Time steps and decays have a partner of the same shape beside them, which no softplus gives away.
+        owner, site = name.rpartition(".")[0].rpartition(".")[0], sites[name]
+        for other, own in sites.items():
+            beside = other.rpartition(".")[0].rpartition(".")[0] == owner
+            if beside and not of[other] and (own.rows, own.in_features) == (site.rows, site.in_features):
+                of[other] = STATE
+    return {name: replace(site, role=of[name]) for name, site in sites.items()}

@@ -18,3 +18,10 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
     embedding = model.get_input_embeddings()
     ids_T = torch.arange(PROBE_TOKENS, device=embedding.weight.device)  # type: ignore[arg-type]
     return ids_T[None] % int(embedding.num_embeddings)  # type: ignore[arg-type]
+
+
+def probe_pair(model: PreTrainedModel) -> Tensor:
+    """Token ids ``2 T``: those of :func:`probe_ids`, and a sequence that differs from it at every position."""
+    ids_BT = probe_ids(model)
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    return torch.cat([ids_BT, (ids_BT + PROBE_TOKENS // 2) % vocabulary])

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.blocks import BLOCK_TYPES, Q1_0, Q2_0, Q4_0, Q5_0, Q8_0, decode
-from lightning_gsq.gguf.file import GGUFFile, StoredTensor
-from lightning_gsq.gguf.names import ARCHITECTURES, Layout
+from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.gguf.layout import architecture_name
+from lightning_gsq.gguf.names import Names
+from lightning_gsq.gguf.rows import places_in_file, to_model, verify_shapes
+from lightning_gsq.gguf.types.table import BY_NUMBER, GgmlType
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -45,15 +47,8 @@ class FromFile(WarmStart):
     def __init__(self, file: str) -> None:
         self.needs_hessian = False
         self.file = GGUFFile(Path(file).expanduser())
-        architecture = self._field("general.architecture")
-        if architecture not in ARCHITECTURES.values():
-            raise ConfigurationError(
-                f"model.warm_start.file: {file} is of the architecture {architecture}; read are "
-                f"{', '.join(sorted(set(ARCHITECTURES.values())))}"
-            )
-        heads = self._field(f"{architecture}.attention.head_count")
-        kv_heads = self._field(f"{architecture}.attention.head_count_kv")
-        self.layout = Layout(architecture, self._field(f"{architecture}.block_count"), heads, kv_heads)
+        self.names = Names(architecture_name(self.file), self._numbers("block_count")[0])
+        self.heads = {*self._numbers("attention.head_count"), *self._numbers("attention.head_count_kv")}
 
     def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:
         """Verifies that the file holds every weight in its scheme.
@@ -66,15 +61,12 @@ class FromFile(WarmStart):
 
     def start(self, name: str, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """The codes and scales of one weight; its position is where the full-precision weight lies on that grid."""
-        stored_name, stored = self._stored(name, scheme, (w_OI.shape[0], w_OI.shape[1]))
-        kind = next(kind for kind in BLOCK_TYPES.values() if kind.number == stored.number)
-        codes_OI, scales_OG = decode(self.file.raw(stored_name), kind)
+        stored_names, kind = self._stored(name, scheme, (w_OI.shape[0], w_OI.shape[1]))
+        places = places_in_file(self.file, stored_names, w_OI.cpu(), self.heads, same=False)
+        decoded = [decode(self.file.raw(place.name), kind) for place in places]
+        codes_OI, scales_OG = (to_model(places, parts) for parts in zip(*decoded, strict=True))
         if kind is Q2_0:
             codes_OI, scales_OG = -codes_OI, -scales_OG
-        rows = self.layout.rows_of(stored_name, len(codes_OI))
-        if rows is not None:
-            order = rows.argsort()
-            codes_OI, scales_OG = codes_OI[order], scales_OG[order]
         scales_OG = scales_OG.float().to(w_OI.device)
         codes_OI = codes_OI.to(torch.int8).to(w_OI.device)
         spread_OI = scales_OG.repeat_interleave(kind.length, dim=1)
@@ -86,30 +78,34 @@ class FromFile(WarmStart):
         """Not possible without the weight's name; see :meth:`start`."""
         raise TypeError("FromFile needs the name of the weight: call start(name, w_OI, hessian_II, scheme)")
 
-    def _field(self, key: str) -> Any:
-        if key not in self.file.fields:
-            raise ConfigurationError(f"model.warm_start.file: {self.file.path} has no entry {key}")
-        return self.file.fields[key].value
+    def _numbers(self, key: str) -> list[int]:
+        """An entry of the architecture: one number, or one a block."""
+        field = self.file.fields.get(f"{architecture_name(self.file)}.{key}")
+        value = None if field is None else field.value
+        numbers = [own for own in (value if isinstance(value, list) else [value]) if isinstance(own, int)]
+        if not numbers:
+            raise ConfigurationError(f"model.warm_start.file: {self.file.path} has no number in an entry {key}")
+        return numbers
 
-    def _stored(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[str, StoredTensor]:
-        stored_name = self.layout.name_of(name)
-        stored = self.file.tensors.get(stored_name)
-        if stored is None or stored.shape != shape:
-            found = "no such tensor" if stored is None else f"the shape {stored.shape}"
+    def _stored(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[list[str], GgmlType]:
+        """The tensors that hold a weight, and their type."""
+        stored_names = self.names.of(name, self.file.tensors)
+        try:
+            verify_shapes(self.file, stored_names, shape)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"model.warm_start.file: {error}") from None
+        numbers = {self.file.tensors[stored].number for stored in stored_names}
+        number = numbers.pop()
+        own = SCHEMES.get(number)
+        if own is None or numbers:
             raise ConfigurationError(
-                f"model.warm_start.file: {self.file.path} has {found} for {name} ({stored_name}, {shape}): it is a "
-                "file of another model"
-            )
-        own = SCHEMES.get(stored.number)
-        if own is None:
-            raise ConfigurationError(
-                f"model.warm_start.file: {stored_name} is stored in ggml's type {stored.number}, whose grid is not one "
-                f"of this project's; those are {', '.join(BLOCK_TYPES)}. Leave it out with --model.exclude"
+                f"model.warm_start.file: {stored_names[0]} is stored in ggml's type {number}, whose grid is not one of "
+                f"this project's; those are {', '.join(BLOCK_TYPES)}. Leave it out with --model.exclude"
             )
         if own != scheme:
             raise ConfigurationError(
-                f"model.warm_start.file: {stored_name} is stored as {own}, the run's scheme is {scheme}; use "
+                f"model.warm_start.file: {stored_names[0]} is stored as {own}, the run's scheme is {scheme}; use "
                 f"--model.scheme.bits {own.bits} --model.scheme.group_size {own.group_size}, or leave it out with "
                 "--model.exclude"
             )
-        return stored_name, stored
+        return stored_names, BY_NUMBER[number]

@@ -62,7 +62,7 @@ class InputStatistics:
     def _add(self, name: str, expert: int, inputs: Tensor) -> None:
         if name not in self.sites:
             return
-        key = (name, expert)
+        key = (name, expert if self.sites[name].experts else 0)  # a plain weight may be used a few rows at a time
         x_NI = inputs.detach().reshape(-1, inputs.shape[-1])
         if self._last is None or self._last[0] is not inputs:
             with torch.autocast(x_NI.device.type, enabled=False):

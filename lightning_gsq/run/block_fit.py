@@ -15,8 +15,9 @@ from lightning_gsq.quantizers.salient import MixedQuantizer
 from lightning_gsq.quantizers.warm_start import start_of
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.hidden_states import ActivationDataset, first
-from lightning_gsq.run.matrices import as_stored, choose_salient, hessian_sequences, matrices_of
+from lightning_gsq.run.forward_passes import arguments_of
+from lightning_gsq.run.hidden_states import ActivationDataset, Stream, first
+from lightning_gsq.run.matrices import as_stored, choose_salient, matrices_of
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice
 from lightning_gsq.saliency.choose import settled_start
@@ -30,7 +31,7 @@ BlockLoader = DataLoader[tuple[Tensor, ...]]
 
 
 def fit_block(
-    run: Run, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor, full_NTD: Tensor, targets_NTD: Tensor
+    run: Run, plan: BlockPlan, block: nn.Module, inputs: Stream, full: Stream, targets: Stream
 ) -> tuple[Blocks, dict[str, float]]:
     """Trains one block.
 
@@ -38,20 +39,23 @@ def fit_block(
         run: The run.
         plan: The block's weights and their schemes.
         block: The block on the device.
-        inputs_NTD: What enters it in the quantized model: training sequences, then held-out ones.
-        full_NTD: What enters it in the full-precision model.
-        targets_NTD: What should leave it.
+        inputs: What enters it in the quantized model: training sequences, then held-out ones.
+        full: What enters it in the full-precision model.
+        targets: What should leave it.
 
     Returns:
         Its quantized weights, and measures: held-out errors ``start``, ``trained`` and ``final``, ``flip_rate``, and
         what was logged last.
     """
-    weights_NT = _token_weights(run, inputs_NTD, full_NTD)
-    streams = (inputs_NTD, targets_NTD, *([] if weights_NT is None else [weights_NT]))
+    weights_NT = _token_weights(run, inputs.hidden_NTD, full.hidden_NTD)
+    arguments = arguments_of(run.model.network, run.forms, run.calls[plan.index], plan.index, inputs)
+    weights = [] if weights_NT is None else [weights_NT]
+    streams = (inputs.hidden_NTD, targets.hidden_NTD, *weights, *arguments)
     count = len(run.train_ids_NT)
     training = ActivationDataset(*(stream[:count] for stream in streams))
     held_out = ActivationDataset(*(stream[count:] for stream in streams))
-    module = _module(run, plan, block, training)
+    power = _mean_square(run, *(stream[:count] for stream in (targets.hidden_NTD, *weights)))
+    module = _module(run, plan, block, matrices_of(run, plan, block, inputs, arguments), power)
     batches = _training_batches(run, plan, training)
     validation: BlockLoader = DataLoader(held_out, batch_size=run.data.batch_size, collate_fn=first)
     trainer = run.make_trainer()
@@ -80,9 +84,10 @@ def fit_block(
     return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-def _module(run: Run, plan: BlockPlan, block: nn.Module, training: ActivationDataset) -> BlockQuantization:
+def _module(
+    run: Run, plan: BlockPlan, block: nn.Module, matrices: dict[str, Matrix], target_power: float
+) -> BlockQuantization:
     """The block with a quantizer for each of its weights."""
-    matrices = matrices_of(run, plan, block, training.tensors[0][: hessian_sequences(run)])
     choices = choose_salient(run, matrices)
     with run.watch("warm_start"):
         quantizers = {
@@ -95,7 +100,7 @@ def _module(run: Run, plan: BlockPlan, block: nn.Module, training: ActivationDat
         run.model.block.optimizer,
         scale_learning_rate=run.model.block.scale_learning_rate,
         learning_rate_floor=run.model.block.learning_rate_floor,
-        target_power=_mean_square(run, *training.tensors[1:]),
+        target_power=target_power,
         index=plan.index,
         name=plan.name,
         seed=run.seed,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lightning_gsq.models.chain import check_chain, find_blocks, run_block, trace
-from lightning_gsq.models.finite import check_activations
-from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
-from lightning_gsq.models.probe import probe_ids
+from lightning_gsq.models import left_out
+from lightning_gsq.models.chain import find_blocks, run_block
+from lightning_gsq.models.linear_weights import LinearSite, find_all_sites
 from lightning_gsq.models.shared_weights import refuse_shared
+from lightning_gsq.models.survey import survey
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -22,11 +22,13 @@ class BlockPlan:
         index: Its number in the model.
         name: Its name, such as ``model.layers.3``.
         weights: The weights to quantize, in order, with their schemes.
+        left_out: Why each of its other matrices stays as it is, by name inside the block.
     """
 
     index: int
     name: str
     weights: dict[LinearSite, QuantScheme]
+    left_out: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def expected(self) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
@@ -42,18 +44,32 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
             weight to quantize, a pattern matches nothing, or a range is empty.
     """
     prefix, blocks = find_blocks(model.network)
-    traced = trace(model.network, probe_ids(model.network))
-    check_activations(model.network, traced)
-    check_chain(model.network, traced)
-    sites: dict[str, tuple[int, LinearSite]] = {}
+    surveyed = survey(model.network)
+    sites: dict[str, LinearSite] = {}
+    of_block: dict[int, list[LinearSite]] = {}
     for index in model.selection.indices(len(blocks)):
-        run = functools.partial(run_block, blocks[index], traced.inputs_BTD[index], traced.calls[index])
-        found = find_linear_sites(blocks[index], run)
-        sites |= {f"{prefix}.{index}.{site.name}": (index, site) for site in found}
-    schemes = model.selection.schemes({name: site.in_features for name, (_, site) in sites.items()})
+        run = functools.partial(run_block, blocks[index], surveyed.inputs_BTD[index], surveyed.bound_call(index))
+        of_block[index] = find_all_sites(blocks[index], run)
+        sites |= {f"{prefix}.{index}.{site.name}": site for site in of_block[index]}
+    schemes = model.selection.schemes(sites)
     refuse_shared(model.network, schemes)
-    plans: dict[int, BlockPlan] = {}
-    for name, scheme in schemes.items():
-        index, site = sites[name]
-        plans.setdefault(index, BlockPlan(index, f"{prefix}.{index}", {})).weights[site] = scheme
-    return [plans[index] for index in sorted(plans)]
+    plans = []
+    for index, own in of_block.items():
+        name = f"{prefix}.{index}"
+        weights = {site: schemes[f"{name}.{site.name}"] for site in own if f"{name}.{site.name}" in schemes}
+        if weights:
+            left = left_out.reasons(blocks[index], own, {site.name for site in weights})
+            plans.append(BlockPlan(index, name, weights, left))
+    return plans
+
+
+def not_quantized(model: ModelQuantization, plan: list[BlockPlan]) -> list[str]:
+    """A line for each kind of matrix in the planned blocks that stays as it is, and why."""
+    _, blocks = find_blocks(model.network)
+    left = {
+        f"{own.name}.{name}": (reason, blocks[own.index].get_parameter(name).numel())
+        for own in plan
+        for name, reason in own.left_out.items()
+    }
+    total = sum(p.numel() for own in plan for p in blocks[own.index].parameters())
+    return left_out.lines(left, total)

@@ -16,7 +16,8 @@ import torch
 
 from lightning_gsq.run.block_fit import fit_block
 from lightning_gsq.run.finished import Finished, Lap
-from lightning_gsq.run.forward_passes import embed_all, hidden_store, propagate, working_copy
+from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
+from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.substitution import install
 
@@ -31,27 +32,28 @@ def train_blocks(run: Run) -> None:
     target = run.model.block.target
     with hidden_store((*ids_NT.shape, run.width), run.activations, target.streams) as store:
         lap = Lap(run)
-        quantized_NTD, target_NTD = store.new(), store.new()
-        embed_all(run.model.network, ids_NT, quantized_NTD)
-        full_NTD = store.new().copy_(quantized_NTD) if target.follows_original else quantized_NTD
+        quantized, wanted = embedded(run.model.network, ids_NT, store), Stream(ids_NT, store.new(), store)
+        full = quantized
+        if target.follows_original:
+            full = Stream(ids_NT, store.new().copy_(quantized.hidden_NTD), store)
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             tensors = None if plan is None else finished.take(plan)
             missing = plan is not None and tensors is None
             if missing or target.follows_original:
-                propagate(run, block, index, full_NTD, target_NTD)
+                propagate(run, block, index, full, wanted)
             if plan is not None:
                 if tensors is None:
-                    tensors, measures = fit_block(run, plan, block, quantized_NTD, full_NTD, target_NTD)
+                    tensors, measures = fit_block(run, plan, block, quantized, full, wanted)
                     # A Trainer and its module refer to each other: without this, the logits and optimizer
                     # states of many blocks pile up before Python looks for such cycles by itself.
                     gc.collect()
                     finished.add(plan, tensors, {**lap.take(), **measures, "made_by": made_by(run)})
                 install(block, plan, tensors)
             if index < run.last_block:
-                propagate(run, block, index, quantized_NTD, quantized_NTD)
+                propagate(run, block, index, quantized, quantized)
             if target.follows_original:
-                full_NTD, target_NTD = target_NTD, full_NTD
+                full, wanted = wanted, full
             if not missing:
                 lap.take()  # the way through blocks that are finished is no part of the next one's time
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models.chain import embed
-from lightning_gsq.run.hidden_states import ActivationOptions, ActivationStore
+from lightning_gsq.models.calls import BlockCall
+from lightning_gsq.models.chain import embed, run_block_giving
+from lightning_gsq.models.passing import Forms, arguments_from_ids
+from lightning_gsq.run.hidden_states import ActivationOptions, ActivationStore, Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training.losses import refuse_non_finite
@@ -34,17 +36,6 @@ def hidden_store(shape: tuple[int, int, int], options: ActivationOptions, stream
         yield store
     finally:
         store.close()
-
-
-def embed_all(network: PreTrainedModel, ids_NT: Tensor, out_NTD: Tensor) -> None:
-    """Fills ``out`` with what enters the first block.
-
-    Raises:
-        NonFiniteLossError: it is not finite.
-        ConfigurationError: it does not fit into the dtype of ``out``.
-    """
-    for part in slices(len(ids_NT), sequences_at_once(ids_NT.shape[1])):
-        put(embed(network, ids_NT[part]), out_NTD[part], "enter the first block")
 
 
 def put(hidden_BTD: Tensor, out_BTD: Tensor, where: str) -> None:
@@ -73,14 +64,51 @@ def put(hidden_BTD: Tensor, out_BTD: Tensor, where: str) -> None:
     out_BTD.copy_(hidden_BTD.to(out_BTD))
 
 
+def embedded(network: PreTrainedModel, ids_NT: Tensor, store: ActivationStore) -> Stream:
+    """A stream at the first block; errors as of :func:`put`."""
+    stream = Stream(ids_NT, store.new(), store)
+    for part in slices(len(ids_NT), sequences_at_once(ids_NT.shape[1])):
+        put(embed(network, ids_NT[part]), stream.hidden_NTD[part], "enter the first block")
+    return stream
+
+
+def arguments_of(network: PreTrainedModel, forms: Forms, call: BlockCall, index: int, stream: Stream) -> list[Tensor]:
+    """What the ``index``-th block is called with for each sequence, in the order of ``call.bound``, sequences first.
+
+    Args:
+        network: The model, on the host, in any state of its blocks: they do not run.
+        forms: What its blocks return.
+        call: The block's call.
+        index: The block's number.
+        stream: The sequences, at that block.
+    """
+    tensors: list[Tensor] = []
+    if call.from_ids:
+        for part in slices(len(stream.ids_NT), sequences_at_once(stream.ids_NT.shape[1])):
+            computed = arguments_from_ids(network, forms, stream.ids_NT[part], index, call)
+            tensors = tensors or [stream.store.room_for(tensor) for tensor in computed]
+            for tensor, own in zip(tensors, computed, strict=True):
+                tensor[part] = own.to(tensor.dtype)
+    return [*tensors, *(stream.beside[name] for name in call.from_blocks)]
+
+
 @torch.no_grad()
-def pass_through(run_block: Callable[[Tensor], Tensor], source_NTD: Tensor, out_NTD: Tensor, index: int) -> torch.dtype:
+def pass_through(
+    run_block: Callable[[Tensor, list[Tensor]], tuple[Tensor, dict[str, Tensor]]],
+    arguments: Sequence[Tensor],
+    source: Stream,
+    out: Stream,
+    needed: Collection[str],
+    index: int,
+) -> torch.dtype:
     """Runs a block over a stream, some sequences at a time; ``out`` may be ``source``.
 
     Args:
-        run_block: From hidden states as they are stored to what leaves the block.
-        source_NTD: What enters it.
-        out_NTD: Filled with what leaves it.
+        run_block: From hidden states and arguments as they are stored to what leaves the block and what it gives.
+        arguments: What it is called with for each sequence.
+        source: What enters it.
+        out: Filled with what leaves it.
+        needed: Names of what blocks after it take from blocks before them.
         index: The block's number, for messages.
 
     Returns:
@@ -90,19 +118,37 @@ def pass_through(run_block: Callable[[Tensor], Tensor], source_NTD: Tensor, out_
         NonFiniteLossError: what leaves it is not finite.
         ConfigurationError: it does not fit into the dtype of ``out``.
     """
-    dtype = source_NTD.dtype
-    for part in slices(len(source_NTD), sequences_at_once(source_NTD.shape[1])):
-        output_BTD = run_block(source_NTD[part])
-        put(output_BTD, out_NTD[part], f"leave block {index}")
+    dtype, beside = source.hidden_NTD.dtype, dict(source.beside)
+    for part in slices(len(source.hidden_NTD), sequences_at_once(source.hidden_NTD.shape[1])):
+        output_BTD, given = run_block(source.hidden_NTD[part], [tensor[part] for tensor in arguments])
+        put(output_BTD, out.hidden_NTD[part], f"leave block {index}")
         dtype = output_BTD.dtype
+        for name, tensor in given.items():
+            if part.start == 0:
+                beside[name] = source.store.room_for(tensor)
+            beside[name][part] = tensor.to(beside[name])
+    out.beside = {name: tensor for name, tensor in beside.items() if name in needed}
     return dtype
 
 
-def propagate(run: Run, block: nn.Module, index: int, source_NTD: Tensor, out_NTD: Tensor) -> None:
+def propagate(run: Run, block: nn.Module, index: int, source: Stream, out: Stream) -> None:
     """Runs the ``index``-th block of a run over a stream, on the device, in fp32; ``out`` may be ``source``."""
     call = run.calls[index].to(run.device)
+
+    def through(hidden_BTD: Tensor, own: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_BTD, bound = fetch(run, hidden_BTD), call.bind(own, torch.float32)
+        if call.gives:
+            return run_block_giving(block, hidden_BTD, bound)
+        return run.run_block(block, hidden_BTD, bound), {}
+
     with run.watch("streams"), run.precision():
-        pass_through(lambda hidden: run.run_block(block, fetch(run, hidden), call), source_NTD, out_NTD, index)
+        arguments = arguments_of(run.model.network, run.forms, call, index, source)
+        pass_through(through, arguments, source, out, needed_after(run.calls, index), index)
+
+
+def needed_after(calls: Sequence[BlockCall], index: int) -> set[str]:
+    """Names of what the blocks after one take from it and those before it."""
+    return {name for call in calls[index + 1 :] for name in call.from_blocks}
 
 
 def fetch(run: Run, hidden_BTD: Tensor) -> Tensor:

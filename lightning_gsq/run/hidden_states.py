@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -86,11 +87,23 @@ class ActivationStore:
 
     def new(self) -> Tensor:
         """An uninitialised tensor ``N T D``, memory-mapped past the threshold."""
+        return self._room(self.shape, self.dtype)[0]
+
+    def room_for(self, tensor: Tensor) -> Tensor:
+        """An uninitialised tensor for one like this of every sequence, floating-point numbers in the store's dtype."""
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        made, file = self._room((self.shape[0], *tensor.shape[1:]), dtype)
+        if file is not None:
+            with contextlib.suppress(PermissionError):  # Windows keeps the name for as long as the file is mapped
+                file.unlink()  # the mapping keeps the content until the tensor is gone
+        return made
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Path | None]:
         if self.folder is None:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=dtype), None
         file = self.folder / f"stream{self._count}.bin"
         self._count += 1
-        return torch.from_file(str(file), shared=True, size=math.prod(self.shape), dtype=self.dtype).view(self.shape)
+        return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape), file
 
     def close(self) -> None:
         """Deletes the files, if any."""
@@ -106,8 +119,25 @@ def _clean_up(place: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass
+class Stream:
+    """All sequences at one depth of one model: the full-precision one, or the quantized one.
+
+    Args:
+        ids_NT: Their token ids.
+        hidden_NTD: Hidden states, in room of ``store``.
+        store: Where more room is had.
+        beside: What blocks before have computed for blocks to come, by name, sequences first.
+    """
+
+    ids_NT: Tensor
+    hidden_NTD: Tensor
+    store: ActivationStore
+    beside: dict[str, Tensor] = field(default_factory=dict)
+
+
 class ActivationDataset(Dataset[tuple[Tensor, ...]]):
-    """A block's inputs and targets ``N T D``, with weights of their tokens ``N T`` if given, a batch at a time."""
+    """A block's inputs and targets ``N T D`` and what else is given for each sequence, a batch at a time."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,8 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import run_block
 from lightning_gsq.quantizers import InputStatistics, Matrix
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.forward_passes import fetch, sequences_at_once
+from lightning_gsq.run.forward_passes import arguments_of, fetch, sequences_at_once
+from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice, settle
 from lightning_gsq.system.slices import slices
@@ -23,22 +26,28 @@ def hessian_sequences(run: Run) -> int:
     return run.ranks.share_of(min(run.model.start.hessian_sequences, len(run.train_ids_NT) * run.ranks.world))
 
 
-def matrices_of(run: Run, plan: BlockPlan, block: nn.Module, inputs_NTD: Tensor) -> dict[str, Matrix]:
+def matrices_of(
+    run: Run, plan: BlockPlan, block: nn.Module, stream: Stream, arguments: Sequence[Tensor] | None = None
+) -> dict[str, Matrix]:
     """The block's weights with the second moments of their inputs.
 
     Args:
         run: The run.
         plan: The block's weights and their schemes.
         block: The block on the device.
-        inputs_NTD: Hidden states that enter it.
+        stream: What enters it; its first sequences are watched.
+        arguments: What it is called with for each sequence, if that is known already.
     """
     needed = run.model.start.warm_start.needs_hessian
     statistics = InputStatistics(list(plan.weights), run.device)
     if needed:
-        call = run.calls[plan.index].to(run.device)
+        call, inputs_NTD = run.calls[plan.index].to(run.device), stream.hidden_NTD[: hessian_sequences(run)]
+        if arguments is None:
+            arguments = arguments_of(run.model.network, run.forms, call, plan.index, stream)
         with run.watch("statistics"), torch.no_grad(), statistics.watching(block), run.precision():
             for part in slices(len(inputs_NTD), sequences_at_once(inputs_NTD.shape[1])):
-                run_block(block, fetch(run, inputs_NTD[part]), call)
+                bound = call.bind([tensor[part] for tensor in arguments], torch.float32)
+                run_block(block, fetch(run, inputs_NTD[part]), bound)
         if run.ranks.world > 1:
             statistics.reduce(run.ranks.sum)
     return {

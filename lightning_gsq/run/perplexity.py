@@ -15,26 +15,33 @@ by rounding alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lightning_gsq.data import PerplexityData
 from lightning_gsq.data.evaluation import ByBlock
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models.chain import BlockCall, check_chain, embed, find_blocks, run_block, split_hidden, trace
+from lightning_gsq.models.calls import BlockCall
+from lightning_gsq.models.chain import embed, find_blocks, run_block_giving
 from lightning_gsq.models.head import TOLERANCE, find_head, last_hidden
-from lightning_gsq.models.probe import probe_ids
-from lightning_gsq.models.standing_in import standing_in
+from lightning_gsq.models.passing import calls_without_blocks, instead_of_blocks
+from lightning_gsq.models.probe import probe_pair
+from lightning_gsq.models.survey import survey
 from lightning_gsq.ops.distillation import Head
-from lightning_gsq.run.forward_passes import embed_all, hidden_store, pass_through, sequences_at_once
-from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.run.forward_passes import (
+    arguments_of,
+    embedded,
+    hidden_store,
+    needed_after,
+    pass_through,
+    sequences_at_once,
+)
+from lightning_gsq.run.hidden_states import ActivationOptions, Stream
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training import ModelQuantization
@@ -131,38 +138,27 @@ class BlockwisePerplexity:
         network: The model. Its weights may change between measurements.
 
     Raises:
-        ConfigurationError: its blocks are no chain, what they are called with depends on the tokens, or its logits are
-            not those of a head applied to what follows the last block. Found out on a few tokens.
+        ConfigurationError: its blocks are no chain, or its logits are not those of a head applied to what follows the
+            last block. Found out on a few tokens.
     """
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.network, self.blocks = network, find_blocks(network)[1]
-        ids_BT = probe_ids(network)
-        traced = trace(network, ids_BT)
-        check_chain(network, traced)
+        ids_BT, self._survey = probe_pair(network), survey(network)
         found = find_head(
             network, "evaluation.by_block: perplexity block by block", "set it to false, on a device that holds it all"
         )
         self._scale, self._softcap = found.scale, found.softcap
-        self._beside: dict[type, tuple[Any, ...] | None] = {}
-        """What a kind of block returns beside the hidden states; None if it returns these alone."""
-        with torch.no_grad(), ExitStack() as hooks:
-            for block in self.blocks:
-                hooks.callback(block.register_forward_hook(self._note).remove)
+        with torch.no_grad():
             wanted_BTV = network(ids_BT, use_cache=False).logits.float()
-        logits_BTV = found.logits(self._finish(ids_BT, traced.output_BTD)).float()
+        logits_BTV = found.logits(self._finish(ids_BT, self._survey.outputs_BTD[-1])).float()
         error = float((logits_BTV - wanted_BTV).abs().max() / wanted_BTV.abs().max())
-        calls = [tree_leaves((call.args, call.kwargs)) for call in self._calls(ids_BT)]
-        others = [tree_leaves((call.args, call.kwargs)) for call in self._calls(ids_BT.roll(1, 1))]
-        if not error < TOLERANCE or not all(map(_same, calls, others)):
+        if not error < TOLERANCE:
             raise ConfigurationError(
-                f"evaluation.by_block: something other than the hidden states of the block before reaches the blocks "
-                f"or the head of {type(network).__name__}, so that its perplexity cannot be measured block by block; "
-                "set it to false, on a device that holds the whole model"
+                f"evaluation.by_block: something other than the hidden states of the last block reaches the head of "
+                f"{type(network).__name__}, so that its perplexity cannot be measured block by block; set it to false, "
+                "on a device that holds the whole model"
             )
-
-    def _note(self, block: nn.Module, _: Any, output: Any) -> None:
-        self._beside[type(block)] = output[1:] if isinstance(output, tuple) else None
 
     @torch.no_grad()
     def measure(
@@ -178,13 +174,13 @@ class BlockwisePerplexity:
         """
         device, size = trainer.strategy.root_device, sequences_at_once(ids_NT.shape[1])
         metric = model.negative_log_likelihood.to(device)
-        with trainer.precision_plugin.forward_context(), self._embedded(ids_NT, activations) as hidden:
-            hidden_NTD, dtype = hidden
-            for index, (block, call) in enumerate(zip(self.blocks, self._calls(ids_NT[:1]), strict=True)):
-                dtype = _pass_through(block, call, hidden_NTD, dtype, device, index)
+        with trainer.precision_plugin.forward_context(), self._embedded(ids_NT, activations) as embedding:
+            stream, dtype = embedding
+            for index in range(len(self.blocks)):
+                dtype = self._pass_through(index, stream, dtype, device)
             head = self._head(device)
             for part in slices(len(ids_NT), size):
-                last_BTD = self._finish(ids_NT[part], hidden_NTD[part].to(dtype))
+                last_BTD = self._finish(ids_NT[part], stream.hidden_NTD[part].to(dtype))
                 for number, (last_TD, ids_T) in enumerate(zip(last_BTD, ids_NT[part], strict=True), part.start):
                     for own in slices(len(ids_T) - 1, LOSS_POSITIONS):
                         logits_CV = head.logits(_fetch(last_TD[own], device))
@@ -195,13 +191,27 @@ class BlockwisePerplexity:
         return perplexity
 
     @contextmanager
-    def _embedded(self, ids_NT: Tensor, activations: ActivationOptions) -> Iterator[tuple[Tensor, torch.dtype]]:
-        """The inputs of the first block, as they are kept, and the dtype that the model gives them."""
+    def _embedded(self, ids_NT: Tensor, activations: ActivationOptions) -> Iterator[tuple[Stream, torch.dtype]]:
+        """The windows at the first block, as they are kept, and the dtype that the model gives them."""
         first_BTD = embed(self.network, ids_NT[:1])
+        self._calls = self._calls_for(ids_NT[:1])
         with hidden_store((*ids_NT.shape, first_BTD.shape[-1]), activations, streams=1) as store:
-            hidden_NTD = store.new()
-            embed_all(self.network, ids_NT, hidden_NTD)
-            yield hidden_NTD, first_BTD.dtype
+            yield embedded(self.network, ids_NT, store), first_BTD.dtype
+
+    def _pass_through(self, index: int, stream: Stream, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Passes all windows through a block; returns the dtype that the block computed them in.
+
+        The block stays where it is: a copy of its weights on the device takes their place, and is gone afterwards.
+        """
+        block, call = self.blocks[index], self._calls[index].to(device)
+        weights = {name: _fetch(t, device) for name, t in [*block.named_parameters(), *block.named_buffers()]}
+
+        def through(hidden_BTD: Tensor, own: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            bound = call.bind(own, dtype)
+            return run_block_giving(block, _fetch(hidden_BTD, device, dtype), bound, weights)
+
+        arguments = arguments_of(self.network, self._survey.forms, call, index, stream)
+        return pass_through(through, arguments, stream, stream, needed_after(self._calls, index), index)
 
     def _head(self, device: torch.device) -> Head:
         """The head as it is now, on the device, in the dtype that its product is computed in."""
@@ -214,59 +224,17 @@ class BlockwisePerplexity:
 
     # -- the model's own code outside of the blocks
 
-    def _calls(self, ids_BT: Tensor) -> list[BlockCall]:
-        """What each block is called with beside the hidden states."""
-        calls: list[BlockCall] = []
-
-        def note(hidden_BTD: Tensor, call: BlockCall) -> Tensor:
-            calls.append(call)
-            return hidden_BTD
-
-        with torch.no_grad(), self._instead_of_blocks(note):
-            last_hidden(self.network, ids_BT)
-        return calls
+    def _calls_for(self, ids_BT: Tensor) -> list[BlockCall]:
+        """What each block is called with beside the hidden states, for sequences of this length."""
+        calls = calls_without_blocks(self.network, self._survey.forms, ids_BT)
+        return [call.like(known) for call, known in zip(calls, self._survey.calls, strict=True)]
 
     def _finish(self, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """What enters the head if ``hidden_BTD`` leaves the last block."""
-        with torch.no_grad(), self._instead_of_blocks(lambda *_: hidden_BTD):
+        forms = self._survey.forms
+        with torch.no_grad(), instead_of_blocks(self.network, forms, ids_BT, lambda *_: hidden_BTD):
             return last_hidden(self.network, ids_BT)
-
-    @contextmanager
-    def _instead_of_blocks(self, function: Callable[[Tensor, BlockCall], Tensor]) -> Iterator[None]:
-        def forward_of(block: nn.Module) -> Callable[..., Any]:
-            beside = self._beside[type(block)]
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden_BTD, rest, others = split_hidden(args, kwargs)
-                output_BTD = function(hidden_BTD, BlockCall(rest, others))
-                return output_BTD if beside is None else (output_BTD, *beside)
-
-            return forward
-
-        with standing_in({index: forward_of(block) for index, block in enumerate(self.blocks)}, self.blocks):
-            yield
-
-
-def _pass_through(
-    block: nn.Module, call: BlockCall, hidden_NTD: Tensor, dtype: torch.dtype, device: torch.device, index: int
-) -> torch.dtype:
-    """Replaces all hidden states by the block's output; returns the dtype that the block computed them in.
-
-    The block stays where it is: a copy of its weights on the device takes their place, and is gone afterwards.
-    """
-    weights = {name: _fetch(t, device) for name, t in [*block.named_parameters(), *block.named_buffers()]}
-    call = call.to(device)
-    return pass_through(
-        lambda hidden: run_block(block, _fetch(hidden, device, dtype), call, weights), hidden_NTD, hidden_NTD, index
-    )
 
 
 def _fetch(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     return tensor.to(device, dtype)
-
-
-def _same(one: list[Any], other: list[Any]) -> bool:
-    """Whether two calls' tensors are equal."""
-    return len(one) == len(other) and all(
-        torch.equal(a, b) for a, b in zip(one, other, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)
-    )

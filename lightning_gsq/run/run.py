@@ -11,7 +11,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_gsq.data import CalibrationDataModule
-from lightning_gsq.models.chain import BlockCall, BlockRunner, compiled_run_block, find_blocks, run_block, trace
+from lightning_gsq.models.calls import BlockCall
+from lightning_gsq.models.chain import BlockRunner, compiled_run_block, find_blocks, run_block, trace
+from lightning_gsq.models.passing import Forms
+from lightning_gsq.models.survey import survey
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -39,6 +42,7 @@ class Run:
         trainer: One such Trainer: its device, precision and loggers are those of all.
         blocks: All blocks of the model.
         calls: What each is called with beside the hidden states.
+        forms: What each returns beside them.
         width: Width of the hidden states, ``D``.
         run_block: How a block is run: plainly, or compiled.
         watch: Where the seconds go.
@@ -57,6 +61,7 @@ class Run:
     trainer: Trainer
     blocks: nn.ModuleList
     calls: list[BlockCall]
+    forms: Forms
     width: int
     run_block: BlockRunner
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -109,7 +114,7 @@ def make_run(
 ) -> Run:
     """The run of these parts; looks at how the model calls its blocks. Arguments as in :class:`Run`."""
     trainer = make_trainer()
-    traced = trace(model.network, data.train_ids_NT[:1])
+    surveyed, traced = survey(model.network), trace(model.network, data.train_ids_NT[:1])
     compiled = model.block.compiled and compiler_available(trainer.strategy.root_device.type)
     return Run(
         model=model,
@@ -124,7 +129,8 @@ def make_run(
         ranks=ranks,
         trainer=trainer,
         blocks=find_blocks(model.network)[1],
-        calls=traced.calls,
+        calls=[call.like(known) for call, known in zip(traced.calls, surveyed.calls, strict=True)],
+        forms=surveyed.forms,
         width=traced.output_BTD.shape[-1],
         run_block=compiled_run_block() if compiled else run_block,
     )

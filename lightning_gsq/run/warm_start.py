@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.finished import Finished
-from lightning_gsq.run.forward_passes import embed_all, hidden_store, propagate, working_copy
+from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
 from lightning_gsq.run.matrices import as_stored, choose_salient, hessian_sequences, matrices_of
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.substitution import install
@@ -24,14 +24,13 @@ def warm_start(run: Run) -> tuple[list[Blocks], bool]:
     count = hessian_sequences(run) if settings.warm_start.needs_hessian else 0
     results = []
     with hidden_store((count, run.data.sequence_length, run.width), run.activations, streams=1) as store:
-        hidden_NTD = store.new()
-        embed_all(run.model.network, run.train_ids_NT[:count], hidden_NTD)
+        stream = embedded(run.model.network, run.train_ids_NT[:count], store)
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:
                 tensors = finished.take(plan)
                 if tensors is None:
-                    matrices = matrices_of(run, plan, block, hidden_NTD)
+                    matrices = matrices_of(run, plan, block, stream)
                     choices = choose_salient(run, matrices)
                     with run.watch("warm_start"):
                         tensors = {
@@ -46,5 +45,5 @@ def warm_start(run: Run) -> tuple[list[Blocks], bool]:
                 results.append(tensors)
                 install(block, plan, tensors)
             if index < run.last_block:
-                propagate(run, block, index, hidden_NTD, hidden_NTD)
+                propagate(run, block, index, stream, stream)
     return results, True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models.chain import BlockCall, BlockRunner, run_block
+from lightning_gsq.models.calls import BlockCall
+from lightning_gsq.models.chain import BlockRunner, run_block
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelQuantizer
 from lightning_gsq.quantizers.salient import MixedQuantizer
@@ -25,7 +26,7 @@ WeightQuantizer = GumbelQuantizer | MixedQuantizer
 """One trainable weight; its parts are Gumbel quantizers."""
 Batch = tuple[Tensor, ...]
 """Hidden states that enter the block, and what should leave it, each ``B T D``; then, optionally, how much each token
-counts, ``B T``."""
+counts, ``B T``; then what the block's call takes for each sequence."""
 
 
 class BlockQuantization(LightningModule):
@@ -110,15 +111,17 @@ class BlockQuantization(LightningModule):
         """Every weight as the warm start left it."""
         return self._dense({name: quantizer.start_tensor() for name, quantizer in self.named_weights()})
 
-    def forward(self, hidden_BTD: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Runs the block with these weights."""
+    def forward(self, hidden_BTD: Tensor, weights: dict[str, Tensor], arguments: Sequence[Tensor] = ()) -> Tensor:
+        """Runs the block with these weights, on the arguments of these sequences where it has any."""
         self._call = self._call.to(hidden_BTD.device)
-        return self._run(self.block, hidden_BTD, self._call, weights)
+        return self._run(self.block, hidden_BTD, self._call.bind(arguments, hidden_BTD.dtype), weights)
 
     def loss(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Relative squared error of the block's output with these weights, fp32."""
-        hidden, target, *weight_BT = batch
-        output = self(hidden.float(), weights).float()
+        hidden, target, *others = batch
+        first_argument = len(others) - len(self._call.bound)
+        weight_BT, arguments = others[:first_argument], others[first_argument:]
+        output = self(hidden.float(), weights, arguments).float()
         if not weight_BT:
             return nn.functional.mse_loss(output, target.float()) / self.target_power
         return ((output - target.float()).square().mean(-1) * weight_BT[0]).mean() / self.target_power

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
+from lightning_gsq.models.linear_weights import LinearSite, to_quantize
 from lightning_gsq.quantizers import GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.training.target import TARGETS, Target, TargetName
@@ -77,15 +78,17 @@ class Selection:
     blocks: str | None
     fallback: bool = False
 
-    def schemes(self, in_features: Mapping[str, int]) -> dict[str, QuantScheme]:
+    def schemes(self, sites: Mapping[str, LinearSite]) -> dict[str, QuantScheme]:
         """The weights to quantize, of these, and the scheme of each.
 
         Args:
-            in_features: Weights in a row of each linear weight of the model, by name.
+            sites: Linear weights by their full names; one with a role is taken only if a pattern names it.
 
         Raises:
             ConfigurationError: a pattern matches no weight, nothing is left, or a scheme does not hold a weight's rows.
         """
+        names = to_quantize(sites, self.include)
+        in_features = {name: sites[name].in_features for name in names}
         schemes = assign_schemes(in_features, self.scheme, self.include, self.exclude, self.overrides)
         return fit_rows(schemes, in_features, self.fallback)
 

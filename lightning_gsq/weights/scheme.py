@@ -44,7 +44,7 @@ class QuantScheme:
         ConfigurationError: a value out of range, or a combination that does not exist.
     """
 
-    bits: Bits = 2
+    bits: Bits = 3
     group_size: int = 64
     salient: SalientPart | None = None
     budget: float | None = None
@@ -76,7 +76,11 @@ class QuantScheme:
         plain = plain_preset(name)
         preset = None if plain else preset_named(name)
         bits, group_size = plain if plain else (preset.bits, preset.group_size)  # type: ignore[union-attr]
-        given = {"bits": (self.bits, bits, 2), "group_size": (self.group_size, group_size, 64)}
+        kind = type(self)  # whose attributes are the defaults
+        given = {
+            "bits": (self.bits, bits, kind.bits),
+            "group_size": (self.group_size, group_size, kind.group_size),
+        }
         for option, (value, wanted, default) in given.items():
             if value not in (wanted, default):
                 raise ConfigurationError(f"{option} {value} does not go with the preset {name}, whose own is {wanted}")

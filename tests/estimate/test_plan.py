@@ -19,7 +19,7 @@ from lightning_gsq.estimate.perplexity_terms import perplexity_terms
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import find_blocks, run_block, trace
-from lightning_gsq.models.linear_weights import find_linear_sites
+from lightning_gsq.models.linear_weights import find_all_sites
 from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer
 from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -44,7 +44,7 @@ def test_structure_of_every_family(family: PreTrainedModel) -> None:
     assert skeleton.parameters == sum(p.numel() for p in family.parameters())
     assert skeleton.width == traced.output_BTD.shape[-1]
     for block, hidden, call, own in zip(blocks, traced.inputs_BTD, traced.calls, skeleton.blocks, strict=True):
-        assert own.sites == find_linear_sites(block, lambda b=block, h=hidden, c=call: run_block(b, h, c))
+        assert own.sites == find_all_sites(block, lambda b=block, h=hidden, c=call: run_block(b, h, c))
         assert own.parameters == sum(p.numel() for p in block.parameters())
 
 
@@ -147,6 +147,7 @@ def test_a_plan_against_the_run_itself(tiny_llama: Path, corpus: Path, tmp_path:
     arguments = {
         "--model.pretrained": str(tiny_llama),
         "--model.gumbel.backend": "eager",
+        "--model.compile_blocks": "false",
         "--model.scheme": '{"bits": 2, "group_size": 16}',
         "--data.source": "TextFile",
         "--data.source.path": str(corpus),

@@ -9,12 +9,14 @@ from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwe
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.contract import CheckFailedError, ExportOptions
 from lightning_gsq.export.formats import gguf_check
-from lightning_gsq.export.formats.gguf import FILE, GGUFFormat, source_file
+from lightning_gsq.export.formats.gguf import FILE, GGUFFormat
+from lightning_gsq.export.formats.gguf_layout import layout_of
+from lightning_gsq.export.formats.gguf_storage import source_file
 from lightning_gsq.export.readers import packages
+from lightning_gsq.gguf.architectures.table import architecture_of
 from lightning_gsq.gguf.blocks import BLOCK_TYPES
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.metadata import fields_of_model
-from lightning_gsq.gguf.names import Layout
 from tests.support.exported import SHAPE, bpe_tokenizer, quantize, save_model
 from tests.support.tiny import byte_tokenizer
 
@@ -149,7 +151,7 @@ def test_a_file_that_llama_cpp_refuses_fails_the_check(mixed, tmp_path: Path) ->
 def test_without_llama_cpp_that_is_said(mixed, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     run, folder, _ = mixed
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    report = gguf_check.check_file(run, folder / FILE, None)
+    report = gguf_check.check_file(run, folder / FILE, layout_of(run))
     assert report.weights == (13, 11)
     assert report.describe().startswith(
         "checked with the bytes of the file: 11 of 13 quantized weights bit-identical, NOT CHECKED with xllamacpp"
@@ -157,24 +159,15 @@ def test_without_llama_cpp_that_is_said(mixed, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_other_families_and_tokenizers_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"gguf holds llama, .* not opt; export to dequantized"):
-        Layout.of(OPTConfig())
+    with pytest.raises(ConfigurationError, match=r"gguf is written from a folder for llama, .* not for opt; start"):
+        architecture_of(OPTConfig())
     config = LlamaConfig(**SHAPE)
     with pytest.raises(ConfigurationError, match="has no merges"):
-        fields_of_model(config, byte_tokenizer(), "llama", "x")
+        fields_of_model(config, byte_tokenizer(), "x")
     tokenizer = bpe_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = None
-    with pytest.raises(ConfigurationError, match="not one of the byte-level BPE tokenizers"):
-        fields_of_model(config, tokenizer, "llama", "x")
+    with pytest.raises(ConfigurationError, match="not one of those that can be written"):
+        fields_of_model(config, tokenizer, "x")
     config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ConfigurationError, match="rotary embeddings of type yarn"):
-        fields_of_model(config, bpe_tokenizer(), "llama", "x")
-
-
-def test_rows_of_query_heads_are_interleaved() -> None:
-    """Neighbours in the file are row i and row i + d/2 of a head in the model."""
-    layout = Layout("llama", 1, heads=2, kv_heads=1)
-    rows = layout.rows_of("blk.0.attn_q.weight", 8)
-    assert rows is not None and rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert layout.rows_of("blk.0.attn_v.weight", 8) is None
-    assert Layout("qwen2", 1, 2, 1).rows_of("blk.0.attn_q.weight", 8) is None
+        fields_of_model(config, bpe_tokenizer(), "x")

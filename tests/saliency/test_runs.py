@@ -31,6 +31,7 @@ def _arguments(model: Path, corpus: Path, folder: Path, *further: str) -> list[s
         f"--trainer.callbacks={callbacks}",
         f"--model.pretrained={model}",
         "--model.gumbel.backend=eager",
+        "--model.compile_blocks=false",
         "--data.sequence_length=32",
         "--data.num_sequences=12",
         "--data.num_validation_sequences=4",

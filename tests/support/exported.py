@@ -31,15 +31,17 @@ def bpe_tokenizer(**ends: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **ends)
 
 
-def save_model(folder: Path, config: PretrainedConfig | None = None) -> Path:
-    """A random model of two blocks whose rows are multiples of 128, with that tokenizer."""
+def save_model(
+    folder: Path, config: PretrainedConfig | None = None, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
+    """A random model of two blocks whose rows are multiples of 128, with that tokenizer or another."""
     model = random_model(config or LlamaConfig(**SHAPE))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
     model.save_pretrained(folder)
-    bpe_tokenizer().save_pretrained(folder)
+    (tokenizer or bpe_tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -53,7 +55,8 @@ def quantize(model: Path, folder: Path, bits: object, group_size: int, **setting
         "model": {
             "pretrained": str(model),
             "scheme": {"bits": bits, "group_size": group_size},
-            "warm_start": {"class_path": "lightning_gsq.quantizers.RTN"},
+            "warm_start": {"class_path": "lightning_gsq.quantizers.RTN", "init_args": {"weighted": False}},
+            "compile_blocks": False,
             "phases": ["init"],
             **settings,
         },

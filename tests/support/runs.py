@@ -30,8 +30,11 @@ def write_config(model: Path, corpus: Path, folder: Path, **changes: object) -> 
             "phases": ["init", "blocks"],
             "scheme": {"bits": 2, "group_size": 16},
             "gumbel": {"backend": "eager"},
-            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
+            "compile_blocks": False,
+            "hessian_sequences": 64,
+            "optimizer": _adam(1e-3),
         },
+        "end_to_end": {"optimizer": _adam(2e-3), "max_steps": -1},
         "data": {"source": text, "sequence_length": 32, "num_sequences": 48, "num_validation_sequences": 8},
         "evaluation": {"source": text, "sequence_length": 64, "num_windows": 4},
     }
@@ -41,6 +44,11 @@ def write_config(model: Path, corpus: Path, folder: Path, **changes: object) -> 
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder / "config.yaml"
+
+
+def _adam(rate: float) -> dict[str, object]:
+    """Adam with torch's own settings rather than those of the recipe."""
+    return {"class_path": "torch.optim.Adam", "init_args": {"lr": rate, "betas": [0.9, 0.999], "fused": None}}
 
 
 def block_files(folder: Path, kind: str = "block") -> dict[str, str]:

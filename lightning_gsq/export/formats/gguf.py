@@ -7,8 +7,8 @@ in Q8_0, where rows and groups are whole blocks. Other matrices are projected: r
 which.
 
 A run that started from a GGUF file (its model, or its codes) keeps that file's key-values, tokenizer and remaining
-tensors byte by byte. For a
-Hugging Face folder they are written for the Llama family, with norms and biases as F32 and everything else as F16.
+tensors byte by byte, whatever its architecture is. For a Hugging Face folder they are derived for the architectures of
+:mod:`lightning_gsq.gguf.architectures.table`, with norms and biases as F32 and everything else as F16.
 """
 
 from __future__ import annotations
@@ -25,21 +25,14 @@ import yaml
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Runtime
 from lightning_gsq.export.formats.gguf_check import check_file
-from lightning_gsq.export.formats.gguf_storage import (
-    FILE,
-    SUPPORTED_BY_TRANSFORMERS,
-    Storage,
-    fitting_schemes,
-    source_file,
-)
-from lightning_gsq.export.formats.gguf_tensors import from_file, from_folder, ledger_of, quantized
-from lightning_gsq.export.formats.linear import refuse_other_than_linear
+from lightning_gsq.export.formats.gguf_layout import layout_of
+from lightning_gsq.export.formats.gguf_storage import FILE, SUPPORTED_BY_TRANSFORMERS, Storage, fitting_schemes
+from lightning_gsq.export.formats.gguf_tensors import from_file, from_folder, ledger_of
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.gguf.metadata import fields_of_model, storage_fields
-from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, storage_fields
 from lightning_gsq.gguf.write import write_gguf
 from lightning_gsq.weights.ledger import Ledger
 
@@ -56,41 +49,34 @@ class GGUFFormat(ExportFormat):
 
     def refuse(self, run: PlannedRun) -> str | None:
         """Refuses what has no name, no type or no rule of splitting text in a GGUF file."""
-        reason = refuse_other_than_linear(self.name, list(run.weights.values()))
-        if reason is not None:
-            return reason
         if run.scale_dtype == torch.float32 and run.start_file is None:
             return "gguf stores scales in float16; quantize with --model.scale_dtype float16"
         try:
-            layout, source = Layout.of(run.config), source_file(run)
-            names = {layout.name_of(name): name for name in [*run.other_names(), *run.weights]}
-            if source is None:
-                fields_of_model(run.config, run.tokenizer, layout.architecture, run.address)
-                return None
-            from_file(source, layout, ExportOptions())
+            layout = layout_of(run)
+            if layout.source is None:
+                fields_of_model(run.config, run.tokenizer, run.address)
         except ConfigurationError as error:
             return str(error).removeprefix("format: ").removeprefix("gguf: ")
-        lacking = set(run.weights) - {names[name] for name in source.tensors if name in names}
-        return f"{source.path} has no tensor for {sorted(lacking)[0]}" if lacking else None
+        return None
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes ``model.gguf``."""
-        layout = Layout.of(run.config)
-        source = source_file(run)
-        names = {layout.name_of(name): name for name in [*run.other_names(), *run.weights]}
-        fields, tensors = from_folder(run, layout, options) if source is None else from_file(source, layout, options)
+        layout = layout_of(run)
+        if layout.source is not None:
+            fields, tensors = fields_of_file(layout.source), from_file(run, layout, layout.source, options)
+        else:
+            assert layout.architecture is not None
+            fields = fields_of_model(run.config, run.tokenizer, Path(run.address).name)
+            tensors = from_folder(run, layout, layout.architecture, options)
         fields |= storage_fields(self._most_common(run, options))
-        planned = []
-        for tensor in tensors:
-            weight = run.weights.get(names.get(tensor.name, ""))
-            planned.append(tensor if weight is None else quantized(run, weight, layout, tensor.name, options))
+        planned = list(tensors)
         write_gguf(folder / FILE, fields, planned)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")
-        return ledger_of(folder / FILE, planned, names, set(run.weights))
+        return ledger_of(folder / FILE, planned, layout.parameters, set(run.weights))
 
     def check(self, run: FinishedRun, folder: Path) -> CheckReport:
         """Reads the file back bit by bit, and loads it with transformers (where it can) and with llama.cpp."""
-        return check_file(run, folder / FILE, source_file(run))
+        return check_file(run, folder / FILE, layout_of(run))
 
     def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """llama.cpp, and transformers where its reader knows the block types."""

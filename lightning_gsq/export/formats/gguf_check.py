@@ -13,23 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lightning_gsq.export.check import LOGIT_TOLERANCE, NEW_TOKENS, PROMPTS, greedy, perplexity, short_text, token_ids
+from lightning_gsq.export.check import NEW_TOKENS, PROMPTS, greedy, perplexity, short_text, token_ids
 from lightning_gsq.export.contract import CheckFailedError, CheckReport
-from lightning_gsq.export.formats.gguf_storage import (
-    F16,
-    ROTARY,
-    SUPPORTED_BY_TRANSFORMERS,
-    Storage,
-    in_model_order,
-)
+from lightning_gsq.export.formats.gguf_layout import Layout, with_file
+from lightning_gsq.export.formats.gguf_storage import F16, Storage
+from lightning_gsq.export.formats.gguf_transformers import note_of_transformers
 from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.readers.packages import missing
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.gguf.names import Layout
-from lightning_gsq.gguf.types.codec import dequantize
 
 LOGPROB_TOLERANCE = 0.2
 """Natural units, of the mean log-probability of a token."""
@@ -39,30 +33,26 @@ TEXT_TOKENS, TOP = 64, 8
 
 
 @torch.no_grad()
-def check_file(run: FinishedRun, path: Path, source: GGUFFile | None) -> CheckReport:
+def check_file(run: FinishedRun, path: Path, layout: Layout) -> CheckReport:
     """Compares a written file with its run.
 
     Args:
         run: The run.
         path: The file.
-        source: The file that the run started from, if it did.
+        layout: Where its parameters lie.
 
     Raises:
         CheckFailedError: it does not load, or is something else.
     """
-    file, layout = GGUFFile(path), Layout.of(run.config)
+    file = GGUFFile(path)
+    if layout.source is not None:
+        _compare_copies(file, layout.source, layout)
     network = run.reference()
     ids_BT = short_text(run.tokenizer)[:, :TEXT_TOKENS]
     own = perplexity(network, ids_BT)
-    exact, error = _compare_values(run, network, file, layout, source)
+    exact, error = _compare_values(run, network, file, layout)
     notes = [] if exact == len(run.weights) else [f"a projection: weights change by up to {error:.2g} of the largest"]
-    if ROTARY in file.tensors:
-        notes.append("transformers ignores the scaling of the rotary frequencies in GGUF files")
-    elif {stored.number for stored in file.tensors.values()} <= SUPPORTED_BY_TRANSFORMERS:
-        difference = _compare_with_transformers(run, network, path)
-        notes.append(f"transformers {version('transformers')}: logits differ by {difference:.2g}")
-    else:
-        notes.append("transformers cannot read these block types")
+    notes.append(note_of_transformers(run, network, file))
     without = missing(llama_cpp.PACKAGE)
     if without:
         return CheckReport("the bytes of the file", (len(run.weights), exact), note="; ".join([without, *notes]))
@@ -83,66 +73,47 @@ def check_file(run: FinishedRun, path: Path, source: GGUFFile | None) -> CheckRe
     return report
 
 
-def _compare_values(
-    run: FinishedRun, network: PreTrainedModel, file: GGUFFile, layout: Layout, source: GGUFFile | None
-) -> tuple[int, float]:
+def _compare_values(run: FinishedRun, network: PreTrainedModel, file: GGUFFile, layout: Layout) -> tuple[int, float]:
     """Compares every tensor and puts the file's values into the network.
 
     Returns:
         How many quantized weights are bit-identical, and the largest error of the others, as a share of the largest.
     """
     exact, worst = 0, 0.0
-    for name in [*run.other_names(), *run.weights]:
-        stored_name = layout.name_of(name)
-        if stored_name not in file.tensors:
-            raise CheckFailedError(f"{file.path} has no tensor {stored_name}")
-        stored = file.tensors[stored_name]
-        value = in_model_order(layout, stored_name, dequantize(file.raw(stored_name), stored.number))
-        parameter = network.get_parameter(name)
-        if value.numel() != parameter.numel() or stored.shape != tuple(parameter.shape):
-            raise CheckFailedError(f"{file.path}: {stored_name} has the shape {stored.shape}")
-        value = value.view_as(parameter)
+    for name, stored in with_file(layout, run).items():
+        lacking = [place.name for place in stored.places if place.name not in file.tensors]
+        if lacking:
+            raise CheckFailedError(f"{file.path} has no tensor {lacking[0]}")
+        value, parameter = stored.value(file), network.get_parameter(name)
+        first = stored.places[0].name
+        if value.numel() != parameter.numel():
+            raise CheckFailedError(f"{file.path}: {first} has the shape {file.tensors[first].shape}")
+        weight = run.weights.get(name)
+        value = value.view_as(parameter) if weight is None else weight.site.from_matrix(value)
         error = float((value - parameter).abs().max() / parameter.abs().max().clamp(min=1e-30))
-        if name not in run.weights:
-            if source is not None and source.tensors[stored_name].number == stored.number:
-                if source.raw(stored_name).tobytes() != file.raw(stored_name).tobytes():
-                    raise CheckFailedError(f"{file.path}: {stored_name} is not that of {source.path}")
-            elif not error <= OTHER_TOLERANCE:
-                raise CheckFailedError(f"{file.path}: {stored_name} differs by {error:.2g} of its largest value")
+        if weight is None:
+            copied = layout.source is not None and name not in layout.others
+            if not copied and not error <= OTHER_TOLERANCE:
+                raise CheckFailedError(f"{file.path}: {first} differs by {error:.2g} of its largest value")
         else:
-            weight = run.weights[name]
             same = torch.equal(value, parameter)
             if not same and Storage.of(weight.scheme, weight.site.in_features, "Q8_0").exact:
-                raise CheckFailedError(f"{file.path}: {stored_name} differs from the run's weight by {error:.2g}")
-            if stored.number == F16 and not torch.equal(value, parameter.half().float()):
-                raise CheckFailedError(f"{file.path}: {stored_name} is not the run's weight rounded to fp16")
+                raise CheckFailedError(f"{file.path}: {first} differs from the run's weight by {error:.2g}")
+            if file.tensors[first].number == F16 and not torch.equal(value, parameter.half().float()):
+                raise CheckFailedError(f"{file.path}: {first} is not the run's weight rounded to fp16")
             exact, worst = exact + same, max(worst, error)
         parameter.copy_(value)
     return exact, worst
 
 
-def _compare_with_transformers(run: FinishedRun, network: PreTrainedModel, path: Path) -> float:
-    """Largest difference of a logit between transformers' reading of the file and the network with its values."""
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            local_files_only=True,
-            trust_remote_code=False,
-        ).eval()
-    except Exception as error:  # whatever the package raises, the file is not what it should be
-        raise CheckFailedError(f"transformers cannot load {path}: {error}") from error
-    difference = largest = 0.0
-    for prompt in PROMPTS:
-        ids_BT = token_ids(run.tokenizer, prompt)
-        own, other = (model(ids_BT, use_cache=False).logits.float() for model in (network, loaded))
-        difference = max(difference, float((own - other).abs().max()))
-        largest = max(largest, float(own.abs().max()))
-    if not difference <= LOGIT_TOLERANCE * largest:
-        raise CheckFailedError(f"transformers: logits differ by {difference:.3g}, the largest is {largest:.3g}")
-    return difference
+def _compare_copies(file: GGUFFile, source: GGUFFile, layout: Layout) -> None:
+    """Verifies that everything which was not written anew is the source's, byte by byte."""
+    for name, stored in source.tensors.items():
+        if name not in file.tensors:
+            raise CheckFailedError(f"{file.path} has no tensor {name}")
+        copied = name not in layout.parameters and file.tensors[name].number == stored.number
+        if copied and source.raw(name).tobytes() != file.raw(name).tobytes():
+            raise CheckFailedError(f"{file.path}: {name} is not that of {source.path}")
 
 
 def _compare_with_llama_cpp(run: FinishedRun, network: PreTrainedModel, answer: llama_cpp.Answer) -> tuple[float, str]:
@@ -154,5 +125,6 @@ def _compare_with_llama_cpp(run: FinishedRun, network: PreTrainedModel, answer: 
             raise CheckFailedError(f"llama.cpp splits {prompt!r} into the tokens {ids}, expected {ids_BT[0].tolist()}")
         logprobs_V = network(ids_BT, use_cache=False).logits[0, -1].float().log_softmax(-1)
         difference = max(difference, *(abs(value - float(logprobs_V[token])) for token, value in top.items()))
-        same += text == run.tokenizer.decode(greedy(network, ids_BT), skip_special_tokens=True)
+        own_T = greedy(network, ids_BT)[0, ids_BT.shape[1] :]
+        same += text.strip() == run.tokenizer.decode(own_T, skip_special_tokens=True).strip()
     return difference, f"{same} of {len(PROMPTS)} prompts"

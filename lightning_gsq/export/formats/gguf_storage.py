@@ -1,4 +1,4 @@
-"""How a run lies in a GGUF file: the type of each matrix, the order of its rows, the file that the run came from."""
+"""The type in which each matrix of a run lies in a GGUF file, and the file that the run came from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from dataclasses import dataclass
 import gguf
 import torch
 from gguf import GGMLQuantizationType
-from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.gguf.blocks import BLOCK_TYPES, exact_type
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.gguf.names import Layout
 from lightning_gsq.gguf.types.table import GgmlType
 from lightning_gsq.quantizers.from_file import SCHEMES
 from lightning_gsq.weights.scheme import QuantScheme
 
 FILE = "model.gguf"
 F32, F16 = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.F16)
-EMBEDDINGS = ("token_embd.weight", "output.weight")
-ROTARY = "rope_freqs.weight"
 SUPPORTED_BY_TRANSFORMERS = {int(kind) for kind in gguf.quants._type_traits} | {F32, F16}
 
 
@@ -91,19 +87,3 @@ def source_file(run: PlannedRun) -> GGUFFile | None:
             "copied"
         )
     return GGUFFile(source.files[0])
-
-
-def in_file_order(layout: Layout, name: str, value: Tensor) -> Tensor:
-    """A tensor of the model with its rows in the order of the file."""
-    rows = layout.rows_of(name, len(value))
-    return value if rows is None else value[rows]
-
-
-def in_model_order(layout: Layout, name: str, value: Tensor) -> Tensor:
-    """Inverse of :func:`in_file_order`."""
-    rows = layout.rows_of(name, len(value))
-    if rows is None:
-        return value
-    restored = torch.empty_like(value)
-    restored[rows] = value
-    return restored

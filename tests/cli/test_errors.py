@@ -1,0 +1,185 @@
+"""One line an error: which option, what it got, what it takes, the nearest name; and a traceback on demand."""
+
+import errno
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from lightning_gsq.cli import entry, errors, main
+from lightning_gsq.cli.messages import nearest
+from lightning_gsq.errors import ConfigurationError, ProcessLostError
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]):
+    """The one line that a command ends with, which has exit code 2."""
+
+    def run(*arguments: str) -> str:
+        try:
+            code = main(list(arguments))
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert code == 2
+        assert len(lines) == 1, lines
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("fit", "name the model, right after the verb (python -m lightning_gsq fit --help)"),
+        ("predict", "name the model, right after the verb (python -m lightning_gsq predict --help)"),
+        ("export run", "--format has to be given (python -m lightning_gsq export --help)"),
+        ("fit m --bits 3", "there is no option --bits; did you mean --model.scheme.bits? (python -m lightning_gsq fit"),
+        ("validate m --device cpu", "--device; did you mean --trainer.accelerator? (python -m lightning_gsq validate"),
+        ("fit m --model.scheme.bits abc", "model.scheme.bits: expected a whole number or ternary, got 'abc'"),
+        ("fit m --data.num_sequences ten", "data.num_sequences: expected a whole number, got 'ten'"),
+        ("fit m --model.gumbel.backend x", "model.gumbel.backend: expected auto, triton, compile, eager, got 'x'"),
+        (
+            "fit m --model.warm_start no",
+            "there is no class 'no' of this kind; choose from GPTQ, RTN, DualMode, ",
+        ),
+        ("fit m --model.warm_start torch.optim.Adam", "there is no class 'torch.optim.Adam' of this kind"),
+        ("fit m --model.warm_start.wight 1", "there is no argument 'wight'; RTN takes weighted"),
+        ("fit m --model.optimizer.lr abc", "model.optimizer.lr: expected a number, got 'abc'"),
+        ("fit m --model.overrides {a:{bitz:3}}", "model.overrides: "),
+        ("fit m --model.optimizer lightning_gsq.optim.Lion", "is now lightning_gsq.training.Lion; write that"),
+        ("fit m --model.warm_start lightning_gsq.sage.DualMode", "is now lightning_gsq.quantizers.DualMode"),
+        (
+            'fit m --model.scheme.salient {"ratio":2}',
+            "salient.ratio must be a share of the weights, 0 to below 1",
+        ),
+        ("fit m --seed_everything -1", "seed_everything must be a number from 0 to 4294967295, got -1"),
+        ("fit m --seed_everything false", "seed_everything must be a number from 0 to 4294967295, got false"),
+        ("fit m --model.phases blocks,blocks", "model.phases: blocks, blocks cannot be done in that order"),
+        ("fit m --model.phases end_to_end,blocks", "in the order init, blocks, end_to_end"),
+        ("fit m --activations.memory_limit_gb -1", "activations.memory_limit_gb must not be negative, got -1"),
+        ("fit m --trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches must be at least 1, got 0"),
+        ("plan m --trainer.accumulate_grad_batches -1", "trainer.accumulate_grad_batches must be at least 1, got -1"),
+        ("fit m --trainer.max_epochs 0", "trainer.max_epochs must be at least 1, or -1 for no such limit, got 0"),
+        ("fit m --trainer.max_steps -5", "trainer.max_steps must be at least 1, or -1 for no such limit, got -5"),
+        ("fit m --trainer.limit_train_batches 0", "trainer.limit_train_batches must be a number of batches"),
+        ("validate m --trainer.limit_val_batches 0.5", "trainer.limit_val_batches: 0.5 would measure on a part"),
+        ("fit m --trainer.limit_val_batches 0", "trainer.limit_val_batches: 0"),
+        ("fit m --trainer.fast_dev_run true", "trainer.fast_dev_run: true would measure on a part"),
+        ("fit m --trainer.gradient_clip_val -1", "trainer.gradient_clip_val must be positive"),
+        ("fit m --trainer.log_every_n_steps -1", "trainer.log_every_n_steps must not be negative"),
+        ("fit m --trainer.default_root_dir=", "trainer.default_root_dir is empty: name the run folder"),
+        ("fit m --trainer.accelerator cpu --trainer.devices abc", "trainer.devices=abc: "),
+        ("fit m --trainer.accelerator cpu --trainer.devices 0", "trainer.devices=0: "),
+        ("fit m --trainer.num_nodes 0", "trainer.num_nodes must be at least 1, got 0"),
+        ("fit m --trainer.strategy nonsense", "trainer.strategy=nonsense: "),
+        ("fit m --trainer.accelerator quantum", "trainer.accelerator=quantum: "),
+        ("fit m --trainer.profiler X", "trainer.profiler=X: "),
+        ("predict m --prompt a --seed -1", "seed must be a number from 0 to 4294967295, got -1"),
+        ("predict m --prompt a --device meta", "device: meta holds no numbers; use cpu, or cuda"),
+        ("fit " + "x" * 500, "File name too long"),
+    ],
+)
+def test_one_line(arguments: str, line: str, refused) -> None:
+    assert line in refused(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            b"model:\n  schem:\n    bits: 2\n",
+            "no option --model.schem.bits; did you mean --model.scheme.bits?",
+        ),
+        ("model: {pretrained: caf\u00e9}\n".encode("latin-1"), "is not UTF-8 text (byte 23)"),
+        (b"[1, 2]\n", "holds no settings by name"),
+        (b"model: {pretrained: [\n", "is no YAML"),
+        (b"a: " + b"[" * 3000 + b"]" * 3000, "cannot be used"),
+        (b"model: {optimizer: {class_path: lightning_gsq.optim.Adam}}\n", "is now lightning_gsq.training.Adam"),
+        (b"model: {trust_remote_code: true}\n", "which no file can allow; if you trust it"),
+        (b"fit: {model: {trust_remote_code: true}}\n", "which no file can allow; if you trust it"),
+        (
+            b"x: &a [1, 2]\n"
+            + b"".join(
+                b"x%d: &b%d [%s]\n" % (i, i, b", ".join([b"*b%d" % (i - 1) if i else b"*a"] * 9)) for i in range(9)
+            ),
+            "stands for more than 200,000 values",
+        ),
+    ],
+    ids=["unknown", "latin-1", "list", "broken", "deep", "moved", "remote code", "in a verb", "bomb"],
+)
+def test_files_that_are_no_configuration(content: bytes, line: str, refused, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_bytes(content)
+    assert line in refused("fit", "m", "--config", str(tmp_path / "my.yaml"))
+
+
+def test_a_text_in_place_of_settings_is_not_printed(refused, corpus: Path) -> None:
+    assert len(refused("fit", "m", "--model.scheme", str(corpus))) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("bits", "model.scheme.bits"),
+        ("group_size", "model.scheme.group_size"),
+        ("output_dir", "trainer.default_root_dir"),
+        ("nsamples", "data.num_sequences"),
+        ("seqlen", "data.sequence_length"),
+        ("dataset", "data.source"),
+        ("calib", "data.source"),
+        ("model.scheme.bit", "model.scheme.bits"),
+        ("model.bits", "model.scheme.bits"),
+        ("num_sequence", "data.num_sequences"),
+        ("zzzzzz", None),
+    ],
+)
+def test_nearest(name: str, option: str | None) -> None:
+    options = {"model.scheme.bits", "model.scheme.group_size", "trainer.default_root_dir", "data.num_sequences"}
+    options |= {"data.sequence_length", "data.source", "model.dtype"}
+    assert nearest(name, options) == option
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigurationError("so: not"), 2, "so: not"),
+        (ProcessLostError("gone"), 1, "gone"),
+        (jinja2.TemplateError("no system role"), 2, "the tokenizer's chat template cannot be used: no system role"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "File name too long: x"),
+        (OSError(errno.ENOSPC, "No space left on device", "y"), 1, "No space left on device: y"),
+        (RecursionError("maximum"), 2, "a file or an option is nested too deeply to be read (maximum)"),
+        (MemoryError(), 1, "this machine has too little memory: plan says how much is needed"),
+    ],
+)
+def test_kinds_of_errors(error: Exception, code: int, line: str) -> None:
+    assert errors.line_of(error) == (code, line)
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["predict", "m", "--prompt", "a", "--seed", "-1"]
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main([*arguments, "--debug"]) == 2
+    output = capsys.readouterr().err
+    assert "Traceback" in output and output.splitlines()[-1].startswith("error: seed must be")
+
+
+def test_mistakes_of_the_program_are_shown_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("mine")
+
+    monkeypatch.setattr(errors, "GSQCLI", broken)
+    with pytest.raises(KeyError, match="mine"):
+        main(["fit", "m"])
+
+
+def test_version_and_overview_load_no_library() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys; from lightning_gsq.cli import main; main(['--version']); main(['--help']); "
+    code += "print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.startswith("lightning-gsq ") and "predict MODEL --prompt TEXT" in output
+    assert output.splitlines()[-1] == "False"
+    assert entry.main is main
