@@ -11,6 +11,7 @@ import torch
 
 EXIT_USAGE, EXIT_FAILURE = 2, 1
 
+_library_warning = warnings.formatwarning
 QUIET_TRAINER: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
@@ -53,7 +54,17 @@ def quiet_libraries() -> None:
         ".*isinstance.treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
+    warnings.formatwarning = _one_line
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this project is a sentence for the user; one of a library keeps the place that it comes from."""
+    if category.__module__.partition(".")[0] == "lightning_gsq":
+        return f"warning: {message}\n"
+    return _library_warning(message, category, filename, lineno, line)

@@ -13,6 +13,7 @@ from lightning_gsq.export.engine import Exported, export_run
 from lightning_gsq.export.hub import check_name, push
 from lightning_gsq.export.preflight import describe, folder_obstacle
 from lightning_gsq.system.console import make_console
+from lightning_gsq.system.progress_bars import no_foreign_bars
 
 
 def export(
@@ -68,7 +69,8 @@ def export(
         raise ConfigurationError(describe({name: str(reason) for name, reason in blocked.items()}))
     if trust_remote_code:
         console.print(f"--trust_remote_code: running Python code that comes with the model of {run}", soft_wrap=True)
-    opened = open_run(run, trust_remote_code)
+    with no_foreign_bars():
+        opened = open_run(run, trust_remote_code)
     options = ExportOptions(int(shard_size_gb * 1e9), gguf_embedding, gguf_projection)
     exported = export_run(opened, chosen, root, options, check, overwrite, console)
     if push_to_hub is not None:

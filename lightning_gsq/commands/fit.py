@@ -16,9 +16,8 @@ from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
 from lightning_gsq.export import FinishedRun, PlannedRun, format_of
-from lightning_gsq.export.engine import bring_up_to_date
+from lightning_gsq.export.engine import announce, bring_up_to_date
 from lightning_gsq.export.folders import tidy
-from lightning_gsq.export.preflight import refuse_exports
 from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
@@ -34,6 +33,7 @@ from lightning_gsq.run.phases import (
     blocks_phase,
     end_to_end_phase,
     kind_before_end_to_end,
+    outer_phase,
     read_blocks,
     save_and_summarize,
     warm_start_phase,
@@ -108,7 +108,7 @@ def fit(
             say(line)
         _check_plan(model, plan)
         planned = PlannedRun(model, plan, settings["model"])
-        refuse_exports(exports, planned, folder.root / "export", reserved=_bytes_to_write(model))
+        announce(exports, planned, folder.root / "export", _bytes_to_write(model), console)
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
@@ -141,11 +141,12 @@ def _phases(
     """The phases asked for, one after another."""
     run.say(_what_is_done(run))
     perplexities.note("full_precision", None)
+    outer = outer_phase(run, perplexities)
     if "init" in run.model.phases:
-        warm_start_phase(run, perplexities)
+        warm_start_phase(run, perplexities, outer)
     if "blocks" in run.model.phases:
-        blocks_phase(run, perplexities)
-    result = Result(kind, read_blocks(run, kind), {})
+        blocks_phase(run, perplexities, outer)
+    result = Result(kind, read_blocks(run, kind), outer, {})
     if "end_to_end" in run.model.phases:
         result = end_to_end_phase(run, result, perplexities, end_to_end, settings, EndToEndProgress())
     return result
@@ -164,6 +165,7 @@ def _what_is_done(run: Run) -> str:
 
 def _check_plan(model: ModelQuantization, plan: list[BlockPlan]) -> None:
     """Verifies that every weight can have its scheme, its scales and its start."""
+    model.outer.expected(model.network)
     check_layouts(plan, model.phases)
     check_scales(model, plan)
     expected = {f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()}

@@ -37,17 +37,26 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
         "size before",
         f"{megabytes(sizes['original'])} as loaded from, {megabytes(sizes['dense'])} at 16 bits",
     )
-    table.add_row(
-        "size after",
-        f"{megabytes(sizes['quantized'])}: blocks {megabytes(sizes['blocks'])} + "
-        f"{megabytes(sizes['quantized'] - sizes['blocks'])} left at 16 bits (embedding, norms, head)",
-    )
+    table.add_row("size after", f"{megabytes(sizes['quantized'])}: {_parts(summary)}")
     table.add_row(
         "time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s of training a block"
     )
     table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
     table.add_row("run folder", folder)
     console.print(table)
+
+
+def _parts(summary: Mapping[str, Any]) -> str:
+    """Where the bytes of the result are, in words."""
+    sizes = summary["bytes"]
+    blocks, outer = sizes["blocks"], sizes.get("outer", 0)
+    parts = [f"blocks {megabytes(blocks)}"]
+    if outer:
+        schemes = " and ".join(f"{name} at {about['scheme']}" for name, about in summary["outer"].items())
+        parts.append(f"{megabytes(outer)} outside of them ({schemes})")
+    rest = "norms and what else is not quantized" if outer else "embedding, norms, head"
+    parts.append(f"{megabytes(sizes['quantized'] - blocks - outer)} left at 16 bits ({rest})")
+    return " + ".join(parts)
 
 
 def print_estimate(console: Console, plan: Estimate, data: CalibrationDataModule, pretrained: str) -> None:
@@ -68,6 +77,9 @@ def print_estimate(console: Console, plan: Estimate, data: CalibrationDataModule
             f"{ledger.weights:,} weights, {bits['total']:.3f} bits each ({bits['codes']:.3f} codes + "
             f"{bits['scales']:.3f} scales), {_size(ledger.num_bytes)}",
         )
+    for name, (scheme, ledger) in plan.outer.items():
+        table.add_row(f"{name}, {scheme}", f"{ledger.weights:,} weights, {_size(ledger.num_bytes)}")
+        weights, packed = weights + ledger.weights, packed + ledger.num_bytes
     kept = 2 * (skeleton.parameters - weights)
     table.add_row("result", f"{_size(packed + kept)}, {_size(kept)} of it at 16 bits")
     console.print(table)

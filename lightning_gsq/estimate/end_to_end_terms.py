@@ -20,12 +20,15 @@ def end_to_end_terms(
     skeleton: Skeleton,
     plan: dict[int, Weights],
     ledger: BitsLedger,
+    outer: BitsLedger,
     around: Surroundings,
 ) -> dict[str, int]:
     """Teacher and student in one network; of the student, codes, and dense weights as long as a block's graph lives."""
     batch, tokens = options.passes.batch_size, data.sequence_length
     itemsize = 2 if around.bf16 else FP32
+    scale_bits = 8 * model.storage.scale_dtype.itemsize
     trained = _trained(model, options, skeleton, plan)
+    trained += outer.scale_bits // scale_bits if "embedding" in options.train else 0
     one = activation_bytes(skeleton.blocks[0], skeleton.width, batch, tokens, around.bf16, training=True)
     states = trained * FP32 * (2 + around.optimizer_state)
     terms = _full_precision(skeleton, around)
@@ -38,6 +41,10 @@ def end_to_end_terms(
         "head of teacher and student": 2 * skeleton.vocabulary * skeleton.width * (2 if around.bf16 else 0),
         "logits of a chunk of positions": (2 * itemsize + 4 * FP32) * options.loss.chunk * skeleton.vocabulary,
     }
+    if outer.weights:
+        gradients = 2 if "embedding" in options.train else 1
+        terms["codes of embedding and head"] = math.ceil(outer.weights / around.spread)
+        terms["embedding and head, dense"] = gradients * outer.weights * FP32
     if options.recompute:
         terms["inputs of all blocks"] = len(skeleton.blocks) * batch * tokens * skeleton.width * FP32
         terms["activations of one block"] = one.peak

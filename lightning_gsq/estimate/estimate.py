@@ -20,6 +20,7 @@ from lightning_gsq.estimate.quantities import (
     ledger_of,
     num_streams,
     optimizer_state,
+    outer_ledgers,
     stream_bytes,
     window_bytes,
 )
@@ -46,6 +47,7 @@ class Estimate:
         skeleton: The model.
         plan: Weights to quantize of each block, by its number.
         ledgers: Bits of the weights of each scheme.
+        outer: Scheme and bits of a quantized embedding and head, by name.
         phases: Memory.
         on_host: The device is the host.
         streams: Bytes of the hidden states of the blocks phase.
@@ -62,6 +64,7 @@ class Estimate:
     skeleton: Skeleton
     plan: dict[int, Weights]
     ledgers: dict[QuantScheme, BitsLedger]
+    outer: dict[str, tuple[QuantScheme, BitsLedger]]
     phases: list[Phase]
     on_host: bool
     streams: int
@@ -117,11 +120,13 @@ def estimate(
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
     ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
+    outer = outer_ledgers(model, skeleton.model)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
     windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
     limit = activations.memory_limit_gb * 1e9
     mapped, windows = streams > limit, windows if windows > limit else 0
-    run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()))
+    outer_ledger = sum((ledger for _, ledger in outer.values()), BitsLedger())
+    run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()), outer_ledger)
     steps = _steps(trainer, data)
     timing, reason = None, "--probe false"
     if with_probe:
@@ -144,6 +149,7 @@ def estimate(
         skeleton,
         plan,
         ledgers,
+        outer,
         phases,
         on_host,
         streams,
@@ -201,9 +207,12 @@ def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple[LinearS
     return dict(pairs)
 
 
-def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger) -> dict[str, int]:
+def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger, outer: BitsLedger) -> dict[str, int]:
     kinds = len(set(model.phases))
+    files = 1 + ("end_to_end" in model.phases)
+    name = f"embedding and head, {files} file{'s' if files > 1 else ''}"
     return {
+        **({name: files * outer.num_bytes} if outer.weights else {}),
         f"block files, {kinds} set{'s' if kinds > 1 else ''}": kinds * ledger.num_bytes,
         "quantized model, dequantized": skeleton.parameters * model.storage.output_dtype.itemsize,
         "logs and the rest": SPARE_DISK,

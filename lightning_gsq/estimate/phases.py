@@ -15,11 +15,19 @@ from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate.block_terms import worst_block
 from lightning_gsq.estimate.end_to_end_terms import end_to_end_terms
 from lightning_gsq.estimate.perplexity_terms import perplexity_terms
-from lightning_gsq.estimate.quantities import Surroundings, Weights, ledger_of, num_streams, stream_bytes
+from lightning_gsq.estimate.quantities import (
+    Surroundings,
+    Weights,
+    ledger_of,
+    num_streams,
+    outer_ledgers,
+    stream_bytes,
+)
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import FP32
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
+from lightning_gsq.weights.quantized import BitsLedger
 
 MAPPED_MODEL = "model (mapped files)"
 
@@ -63,14 +71,17 @@ def phases_of(
     quantized = sum(site.rows * site.in_features for weights in plan.values() for site in weights)
     pairs = [pair for weights in plan.values() for pair in weights.items()]
     ledger = ledger_of(pairs, model.storage.scale_dtype.itemsize)
+    outer = sum((bits for _, bits in outer_ledgers(model, skeleton.model).values()), BitsLedger())
     results = {"codes and scales of all blocks": quantized + ledger.scale_bits // 8}
-    installed = {"quantized weights beside the originals": quantized * skeleton.dtype.itemsize}
+    installed = {"quantized weights beside the originals": (quantized + outer.weights) * skeleton.dtype.itemsize}
     stream = stream_bytes(data, options, skeleton.width)
     hessian = min(model.start.hessian_sequences, data.num_sequences) if model.start.warm_start.needs_hessian else 0
     worst = worst_block(model, data, skeleton, plan, around)
     way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, around)
 
     phases = [_loading(held, skeleton, around), Phase(f"perplexity{way}", held | windows, evaluate)]
+    if outer.weights:
+        held = held | {"codes and scales of embedding and head": outer.weights + outer.scale_bits // 8}
     if "init" in model.phases:
         states = {"hidden states": stream * hessian // data.wanted}
         phases.append(Phase("warm start", held | states | results, worst.start))
@@ -82,7 +93,7 @@ def phases_of(
         phases.append(Phase("blocks: warm start of a block", held | states, worst.start))
         phases.append(Phase("blocks: training of a block", held | states, worst.training))
     if "end_to_end" in model.phases:
-        terms = end_to_end_terms(model, data, end_to_end, skeleton, plan, ledger, around)
+        terms = end_to_end_terms(model, data, end_to_end, skeleton, plan, ledger, outer, around)
         phases.append(Phase("end to end", dict(held), terms))
     output = {"model in the saved dtype": skeleton.parameters * model.storage.output_dtype.itemsize}
     return [*phases, Phase("save", held | results | installed | output)]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.models.linear_weights import LinearSite
@@ -72,6 +73,15 @@ def optimizer_state(model: ModelQuantization) -> float:
     optimizer.step()
     state = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.numel() > 1]
     return sum(value.nbytes for value in state) / parameter.nbytes
+
+
+def outer_ledgers(model: ModelQuantization, network: PreTrainedModel) -> dict[str, tuple[QuantScheme, BitsLedger]]:
+    """Scheme and bits of a quantized embedding and head, by parameter name."""
+    itemsize = model.storage.scale_dtype.itemsize
+    return {
+        name: (scheme, ledger_of([(LinearSite(name, 0, rows, columns, transposed=False), scheme)], itemsize))
+        for name, (scheme, (rows, columns)) in model.outer.expected(network).items()
+    }
 
 
 def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_bytes: int) -> BitsLedger:

@@ -66,7 +66,7 @@ def _front_matter(run: FinishedRun, schemes: list[str]) -> dict[str, Any]:
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", run.address):
         matter |= {"base_model": run.address, "base_model_relation": "quantized"}
-    bits = sorted({str(weight.scheme.bits) for weight in run.weights.values()})
+    bits = sorted({str(weight.scheme.bits) for weight in run.weights.values() if weight.block is not None})
     matter["tags"] = ["lightning-gsq", "gsq", "quantized", *(b if b == "ternary" else f"{b}-bit" for b in bits)]
     matter["quantization"] = {
         "method": "GSQ" if run.kind != "warm_start" else _class_name(_settings(run, "model").get("warm_start")),

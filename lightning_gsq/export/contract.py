@@ -12,12 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from lightning_gsq.errors import WorkFailedError
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.weights.ledger import Ledger
+
+Run = TypeVar("Run", bound=PlannedRun)
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,14 @@ class ExportFormat(ABC):
     name: ClassVar[str]
     salient: ClassVar[bool] = False
     """Whether it holds weights of which some have more bits."""
+    outer: ClassVar[bool] = False
+    """Whether a quantized embedding and head are among the weights that it is given; else both are plain numbers."""
     package: ClassVar[str | None] = None
     """The package that :meth:`check` loads a folder with, where it is not one that this project needs anyway."""
+
+    def view(self, run: Run) -> Run:
+        """The run with those quantized weights that the format holds; what is written and compared follows from it."""
+        return run if self.outer or not run.outer else run.within_blocks
 
     @abstractmethod
     def refuse(self, run: PlannedRun) -> str | None:

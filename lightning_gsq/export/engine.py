@@ -21,7 +21,8 @@ from lightning_gsq.export import folders, report
 from lightning_gsq.export.card import model_card
 from lightning_gsq.export.contract import CheckFailedError, CheckReport, ExportFormat, ExportOptions
 from lightning_gsq.export.figure import draw_ledger
-from lightning_gsq.export.preflight import describe, folder_obstacle, inputs_of, obstacles
+from lightning_gsq.export.planned import PlannedRun
+from lightning_gsq.export.preflight import describe, folder_obstacle, inputs_of, obstacles, refuse_exports
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.system.progress_bars import no_foreign_bars
 from lightning_gsq.weights.ledger import Ledger
@@ -58,6 +59,7 @@ def export_run(
     check: bool,
     overwrite: bool,
     console: Console,
+    announced: bool = False,
 ) -> Exported:
     """Writes an opened run in each format.
 
@@ -69,6 +71,7 @@ def export_run(
         check: Load each folder back.
         overwrite: Replace earlier exports.
         console: Where to print.
+        announced: Whether :func:`announce` has said what the files will be like.
 
     Raises:
         ConfigurationError: none of the formats can be written; nothing was.
@@ -79,11 +82,12 @@ def export_run(
         raise ConfigurationError(describe(result.failures))
     for name, reason in result.failures.items():
         console.print(f"{name} is left out: {reason}", soft_wrap=True)
-    report.print_loadability(console, possible, run)
+    if not announced:
+        report.print_loadability(console, possible, run)
     for format_ in possible:
         folder = root / format_.name
         try:
-            ledger, findings = _write(run, format_, folder, options, check, overwrite)
+            ledger, findings = _write(format_.view(run), format_, folder, options, check, overwrite)
         except (ConfigurationError, CheckFailedError) as error:
             result.failures[format_.name] = str(error)
         except OSError as error:
@@ -102,6 +106,24 @@ def export_run(
     return result
 
 
+def announce(chosen: Sequence[ExportFormat], run: PlannedRun, root: Path, reserved: int, console: Console) -> None:
+    """Before a run trains: refuses what cannot be written afterwards, and says what the files will be like.
+
+    Args:
+        chosen: The formats that the run will be exported to.
+        run: The run.
+        root: The folder that will get one folder a format.
+        reserved: Bytes that will be written to the same disk before.
+        console: Where to print.
+
+    Raises:
+        ConfigurationError: a format cannot be written; the message says of each why, and what can be done.
+    """
+    refuse_exports(chosen, run, root, reserved)
+    if chosen:
+        report.print_loadability(console, chosen, run)
+
+
 def bring_up_to_date(run: FinishedRun, chosen: Sequence[ExportFormat], console: Console) -> None:
     """Exports a finished run into its own folder, but for formats that are there, whole and current.
 
@@ -118,7 +140,8 @@ def bring_up_to_date(run: FinishedRun, chosen: Sequence[ExportFormat], console: 
         else:
             stale.append(format_)
     if stale:
-        export_run(run, stale, root, options, check=True, overwrite=True, console=console).verify()
+        done = export_run(run, stale, root, options, check=True, overwrite=True, console=console, announced=True)
+        done.verify()
 
 
 def made_of(run: FinishedRun, options: ExportOptions) -> dict[str, Any]:

@@ -168,7 +168,8 @@ def tidy(folder: Path) -> None:
         if lock is None:
             continue
         if path.suffix == ".old" and not folder.exists() and not folder.is_symlink():
-            path.rename(folder)
+            with suppress(FileNotFoundError):  # another process has just done it
+                path.rename(folder)
         elif path.suffix == ".partial" or foreign(path) is None:
             shutil.rmtree(path, ignore_errors=True)
         os.close(lock)

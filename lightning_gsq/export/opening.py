@@ -82,6 +82,8 @@ def _model_of(recipe: Mapping[str, Any], root: Path, trust_remote_code: bool) ->
     try:
         return ModelQuantization(
             scheme=scheme_of(settings["scheme"]),
+            embedding=settings.get("embedding") and scheme_of(settings["embedding"]),
+            head=settings.get("head") and scheme_of(settings["head"]),
             overrides={name: override_of(fields) for name, fields in overrides.items()},
             **{key: settings[key] for key in _MODEL_SETTINGS if key in settings},
             trust_remote_code=trust_remote_code,

@@ -6,11 +6,12 @@ values.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.quantized import stored_scale_bits
 from lightning_gsq.weights.scheme import QuantScheme
 
 USUAL_RATIO = 0.1
@@ -33,13 +35,13 @@ class ExportedWeight:
         name: Its full name, such as ``model.layers.3.mlp.down_proj.weight``.
         scheme: Its grid and group size.
         site: Its shape and orientation; ``site.name`` is the name inside the block.
-        block: The number of its block.
+        block: The number of its block; None for the embedding and the head.
     """
 
     name: str
     scheme: QuantScheme
     site: LinearSite
-    block: int
+    block: int | None
 
     @property
     def stem(self) -> str:
@@ -65,7 +67,8 @@ class ExportedWeight:
         """True bits a weight, codes and scales; about, where the salient part is still to be chosen."""
         if self.scheme.budget is not None:
             return self.scheme.budget
-        bits = self.scheme.storage_bits + scale_bits * self.scheme.num_groups(self.site.in_features) / self.shape[1]
+        columns = self.site.in_features
+        bits = self.scheme.storage_bits + stored_scale_bits(self.scheme, 1, columns, scale_bits) / columns
         salient = self.scheme.salient
         if salient is None:
             return bits
@@ -89,6 +92,21 @@ class PlannedRun:
             for block in plan
             for site, scheme in block.weights.items()
         }
+        for name, (scheme, (rows, columns)) in model.outer.expected(model.network).items():
+            site = LinearSite(name, 0, rows, columns, transposed=False)
+            self.weights[name] = ExportedWeight(name, scheme, site, None)
+
+    @property
+    def outer(self) -> list[str]:
+        """Names of the quantized weights outside of the blocks: the embedding (a head that is tied to it), the head."""
+        return [name for name, weight in self.weights.items() if weight.block is None]
+
+    @functools.cached_property
+    def within_blocks(self) -> Self:
+        """The run as a format sees it that holds no quantized embedding or head: both are plain numbers there."""
+        inside = copy.copy(self)
+        inside.weights = {name: weight for name, weight in self.weights.items() if weight.block is not None}
+        return inside
 
     @property
     def network(self) -> PreTrainedModel:
@@ -114,9 +132,9 @@ class PlannedRun:
         names = []
         for name, value in self.values.items():
             key = (value.data_ptr(), value.shape)
-            if name not in self.weights and not (value.numel() and key in seen):
-                seen.add(key)
+            if not (value.numel() and key in seen) and name not in self.weights:
                 names.append(name)
+            seen.add(key)
         return names
 
     def parameter(self, name: str) -> Tensor:
@@ -153,7 +171,9 @@ class PlannedRun:
     @property
     def scale_dtype(self) -> torch.dtype:
         """Stored dtype of the scales."""
-        return self.model.storage.scale_dtype
+        fixed = {weight.scheme.layout.dtype for weight in self.weights.values()}
+        (dtype,) = fixed if len(fixed) == 1 else (None,)
+        return dtype or self.model.storage.scale_dtype
 
     @property
     def dtype(self) -> torch.dtype:

@@ -59,7 +59,7 @@ def model_obstacle(format_: ExportFormat, run: PlannedRun) -> str | None:
     mixed = next((weight.name for weight in run.weights.values() if weight.scheme.mixed), None)
     if mixed is not None and not format_.salient:
         return f"{mixed} has salient weights of other bits, which {format_.name} cannot hold; use native or dequantized"
-    return format_.refuse(run)
+    return format_.refuse(format_.view(run))
 
 
 def folder_obstacle(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> str | None:
@@ -80,6 +80,7 @@ def inputs_of(run: PlannedRun) -> list[Path]:
 
 def num_bytes(format_: ExportFormat, run: PlannedRun) -> int:
     """About what a folder takes on the disk."""
+    run = format_.view(run)
     quantized = sum(weight.count * format_.stored_bits(weight, run) for weight in run.weights.values()) / 8
     others = sum(run.values[name].numel() * run.dtype.itemsize for name in run.other_names())
     return int(MARGIN * (quantized + others)) + COMPANIONS

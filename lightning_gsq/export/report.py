@@ -18,12 +18,12 @@ from lightning_gsq.weights.ledger import PARTS, Ledger
 
 def print_loadability(console: Console, chosen: Sequence[ExportFormat], run: PlannedRun) -> None:
     """Prints which program loads each format, how exactly, how large it is, and what a user should know of it."""
-    weights = list(run.weights.values())
-    schemes = " and ".join(sorted({str(weight.scheme) for weight in weights}))
+    schemes = " and ".join(sorted({str(weight.scheme) for weight in run.weights.values()}))
     table = Table("format", "bits in file", "size", "runtime", "weights", title=f"What loads {schemes}")
     table.title_justify = "left"
-    total = sum(weight.count for weight in weights)
     for format_ in chosen:
+        weights = list(format_.view(run).weights.values())
+        total = sum(weight.count for weight in weights)
         bits = sum(weight.count * format_.stored_bits(weight, run) for weight in weights) / total
         cells = [format_.name, f"{bits:.4g}", f"about {megabytes(num_bytes(format_, run) - COMPANIONS)}"]
         for runtime in format_.runtimes(weights):
@@ -31,7 +31,10 @@ def print_loadability(console: Console, chosen: Sequence[ExportFormat], run: Pla
             cells = ["", "", ""]
     console.print(table)
     for format_ in chosen:
-        remarks = format_.remarks(run)
+        view = format_.view(run)
+        remarks = format_.remarks(view)
+        if len(view.weights) < len(run.weights):
+            remarks.append(unpacked(run))
         if format_.package is not None and missing(format_.package):
             remarks.append(missing(format_.package))
         for remark in remarks:
@@ -40,12 +43,19 @@ def print_loadability(console: Console, chosen: Sequence[ExportFormat], run: Pla
 
 def print_usage(console: Console, chosen: Sequence[ExportFormat], run: PlannedRun, folders: Mapping[str, Path]) -> None:
     """Prints how to load each folder: one line a program, with the folder's path, to be copied."""
-    weights = list(run.weights.values())
     for format_ in chosen:
         if format_.name in folders:
+            weights = list(format_.view(run).weights.values())
             console.print(f"load {format_.name}:")
             for runtime in format_.runtimes(weights):
                 console.print(f"  {runtime.name}: {runtime.how(str(folders[format_.name]))}", soft_wrap=True)
+
+
+def unpacked(run: PlannedRun) -> str:
+    """What is said of a format whose readers take no quantized embedding or head."""
+    dtype = str(run.dtype).removeprefix("torch.")
+    names = " and ".join(run.outer)
+    return f"{names}, quantized in the run, rounded to {dtype}: readers take plain numbers there"
 
 
 def print_ledger(console: Console, ledger: Ledger, title: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.models.chain import find_blocks
+from lightning_gsq.run.block_files import OUTER
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.outer_weights import outer_kind
 from lightning_gsq.run.substitution import replace
 from lightning_gsq.system.fingerprint import file_digest
 from lightning_gsq.training import ModelQuantization
@@ -70,13 +72,18 @@ class FinishedRun(PlannedRun):
                     f"run: {folder.root} has no {folder.block_file(self.kind, index).name}; resume the run with the "
                     "command that started it"
                 )
+        outer_file = folder.block_file(outer_kind(self.kind), OUTER)
+        if self.outer and not outer_file.is_file():
+            raise ConfigurationError(
+                f"run: {folder.root} has no {outer_file.name}; resume the run with the command that started it"
+            )
         self.trained = self._read_trained()
         self.values = self.values | self.trained
         self._config = copy.deepcopy(self.network.config)
         head = self.network.get_output_embeddings()
         if any(self.network.get_submodule(name.rpartition(".")[0]) is head for name in self.trained):
             self._config.tie_word_embeddings = False
-        self._cached: tuple[int, dict[str, QuantizedWeight]] | None = None
+        self._cached: tuple[int | None, dict[str, QuantizedWeight]] | None = None
 
     def _read_trained(self) -> dict[str, Tensor]:
         """Parameters that the end-to-end phase trained beside the quantized ones, in the original's dtype."""
@@ -97,6 +104,8 @@ class FinishedRun(PlannedRun):
     def digests(self) -> dict[str, str]:
         """What everything here follows from: a digest of each file of the run, and of the original model."""
         files = [self.folder.block_file(self.kind, index) for index in self.plans]
+        if self.model.outer.expected(self.network):
+            files.append(self.folder.block_file(outer_kind(self.kind), OUTER))
         if self.trained:
             files.append(self.folder.dense_file(self.kind))
         model = self.recipe.get("fingerprints", {}).get("model", "")
@@ -129,9 +138,26 @@ class FinishedRun(PlannedRun):
         """
         weight = self.weights[name]
         if self._cached is None or self._cached[0] != weight.block:
-            blocks = self.folder.read_block(self.kind, weight.block, self.plans[weight.block].expected)
-            self._cached = (weight.block, blocks)
+            self._cached = (weight.block, self._read(weight.block))
         return self._cached[1][weight.site.name]
+
+    def _read(self, block: int | None) -> dict[str, QuantizedWeight]:
+        if block is None:
+            expected = self.model.outer.expected(self.network)
+            return self.folder.read_block(outer_kind(self.kind), OUTER, expected)
+        return self.folder.read_block(self.kind, block, self.plans[block].expected)
+
+    @functools.cached_property
+    def within_blocks(self) -> Self:
+        """See :attr:`PlannedRun.within_blocks`; the values are the quantized ones, rounded to :attr:`dtype`."""
+        inside = copy.copy(self)
+        inside.weights = {name: weight for name, weight in self.weights.items() if weight.block is not None}
+        for name in self.outer:
+            shared, value = self.values[name].data_ptr(), self.dense(name, self.dtype)
+            # A tied head is another name of the same numbers, and stays one.
+            same = {key: value for key, other in self.values.items() if other.data_ptr() == shared}
+            inside.values = inside.values | same
+        return inside
 
     def dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """A quantized weight in the shape of the model's parameter, dequantized in fp32 and rounded to ``dtype``."""
@@ -167,5 +193,9 @@ class FinishedRun(PlannedRun):
             else:
                 yield [name]
         for name in quantized:
-            inside[self.weights[name].block].append(name)
+            block = self.weights[name].block
+            if block is None:
+                yield [name]
+            else:
+                inside[block].append(name)
         yield from (names for names in inside.values() if names)

@@ -7,6 +7,11 @@ blocks             which type holds one of this project's schemes exactly
 quantizer          llama.cpp's own quantizers
 quantizer_process  the process that they run in
 imatrix            importance matrices
-metadata           key-values of the Llama family
-names              its tensor names
+fields             key-values from Python's numbers and texts
+metadata           those of a model and its tokenizer
+architectures      what llama.cpp wants to know of each architecture
+tokenizers         a tokenizer as key-values
+names              what parameters are called in a file
+rows               in which order the rows of a matrix lie there
+layout             where each parameter of a model lies
 """

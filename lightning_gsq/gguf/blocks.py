@@ -13,7 +13,9 @@ levels, as a scheme with flat groups has:
 
 Nothing is rounded: where the group size is a multiple of the block's length (or one group covers the row), every block
 lies within one group and ``d`` is the group's scale. Q2_0 reaches from -1 to 2 and a 2-bit weight from -2 to 1, so that
-its codes and its scale change sign. Where no block type fits, a :func:`projection` rounds the dense weight anew.
+its codes and its scale change sign. A scheme with a preset of ggml's is stored in the type of that name, its numbers
+as they are (:func:`blocks_of`, :func:`tensor_of`); one with an offset a group, at up to 5 bits, in Q4_1 or Q5_1. Where
+no block type fits, a :func:`projection` rounds the dense weight anew.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from lightning_gsq.gguf.types.codec import decode as decode_stored
 from lightning_gsq.gguf.types.level_bytes import encode_levels
 from lightning_gsq.gguf.types.levels import GRIDS, LevelBlocks
 from lightning_gsq.gguf.types.table import TYPES, GgmlType
+from lightning_gsq.weights.layout import FLOATS, OFFSETS, SCALES, SUB_OFFSETS, SUB_SCALES
+from lightning_gsq.weights.presets import Preset, preset_named
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -38,6 +42,8 @@ BLOCK_TYPES = {kind.name: kind for kind in (Q1_0, Q2_0, Q4_0, Q5_0, Q8_0)}
 
 def exact_type(scheme: QuantScheme, in_features: int) -> GgmlType | None:
     """The smallest block type that holds such a weight without rounding, or None."""
+    if scheme.preset is not None:
+        return _type_of_preset(preset_named(scheme.preset), in_features)
     for kind in BLOCK_TYPES.values():
         if kind is Q1_0 and scheme.bits != 1:
             continue  # Q1_0 has no zero between its ends
@@ -66,6 +72,8 @@ def encode(tensor: QuantizedTensor, kind: GgmlType) -> np.ndarray:
         ValueError: the type does not hold this scheme.
     """
     columns = tensor.shape[1]
+    if tensor.scheme.preset is not None:
+        return encode_levels(blocks_of(tensor, kind))
     if exact_type(tensor.scheme, columns) is None or columns % kind.length:
         raise ValueError(f"{kind.name} does not hold rows of {columns} weights at {tensor.scheme}")
     codes_OI, scales_OG = tensor.codes_OI.cpu().to(torch.int16), fp16_scales(tensor.scales_OG)
@@ -77,6 +85,50 @@ def encode(tensor: QuantizedTensor, kind: GgmlType) -> np.ndarray:
     blocks_per_group = max(1, tensor.scheme.group_length(columns) // kind.length)
     d_OB = scales_OG.repeat_interleave(blocks_per_group, dim=1)[:, : columns // kind.length]
     return encode_levels(LevelBlocks(kind, (codes_OI - low) // step, d_OB))
+
+
+def blocks_of(tensor: QuantizedTensor, kind: GgmlType) -> LevelBlocks:
+    """A weight with a preset as the blocks of a type that holds it exactly.
+
+    Args:
+        tensor: The weight.
+        kind: As :func:`exact_type` gives it.
+
+    Raises:
+        ValueError: the type does not hold this scheme.
+    """
+    columns, tensor = tensor.shape[1], tensor.cpu()
+    if exact_type(tensor.scheme, columns) is not kind:
+        raise ValueError(f"{kind.name} does not hold rows of {columns} weights at {tensor.scheme}")
+    grid, parts = tensor.scheme.grid, tensor.scale_parts
+    groups = 1 if SUB_SCALES in parts else tensor.scheme.group_length(columns) // kind.length
+    floats = {name: fp16_scales(parts[name]).repeat_interleave(groups, dim=1) for name in FLOATS if name in parts}
+    codes_OI = (tensor.codes_OI.to(torch.int16) - grid.low) // grid.step
+    offsets_OB = floats.get(OFFSETS)
+    dmin_OB = None if offsets_OB is None else -offsets_OB
+    return LevelBlocks(kind, codes_OI, floats[SCALES], parts.get(SUB_SCALES), dmin_OB, parts.get(SUB_OFFSETS))
+
+
+def tensor_of(blocks: LevelBlocks) -> QuantizedTensor:
+    """Inverse of :func:`blocks_of`: the blocks as a weight with the preset of their type."""
+    scheme = QuantScheme(preset=blocks.kind.name.lower())
+    grid = scheme.grid
+    codes_OI = (grid.step * blocks.codes_OI.to(torch.int16) + grid.low).to(grid.code_dtype)
+    integers = {SUB_SCALES: blocks.sc_OG, SUB_OFFSETS: blocks.m_OG}
+    others = {name: value.to(torch.int16) for name, value in integers.items() if value is not None}
+    if blocks.dmin_OB is not None:
+        others[OFFSETS] = -blocks.dmin_OB
+    return QuantizedTensor(codes_OI, blocks.d_OB, scheme, others)
+
+
+def _type_of_preset(preset: Preset, in_features: int) -> GgmlType | None:
+    """The preset's own type, or one whose offset a block it can take."""
+    names = ("Q4_1", "Q5_1") if preset.ggml is None else (preset.ggml,)
+    for kind in (TYPES[name] for name in names):
+        whole = in_features % kind.length == 0 and preset.group_size % min(kind.length, preset.group_size) == 0
+        if whole and (preset.ggml is not None or len(preset.grid.levels) <= len(GRIDS[kind.name].levels)):
+            return kind
+    return None
 
 
 def decode(raw: np.ndarray, kind: GgmlType) -> tuple[Tensor, Tensor]:

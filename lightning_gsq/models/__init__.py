@@ -20,6 +20,7 @@ left_out        what stays as it is, and why
 shared_weights  weights that blocks share
 probe           the short sequences that show all this
 head            its logits from its last hidden states
+ends            the matrices outside of the blocks: embedding and head
 norms           the parameters of its normalisation layers
 standing_in     other functions in the place of its blocks
 """

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models.chain import trace
+from lightning_gsq.models.chain import find_blocks, trace
 from lightning_gsq.models.finite import check_activations
 from lightning_gsq.models.probe import probe_ids
 from lightning_gsq.ops.distillation import Head
@@ -24,8 +24,8 @@ def find_head(
 ) -> Head:
     """The head of a causal decoder, verified on a short sequence.
 
-    The logits have to be those of the output embedding applied to what ``base_model`` returns, times one factor (as in
-    Granite or Cohere), then capped by ``final_logit_softcapping`` (as in Gemma 2).
+    The logits have to be those of the output embedding applied to what the :func:`body` returns, times one factor (as
+    in Granite or Cohere), then capped by ``final_logit_softcapping`` (as in Gemma 2).
 
     Args:
         model: The model.
@@ -38,7 +38,7 @@ def find_head(
     embedding = model.get_output_embeddings()
     weight = getattr(embedding, "weight", None)
     ids = probe_ids(model)
-    if isinstance(weight, Tensor) and model.base_model is not model:
+    if isinstance(weight, Tensor) and body(model) is not model:
         hidden_ND = last_hidden(model, ids)[0]
         bias = getattr(embedding, "bias", None)
         cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
@@ -58,16 +58,23 @@ def find_head(
     )
 
 
+def body(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that returns what enters its head: all but the head."""
+    base: nn.Module = model.base_model
+    if base is model:  # the class does not say which part that is; the one with the blocks then
+        base = model.get_submodule(find_blocks(model)[0].partition(".")[0])
+    return model if isinstance(base, nn.ModuleList) else base
+
+
 def last_hidden(model: PreTrainedModel, ids_BT: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
     """What enters the head, ``B T D``.
 
     Args:
         model: The model.
         ids_BT: Token ids.
-        weights: Parameters to use in place of the base model's own, by name inside ``model.base_model``.
+        weights: Parameters to use in place of the base model's own, by name inside its :func:`body`.
     """
-    base: nn.Module = model.base_model
-    output = torch.func.functional_call(base, weights or {}, (ids_BT,), {"use_cache": False})
+    output = torch.func.functional_call(body(model), weights or {}, (ids_BT,), {"use_cache": False})
     hidden: Tensor = output[0]
     return hidden
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
 
+SHOWN = 12
+
 
 def refuse_shared(model: nn.Module, weights: Collection[str]) -> None:
     """Refuses to quantize a weight whose memory another parameter of the model uses as well.
@@ -20,18 +22,18 @@ def refuse_shared(model: nn.Module, weights: Collection[str]) -> None:
         weights: Names of the parameters to quantize.
 
     Raises:
-        ConfigurationError: naming the first such weight, and the others that lie in its memory.
+        ConfigurationError: naming the first such weight, the others in its memory, and all that have to be left out.
     """
-    groups = {name: names for names in _overlapping(model) for name in names}
-    for first in weights:
-        others = [name for name in groups.get(first, ()) if name != first]
-        if others:
-            inside = [first, *(name for name in others if name in weights)]
-            raise ConfigurationError(
-                f"model: {first} and {', '.join(others[:3])} are the same numbers in memory, and codes for one of "
-                "them would change the other; leave them in full precision with --model.exclude "
-                f"'[{', '.join(inside)}]'"
-            )
+    groups = {name: names for names in _overlapping(model) for name in names if len(names) > 1}
+    shared = [name for name in weights if name in groups]
+    if shared:
+        others = [name for name in groups[shared[0]] if name != shared[0]]
+        more = f", … ({len(shared)} in all)" if len(shared) > SHOWN else ""
+        raise ConfigurationError(
+            f"model: {shared[0]} and {', '.join(others[:3])} are the same numbers in memory, and codes for one of them "
+            "would change the other; leave weights that are used in two places in full precision with --model.exclude "
+            f"'[{', '.join(shared[:SHOWN])}{more}]'"
+        )
 
 
 def _overlapping(model: nn.Module) -> list[list[str]]:

@@ -6,5 +6,6 @@ transformers_quantizer  what transformers calls meanwhile
 exchange                packed modules in the place of a model's own
 config                  the layout of each packed weight, as config.json has it
 layers                  a linear layer and fused experts
+embedding               an embedding, and a head that is tied to it
 salient_linear          a linear layer with salient weights
 """

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.packed.config import Layouts
+from lightning_gsq.packed.embedding import QuantEmbedding, is_packable_embedding, tie_heads
 from lightning_gsq.packed.layers import PackedExperts, PackedWeight, QuantLinear
 from lightning_gsq.packed.salient_linear import SCALES, SageLinear, is_part
 from lightning_gsq.system.safetensors_headers import TensorInfo
@@ -63,11 +64,14 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
             _select_eager_experts(model)
         elif known:
             model.set_submodule(owner_name, QuantLinear(scheme, site, bias, **settings))
+        elif isinstance(owner, nn.Embedding) and is_packable_embedding(owner) and not site.transposed:
+            model.set_submodule(owner_name, QuantEmbedding(scheme, site, owner, **settings))
         else:
             raise ConfigurationError(
                 f"quantization_config: {name} belongs to a {type(owner).__name__}, which has no packed form; export "
                 "the run as dequantized"
             )
+    tie_heads(model)
 
 
 def check_stored(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:

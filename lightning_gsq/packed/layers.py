@@ -98,6 +98,14 @@ class PackedWeight(nn.Module):
         s_OG, o_OG = scheme.layout.scales(stored), scheme.layout.offsets(stored)
         return scale_values(scheme.grid.value_of(codes_OI), s_OG, o_OG, scheme.group_length(columns)).to(dtype)
 
+    def product(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+        """``x w^T + bias``, from ``... I`` to ``... O``."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.scheme.plain_symmetric:
+            return packed_linear(x, self.codes, self.scales, bias_O, **self.layout)
+        return nn.functional.linear(x, self.dense(self.parts, x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+
     def check_values(self) -> None:
         """Checks what came from a file.
 
@@ -183,12 +191,7 @@ class QuantLinear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """``... I`` to ``... O``."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.scheme.plain_symmetric:
-            return packed_linear(x, self.codes, self.scales, self.bias, **self.layout)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.dense(self.parts, x.dtype), bias)
+        return self.product(x, self.bias)
 
 
 class PackedExperts(PackedWeight):

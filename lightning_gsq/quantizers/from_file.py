@@ -1,27 +1,32 @@
 """The start from a GGUF file: its own codes and scales, to be refined and written back as the same type.
 
-A file that people deploy already has a grid: Q4_0 is -8 ... 7 in groups of 32, Q8_0 -128 ... 127 in groups of 32, and
-so on. With this start, the block phase moves codes to neighbouring levels and trains the scales against the
-full-precision model that ``--model.pretrained`` names; the export then writes the same types, with everything else
-copied from the file.
+A file that people deploy already has a grid and a layout of scales: Q4_0 is -8 ... 7 in groups of 32, Q4_K 0 ... 15
+with two-level scales and offsets, and so on. With this start, the block phase moves codes to neighbouring levels and
+trains the scales against the full-precision model that ``--model.pretrained`` names; the export then writes the same
+types, with everything else copied from the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.gguf.blocks import BLOCK_TYPES, Q1_0, Q2_0, Q4_0, Q5_0, Q8_0, decode
+from lightning_gsq.gguf.blocks import Q1_0, Q2_0, Q4_0, Q5_0, Q8_0, tensor_of
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.layout import architecture_name
 from lightning_gsq.gguf.names import Names
-from lightning_gsq.gguf.rows import places_in_file, to_model, verify_shapes
-from lightning_gsq.gguf.types.table import BY_NUMBER, GgmlType
+from lightning_gsq.gguf.rows import Place, places_in_file, to_model, verify_shapes
+from lightning_gsq.gguf.types.codec import decode, verify_finite
+from lightning_gsq.gguf.types.levels import LevelBlocks
+from lightning_gsq.gguf.types.table import TYPES, GgmlType
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
+from lightning_gsq.weights.layout import SCALES
+from lightning_gsq.weights.presets import GGML
+from lightning_gsq.weights.quantized import QuantizedTensor, expand_groups
 from lightning_gsq.weights.scheme import QuantScheme
 
 SCHEMES = {
@@ -31,14 +36,17 @@ SCHEMES = {
     Q5_0.number: QuantScheme(5, 32),
     Q8_0.number: QuantScheme(8, 32),
 }
-"""The scheme whose grid and groups a block type has, by the type's number."""
+"""The scheme whose grid and groups a block type has, by the type's number; its preset is another."""
+LEVEL_TYPES = {TYPES[preset.ggml].number: TYPES[preset.ggml] for preset in GGML.values() if preset.ggml is not None}
+"""Types that have a preset, by number."""
 
 
 class FromFile(WarmStart):
     """Codes and scales of a GGUF file of the same model.
 
     Args:
-        file: A file with the weights in Q1_0, Q2_0, Q4_0, Q5_0 or Q8_0; ``--model.scheme`` has to be that type's.
+        file: A file with the weights in types that have a preset (Q4_K, IQ4_NL, Q8_0 ...), which ``--model.scheme`` and
+            ``--model.overrides`` have to name.
 
     Raises:
         ConfigurationError: there is no such file, or it cannot be read.
@@ -63,16 +71,34 @@ class FromFile(WarmStart):
         """The codes and scales of one weight; its position is where the full-precision weight lies on that grid."""
         stored_names, kind = self._stored(name, scheme, (w_OI.shape[0], w_OI.shape[1]))
         places = places_in_file(self.file, stored_names, w_OI.cpu(), self.heads, same=False)
-        decoded = [decode(self.file.raw(place.name), kind) for place in places]
-        codes_OI, scales_OG = (to_model(places, parts) for parts in zip(*decoded, strict=True))
-        if kind is Q2_0:
-            codes_OI, scales_OG = -codes_OI, -scales_OG
-        scales_OG = scales_OG.float().to(w_OI.device)
-        codes_OI = codes_OI.to(torch.int8).to(w_OI.device)
-        spread_OI = scales_OG.repeat_interleave(kind.length, dim=1)
-        # A block of zeros has a scale of zero: its weights lie on any of its levels.
-        position_OI = torch.where(spread_OI == 0, codes_OI.float(), w_OI / spread_OI)
-        return Start(codes_OI, scales_OG, position_OI)
+        tensor = self._tensor(stored_names, places, kind, scheme)
+        tensor = tensor.map(lambda part: part.to(w_OI.device))
+        parts = {part: value.float() for part, value in tensor.scale_parts.items()}
+        layout, columns, length = tensor.scheme.layout, w_OI.shape[1], tensor.group_length
+        s_OI, o_OG = expand_groups(layout.scales(parts), columns, length), layout.offsets(parts)
+        lifted_OI = w_OI if o_OG is None else w_OI - expand_groups(o_OG, columns, length)
+        # A group of zeros has a scale of zero: its weights lie on any of its levels.
+        codes_OI = tensor.codes_OI.float()
+        position_OI = torch.where(s_OI == 0, codes_OI, tensor.scheme.grid.coordinate(lifted_OI / s_OI))
+        return Start(tensor.codes_OI, parts.pop(SCALES), position_OI, parts)
+
+    def _tensor(
+        self, stored_names: list[str], places: Sequence[Place], kind: GgmlType, scheme: QuantScheme
+    ) -> QuantizedTensor:
+        """What the file holds, its rows in the model's order."""
+        stored = []
+        for name, place in zip(stored_names, places, strict=True):
+            blocks = decode(self.file.raw(place.name), kind)
+            assert isinstance(blocks, LevelBlocks)
+            verify_finite(blocks, f"model.warm_start.file: {self.file.path}: {name}")
+            stored.append(tensor_of(blocks))
+        codes_OI, scales_OG = (
+            to_model(places, parts) for parts in ([own.codes_OI for own in stored], [own.scales_OG for own in stored])
+        )
+        others = {part: to_model(places, [own.others[part] for own in stored]) for part in stored[0].others}
+        if scheme.preset is None and kind is Q2_0:  # -1 ... 2 as -2 ... 1
+            return QuantizedTensor(-codes_OI, -scales_OG, scheme)
+        return QuantizedTensor(codes_OI, scales_OG, stored[0].scheme, others)
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """Not possible without the weight's name; see :meth:`start`."""
@@ -96,16 +122,21 @@ class FromFile(WarmStart):
             raise ConfigurationError(f"model.warm_start.file: {error}") from None
         numbers = {self.file.tensors[stored].number for stored in stored_names}
         number = numbers.pop()
-        own = SCHEMES.get(number)
-        if own is None or numbers:
+        kind = LEVEL_TYPES.get(number)
+        if kind is None or numbers:
             raise ConfigurationError(
                 f"model.warm_start.file: {stored_names[0]} is stored in ggml's type {number}, whose grid is not one of "
-                f"this project's; those are {', '.join(BLOCK_TYPES)}. Leave it out with --model.exclude"
+                f"this project's; those are {', '.join(other.name for other in LEVEL_TYPES.values())}. Leave it out "
+                "with --model.exclude"
             )
-        if own != scheme:
+        preset, plain = QuantScheme(preset=kind.name.lower()), SCHEMES.get(number)
+        if scheme not in (preset, plain):
+            way = f"--model.scheme {preset.preset}"
+            if plain is not None:
+                way += f" (or --model.scheme.bits {plain.bits} --model.scheme.group_size {plain.group_size})"
             raise ConfigurationError(
-                f"model.warm_start.file: {stored_names[0]} is stored as {own}, the run's scheme is {scheme}; use "
-                f"--model.scheme.bits {own.bits} --model.scheme.group_size {own.group_size}, or leave it out with "
-                "--model.exclude"
+                f"model.warm_start.file: {stored_names[0]} is stored as {kind.name}, the run's is {scheme}; use {way}, "
+                f'name it for some weights with --model.overrides \'{{"PATTERN": "{preset.preset}"}}\', or leave it '
+                "out with --model.exclude"
             )
-        return stored_names, BY_NUMBER[number]
+        return stored_names, kind

@@ -10,8 +10,10 @@ blocks          the second: the loop over the blocks
 block_fit       the fit of one block
 matrices        its weights as a quantizer sees them, and as they are stored
 end_to_end      the third phase
+end_to_end_files  what it leaves, and whether it is whole
 saving          the quantized model as an ordinary folder
 finished        files of a phase that are there and whole
+outer_weights   embedding and head, before all of these
 perplexity      of the whole model, or block by block
 forward_passes  hidden states on their way through the model
 hidden_states   where they are kept

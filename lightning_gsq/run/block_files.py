@@ -30,6 +30,10 @@ from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.weights.stored import unpack_weight
 
 Blocks = dict[str, QuantizedWeight]
+OUTER = "outer"
+"""In the place of a block's number: the weights outside of all blocks, under their names in the model."""
+ROUNDED = "rounded"
+"""Kind of their file before anything trains them."""
 Expected = Mapping[str, tuple[QuantScheme, tuple[int, int]]]
 """Scheme and ``(O, I)`` of each weight, by name."""
 
@@ -43,8 +47,8 @@ class Header:
     """What a block's file says about itself.
 
     Args:
-        kind: ``warm_start``, ``block`` or ``end_to_end``.
-        index: The block's number.
+        kind: ``warm_start``, ``block`` or ``end_to_end``; ``rounded`` of the weights outside of the blocks.
+        index: The block's number, or :data:`OUTER`.
         digest: Of its tensors.
         recipe: Digest of what decides the run.
         after: Digest of the block before, on whose output this one was made; empty for the first.
@@ -52,7 +56,7 @@ class Header:
     """
 
     kind: str
-    index: int
+    index: int | str
     digest: str
     recipe: str = ""
     after: str = ""
@@ -82,7 +86,9 @@ def read_header(file: Path) -> Header | None:
         return None
 
 
-def read_block_file(file: Path, kind: str, index: int, recipe: str | None, expected: Expected) -> tuple[Blocks, Header]:
+def read_block_file(
+    file: Path, kind: str, index: int | str, recipe: str | None, expected: Expected
+) -> tuple[Blocks, Header]:
     """Reads a block's file and checks that it is the one that belongs there.
 
     Args:
@@ -113,7 +119,7 @@ def read_block_file(file: Path, kind: str, index: int, recipe: str | None, expec
         ) from error
 
 
-def _check(header: Header, tensors: Mapping[str, Tensor], kind: str, index: int, recipe: str | None) -> None:
+def _check(header: Header, tensors: Mapping[str, Tensor], kind: str, index: int | str, recipe: str | None) -> None:
     if (header.kind, header.index) != (kind, index):
         raise ValueError(f"it is {header.kind} of block {header.index}, expected {kind} of block {index}")
     if recipe is not None and header.recipe != recipe:

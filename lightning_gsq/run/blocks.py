@@ -2,6 +2,8 @@
 
 With ``F`` the full-precision stream and ``Q`` the quantized one, hidden states of all sequences at the current depth:
 
+F begins with the full-precision embedding, Q with the quantized one where that is quantized; then, block by block,
+
 1. target = block(F) (``stream``) or block(Q) (``local``), see :mod:`lightning_gsq.training.target`
 2. codes, scales = fit of the block, Q -> target, unless its file is there
 3. Q <- quantized block(Q), F <- block(F)
@@ -14,16 +16,22 @@ from typing import Any
 
 import torch
 
+from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_fit import fit_block
 from lightning_gsq.run.finished import Finished, Lap
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
-from lightning_gsq.run.substitution import install
+from lightning_gsq.run.substitution import install, outer_installed
 
 
-def train_blocks(run: Run) -> None:
-    """Trains every planned block that has no file yet. The model is left as it was."""
+def train_blocks(run: Run, outer: Blocks) -> None:
+    """Trains every planned block that has no file yet. The model is left as it was.
+
+    Args:
+        run: The run.
+        outer: Quantized weights outside of the blocks, with which the quantized stream begins.
+    """
     finished = Finished(run, "block")
     if finished.complete:
         return
@@ -32,10 +40,11 @@ def train_blocks(run: Run) -> None:
     target = run.model.block.target
     with hidden_store((*ids_NT.shape, run.width), run.activations, target.streams) as store:
         lap = Lap(run)
-        quantized, wanted = embedded(run.model.network, ids_NT, store), Stream(ids_NT, store.new(), store)
-        full = quantized
+        with outer_installed(run.model.network, outer):
+            quantized = embedded(run.model.network, ids_NT, store)
+        full, wanted = quantized, Stream(ids_NT, store.new(), store)
         if target.follows_original:
-            full = Stream(ids_NT, store.new().copy_(quantized.hidden_NTD), store)
+            full = embedded(run.model.network, ids_NT, store)
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             tensors = None if plan is None else finished.take(plan)

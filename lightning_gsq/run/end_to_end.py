@@ -3,6 +3,7 @@
 What it leaves in the run folder:
 
     blocks/end_to_end-003.safetensors   the block with its new scales, beside the blocks phase's own file
+    blocks/end_to_end-outer.safetensors the same of embedding and head, where these are quantized
     end_to_end.safetensors              norms and head if they trained; in its header the settings and the losses
     teacher/                            the teacher's most probable tokens, if ``top_k`` asks for them
 
@@ -13,22 +14,25 @@ killed begins anew, from the blocks' result and with the teacher's stored tokens
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.ends import find_ends
 from lightning_gsq.models.head import find_head
-from lightning_gsq.run.block_files import Blocks, DamagedFileError
+from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.blocks import made_by
+from lightning_gsq.run.end_to_end_files import (
+    EndToEndResult,
+    finished_phase,
+    on_disk,
+    refuse_other_settings,
+    write_blocks,
+)
 from lightning_gsq.run.folder import RunFolder
-from lightning_gsq.run.matrices import as_stored
-from lightning_gsq.run.recipe import compare
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.fingerprint import fingerprint
 from lightning_gsq.system.seeding import generator_of
@@ -38,25 +42,6 @@ from lightning_gsq.training.teacher import StoredTeacher
 
 BESIDE_THE_RESULT = {"recompute", "chunk", "strategy"}
 """Settings that change what the phase costs, not what it finds."""
-
-
-@dataclass(frozen=True)
-class EndToEndResult:
-    """What the phase found.
-
-    Args:
-        report: ``start`` and ``final`` held-out losses, ``rejected``, ``seconds``, ``settings``, ``blocks`` (what it
-            began with), ``weights`` (digests of what it ended with), ``made_by``.
-        dense: Norms and head if they trained, fp32 by parameter name.
-    """
-
-    report: dict[str, Any]
-    dense: dict[str, Tensor]
-
-    @property
-    def rejected(self) -> bool:
-        """Whether no state was better than the blocks' result."""
-        return bool(self.report["rejected"])
 
 
 def check_end_to_end(
@@ -70,15 +55,32 @@ def check_end_to_end(
     vocabulary, top_k = len(find_head(model.network).weight_VD), options.loss.top_k
     if top_k is not None and top_k > vocabulary:
         raise ConfigurationError(f"end_to_end.top_k: {top_k} tokens were asked for, the vocabulary has {vocabulary}")
+    _check_outer(model, options)
     dtype = model.block.gumbel.logits_dtype
     if "logits" in options.train and dtype != "float32" and _is_spread(options, trainer.world_size):
         raise ConfigurationError(
             f"model.gumbel.logits_dtype: {options.strategy} takes one dtype for all that trains, and scales train in "
             f"float32; got {dtype}. Use float32, or leave logits out of end_to_end.train"
         )
-    finished = _on_disk(folder, lambda _: None)
+    finished = on_disk(folder, lambda _: None)
     if finished is not None:
-        _refuse_other_settings(folder, finished.report, _kept(settings))
+        refuse_other_settings(folder, finished.report, _kept(settings))
+
+
+def _check_outer(model: ModelQuantization, options: EndToEndOptions) -> None:
+    """What trains outside of the blocks has to be there in the form in which it trains."""
+    expected, ends = model.outer.expected(model.network), find_ends(model.network)
+    if "embedding" in options.train and not expected:
+        raise ConfigurationError(
+            "end_to_end.train: embedding trains the scales of a quantized embedding or head, and neither is quantized; "
+            "give --model.embedding, or leave embedding out"
+        )
+    if "head" in options.train and (ends.embedding if ends.tied else ends.head) in expected:
+        option = "embedding, which the head is tied to," if ends.tied else "head"
+        raise ConfigurationError(
+            f"end_to_end.train: head trains a matrix that is not quantized, and model.{option} is; name embedding "
+            "instead, which trains its scales, or leave it in 16 bits with null"
+        )
 
 
 def _is_spread(options: EndToEndOptions, world: int) -> bool:
@@ -90,66 +92,20 @@ def _kept(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
 
 
-def _refuse_other_settings(folder: RunFolder, report: dict[str, Any], settings: dict[str, Any]) -> None:
-    differences = compare(report["settings"], settings, "end_to_end.")
-    if differences:
-        raise ConfigurationError(
-            f"end_to_end: {folder.root} holds a finished end-to-end phase of another kind; delete "
-            f"{folder.dense_file('end_to_end')} to have it run again. What differs:\n"
-            + "\n".join(f"  {line}" for line in differences)
-        )
-
-
-def _on_disk(folder: RunFolder, say: Callable[[str], None]) -> EndToEndResult | None:
-    """What a finished phase left in its own file; None where there is none that can be used."""
-    try:
-        content = folder.read_dense("end_to_end")
-    except DamagedFileError as error:
-        say(str(error))
-        return None
-    if content is None or not {"settings", "blocks", "weights", "rejected", "seconds"} <= set(content[1]):
-        return None
-    return EndToEndResult(content[1], content[0])
-
-
-def _finished(run: Run, settings: dict[str, Any], blocks: str) -> EndToEndResult | None:
-    """The finished phase, if all of it is there and began with these blocks; says what has to be made again."""
-    result = _on_disk(run.folder, run.say)
-    if result is None:
-        return None
-    _refuse_other_settings(run.folder, result.report, settings)
-    again = "; the phase is run again"
-    if result.report["blocks"] != blocks:
-        run.say(f"The end-to-end phase began with other codes and scales than those of the blocks now{again}")
-        return None
-    parameters = dict(run.model.network.named_parameters(remove_duplicate=False))
-    for name, value in result.dense.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            run.say(
-                f"{run.folder.dense_file('end_to_end')} holds {name} in a shape that the model does not have{again}"
-            )
-            return None
-    for plan in [] if result.rejected else run.plan:
-        header = run.folder.header("end_to_end", plan.index)
-        try:
-            run.folder.read_block("end_to_end", plan.index, plan.expected)
-        except DamagedFileError as error:
-            run.say(str(error))
-            return None
-        if header is None or result.report["weights"].get(str(plan.index)) != header.digest:
-            run.say(f"{plan.name} is not the one that the end-to-end phase ended with{again}")
-            return None
-    return result
-
-
 def run_end_to_end(
-    run: Run, start: list[Blocks], options: EndToEndOptions, settings: dict[str, Any], progress: Callback | None = None
+    run: Run,
+    start: list[Blocks],
+    outer: Blocks,
+    options: EndToEndOptions,
+    settings: dict[str, Any],
+    progress: Callback | None = None,
 ) -> EndToEndResult:
     """Trains the quantized model end to end, or reads what a finished phase left.
 
     Args:
         run: The run.
         start: Codes and scales of each planned block so far.
+        outer: Those of the weights outside of the blocks.
         options: What trains and how.
         settings: The same as plain data, to be kept with the result.
         progress: Shows how far the phase is.
@@ -158,8 +114,8 @@ def run_end_to_end(
         ConfigurationError: the folder holds a finished phase with other settings.
     """
     settings = _kept(settings)
-    blocks = fingerprint(part for tensors in start for tensor in tensors.values() for part in tensor.parts())
-    finished = run.ranks.agree(_finished(run, settings, blocks) if run.ranks.first else None)
+    blocks = fingerprint(part for tensors in (*start, outer) for tensor in tensors.values() for part in tensor.parts())
+    finished = run.ranks.agree(finished_phase(run, settings, blocks) if run.ranks.first else None)
     if finished is not None:
         return finished
     began = time.perf_counter()
@@ -167,7 +123,7 @@ def run_end_to_end(
     if run.ranks.first:
         run.folder.dense_file("end_to_end").unlink(missing_ok=True)
     trainer = _trainer(run, options, [] if progress is None else [progress])
-    module = _module(run, start, options)
+    module = _module(run, start, outer, options)
     training, held_out = _batches(run, module, options)
     start_loss = _train(trainer, module, training, held_out)
     rejected = not module.best_loss < start_loss
@@ -186,25 +142,12 @@ def run_end_to_end(
         "seconds": time.perf_counter() - began,
         "settings": settings,
         "blocks": blocks,
-        "weights": {} if rejected else _write_blocks(run, module),
+        "weights": {} if rejected else write_blocks(run, module, bool(outer)),
         "made_by": made_by(run),
     }
     run.folder.write_dense("end_to_end", dense, report)
     run.ranks.wait()
     return EndToEndResult(report, dense)
-
-
-def _write_blocks(run: Run, module: EndToEndQuantization) -> dict[str, str]:
-    """Writes the blocks with what trained in them; digests by the block's number."""
-    digests = {}
-    for index, tensors in module.tensors():
-        block, name = run.blocks[index], run.plan_of[index].name
-        originals = {site.name: site.to_matrix(block.get_parameter(site.name)) for site in run.plan_of[index].weights}
-        stored = {key: as_stored(tensors[key], w_OI, f"{name}.{key}") for key, w_OI in originals.items()}
-        run.folder.write_block("end_to_end", index, stored)
-        header = run.folder.header("end_to_end", index) if run.ranks.first else None
-        digests[str(index)] = "" if header is None else header.digest
-    return digests
 
 
 def _trainer(run: Run, options: EndToEndOptions, watching: list[Callback]) -> Trainer:
@@ -226,7 +169,7 @@ def _trainer(run: Run, options: EndToEndOptions, watching: list[Callback]) -> Tr
     )
 
 
-def _module(run: Run, start: list[Blocks], options: EndToEndOptions) -> EndToEndQuantization:
+def _module(run: Run, start: list[Blocks], outer: Blocks, options: EndToEndOptions) -> EndToEndQuantization:
     network = run.model.network
     return EndToEndQuantization(
         private_copy(network) if _is_spread(options, run.ranks.world) else network,
@@ -237,6 +180,7 @@ def _module(run: Run, start: list[Blocks], options: EndToEndOptions) -> EndToEnd
         options,
         run.model.block.gumbel,
         run.seed,
+        outer,
     )
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_gsq.run.block_files import Blocks, DamagedFileError, Header
+from lightning_gsq.run.block_files import OUTER, ROUNDED, Blocks, DamagedFileError, Header
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.run import Run
 
@@ -26,7 +26,15 @@ class Finished:
     def __init__(self, run: Run, kind: str) -> None:
         self.run, self.kind = run, kind
         self.headers: dict[int, Header] = run.ranks.agree(self._whole() if run.ranks.first else {})
-        self._before = ""
+        self._first = run.ranks.agree(self._outer())
+        self._before = self._first
+
+    def _outer(self) -> str:
+        """Digest of the weights outside of the blocks, on which the first block is made; empty where none has any."""
+        if not self.run.model.outer.expected(self.run.model.network):
+            return ""
+        header = self.run.folder.header(ROUNDED, OUTER)
+        return "" if header is None else header.digest
 
     def _whole(self) -> dict[int, Header]:
         """Headers of the files whose every number was read and found to be what was written."""
@@ -48,7 +56,7 @@ class Finished:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        before = ""
+        before = self._first
         for plan in self.run.plan:
             header = self.headers.get(plan.index)
             if header is None or header.after != before:

@@ -3,6 +3,7 @@
 recipe.yaml            the resolved settings, fingerprints of model and text, versions
 progress.json          perplexities and seconds so far, replaced atomically
 blocks/block-003.safetensors   packed codes and scales of a finished block
+blocks/rounded-outer.safetensors   the same of embedding and head, where these are quantized
 end_to_end.safetensors the end of the end-to-end phase: norms and head if they trained, its losses
 model/                 the quantized model as an ordinary Hugging Face folder
 summary.json           the results
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.run.block_files import (
+    ROUNDED,
     Blocks,
     DamagedFileError,
     Expected,
@@ -143,24 +145,28 @@ class RunFolder:
 
     # -- weights
 
-    def block_file(self, kind: str, index: int) -> Path:
-        """File of a block; ``kind`` is ``warm_start``, ``block`` or ``end_to_end``.
+    def block_file(self, kind: str, index: int | str) -> Path:
+        """File of a block, or of what is :data:`OUTER`.
+
+        Args:
+            kind: Of a block ``warm_start``, ``block`` or ``end_to_end``; of the others ``rounded`` or ``end_to_end``.
+            index: The block's number, or ``OUTER``.
 
         Raises:
-            ConfigurationError: it is something else.
+            ConfigurationError: the kind is something else.
         """
-        if kind not in KINDS:
+        if kind not in (*KINDS, ROUNDED):
             raise ConfigurationError(f"run: {self.root} names {kind!r} as the kind of its result; it is none")
-        return self.blocks / f"{kind}-{index:03d}.safetensors"
+        return self.blocks / f"{kind}-{index if isinstance(index, str) else f'{index:03d}'}.safetensors"
 
-    def has_blocks(self, kind: str, indices: Iterable[int]) -> bool:
+    def has_blocks(self, kind: str, indices: Iterable[int | str]) -> bool:
         """Whether all these blocks have a file of that kind."""
         return all(self.block_file(kind, index).exists() for index in indices)
 
     def write_block(
         self,
         kind: str,
-        index: int,
+        index: int | str,
         tensors: Mapping[str, QuantizedWeight],
         after: str = "",
         measures: Mapping[str, Any] | None = None,
@@ -170,16 +176,16 @@ class RunFolder:
             header = Header(kind, index, "", self.recipe or "", after, dict(measures or {}))
             write_block_file(self.block_file(kind, index), tensors, header)
 
-    def header(self, kind: str, index: int) -> Header | None:
+    def header(self, kind: str, index: int | str) -> Header | None:
         """What a block's file says about itself; None where there is none that says anything."""
         return read_header(self.block_file(kind, index))
 
-    def read_block(self, kind: str, index: int, expected: Expected) -> Blocks:
+    def read_block(self, kind: str, index: int | str, expected: Expected) -> Blocks:
         """Reads a block back and checks it against the weights it has to hold.
 
         Args:
-            kind: ``warm_start``, ``block`` or ``end_to_end``.
-            index: The block's number.
+            kind: As in :meth:`block_file`.
+            index: The block's number, or ``OUTER``.
             expected: Scheme and ``(O, I)`` of each weight, by name.
 
         Raises:
@@ -192,7 +198,7 @@ class RunFolder:
         headers = [read_header(file) for file in sorted(self.blocks.glob("block-*.safetensors"))]
         return {str(h.index): h.measures for h in headers if h is not None and h.recipe == (self.recipe or "")}
 
-    def digest(self, kind: str, indices: Iterable[int]) -> str:
+    def digest(self, kind: str, indices: Iterable[int | str]) -> str:
         """A digest of the result of a phase, as its files say it: of its blocks, and of what else it trained."""
         headers = [self.header(kind, index) for index in indices]
         try:

@@ -14,20 +14,30 @@ from torch import Tensor
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard
-from lightning_gsq.run.block_files import Blocks
+from lightning_gsq.run.block_files import OUTER, ROUNDED, Blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.blocks import train_blocks
 from lightning_gsq.run.end_to_end import run_end_to_end
 from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.outer_weights import outer_kind, quantize_outer, read_outer
 from lightning_gsq.run.report import PERPLEXITY_NAMES
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.saving import save_model
-from lightning_gsq.run.substitution import as_stored, installed
+from lightning_gsq.run.substitution import as_stored, installed, outer_installed
 from lightning_gsq.run.summary import make_summary
 from lightning_gsq.run.warm_start import warm_start
 from lightning_gsq.system.digests import data_digest
 from lightning_gsq.system.memory import release
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
+
+KINDS_OF_PERPLEXITY = {
+    # names of perplexities, in the order of the phases, and the files that the model's weights come from
+    "full_precision": None,
+    "outer": ROUNDED,
+    "warm_start": "warm_start",
+    "blocks": "block",
+    "end_to_end": "end_to_end",
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,14 @@ class Result:
     Args:
         kind: Whose it is: that of the ``warm_start``, of each ``block`` or of ``end_to_end``.
         tensors: Quantized weights of each planned block.
+        outer: Quantized weights outside of the blocks, by name in the model.
         dense: Other parameters that trained, by name in the model.
         end_to_end: Report of the end-to-end phase; None where it did not run.
     """
 
     kind: str
     tensors: list[Blocks]
+    outer: Blocks
     dense: dict[str, Tensor]
     end_to_end: dict[str, Any] | None = None
 
@@ -63,8 +75,7 @@ class Perplexities:
 
     def of(self, kind: str | None) -> str:
         """Digest of what a perplexity depends on; ``kind`` is None for the full-precision model."""
-        indices = [plan.index for plan in self.run.plan]
-        weights = None if kind is None else self.run.folder.digest(kind, indices)
+        weights = None if kind is None else digest_of(self.run, kind)
         return self.run.ranks.agree(
             data_digest([weights, self.run.folder.recipe, self.run.recipe["fingerprints"]["evaluation"]])
         )
@@ -75,8 +86,7 @@ class Perplexities:
 
     def all(self) -> dict[str, float]:
         """Every perplexity that was measured of the files that are there, in the order of the phases."""
-        kinds = {"full_precision": None, "warm_start": "warm_start", "blocks": "block", "end_to_end": "end_to_end"}
-        values = {name: self.known(name, kind) for name, kind in kinds.items()}
+        values = {name: self.known(name, kind) for name, kind in KINDS_OF_PERPLEXITY.items()}
         return {name: value for name, value in values.items() if value is not None}
 
     def note(
@@ -85,14 +95,16 @@ class Perplexities:
         kind: str | None,
         tensors: list[Blocks] | None = None,
         dense: Mapping[str, Tensor] | None = None,
+        outer: Blocks | None = None,
     ) -> None:
         """The perplexity of that name, measured unless it is known.
 
         Args:
             name: Its name.
             kind: Whose files the weights come from; None for the full-precision model.
-            tensors: The quantized weights of each planned block.
+            tensors: The quantized weights of each planned block; None leaves the blocks as they are.
             dense: Other parameters that trained.
+            outer: Quantized weights outside of the blocks.
         """
         folder, of = self.run.folder, self.of(kind)
         value = folder.perplexity(name, of)
@@ -100,7 +112,10 @@ class Perplexities:
             began = time.perf_counter()
             with contextlib.ExitStack() as weights:
                 if tensors is not None:
-                    weights.enter_context(installed(self.run.model, self.run.plan, tensors, dense))
+                    weights.enter_context(installed(self.run.model, self.run.plan, tensors, dense, outer))
+                elif outer is not None:
+                    weights.enter_context(outer_installed(self.run.model.network, outer))
+                if kind is not None:
                     # What is reported of the quantized model is what its files give: nothing more precise.
                     weights.enter_context(as_stored(self.run.model, self.run.plan))
                 value = self.measure()
@@ -113,23 +128,36 @@ class Perplexities:
         self.run.say(f"perplexity {action}: {value:.2f}")
 
 
-def warm_start_phase(run: Run, perplexities: Perplexities) -> None:
+def outer_phase(run: Run, perplexities: Perplexities) -> Blocks:
+    """Embedding and head quantized where that is asked for, and what it costs by itself; returns them."""
+    began = time.perf_counter()
+    outer = quantize_outer(run)
+    if not outer:
+        return {}
+    if perplexities.known("outer", ROUNDED) is None:
+        run.folder.add_seconds("outer", time.perf_counter() - began)
+    run.ranks.wait()
+    perplexities.note("outer", ROUNDED, outer=outer)
+    return outer
+
+
+def warm_start_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
     """The warm start of the whole model, and what it is worth."""
     began = time.perf_counter()
-    starts, made = warm_start(run)
+    starts, made = warm_start(run, outer)
     if made:
         run.folder.add_seconds("warm_start", time.perf_counter() - began)
         run.folder.update_progress(init_seconds=run.watch.take())
     run.ranks.wait()
-    perplexities.note("warm_start", "warm_start", starts)
+    perplexities.note("warm_start", "warm_start", starts, outer=outer)
 
 
-def blocks_phase(run: Run, perplexities: Perplexities) -> None:
+def blocks_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
     """Every block trained."""
-    train_blocks(run)
+    train_blocks(run, outer)
     run.ranks.wait()
     release()
-    perplexities.note("blocks", "block", read_blocks(run, "block"))
+    perplexities.note("blocks", "block", read_blocks(run, "block"), outer=outer)
 
 
 def end_to_end_phase(
@@ -142,33 +170,42 @@ def end_to_end_phase(
 ) -> Result:
     """The whole model trained a little more; what came before it where that is better."""
     release()
-    trained = run_end_to_end(run, result.tensors, options, settings, progress)
+    trained = run_end_to_end(run, result.tensors, result.outer, options, settings, progress)
     release()
     if trained.rejected:
-        return Result(result.kind, result.tensors, {}, trained.report)
-    tensors = read_blocks(run, "end_to_end")
-    perplexities.note("end_to_end", "end_to_end", tensors, trained.dense)
-    return Result("end_to_end", tensors, trained.dense, trained.report)
+        return Result(result.kind, result.tensors, result.outer, {}, trained.report)
+    tensors, outer = read_blocks(run, "end_to_end"), read_outer(run, "end_to_end")
+    perplexities.note("end_to_end", "end_to_end", tensors, trained.dense, outer)
+    return Result("end_to_end", tensors, outer, trained.dense, trained.report)
 
 
 def save_and_summarize(
     run: Run, result: Result, source: loading.ModelSource, perplexities: Perplexities
 ) -> dict[str, Any]:
     """Saves the dequantized model, unless it is there, and writes the summary, which it returns."""
-    made_from = data_digest([run.folder.recipe, run.folder.digest(result.kind, [plan.index for plan in run.plan])])
-    with installed(run.model, run.plan, result.tensors, result.dense):
+    made_from = data_digest([run.folder.recipe, digest_of(run, result.kind)])
+    with installed(run.model, run.plan, result.tensors, result.dense, result.outer):
         if run.ranks.first:
             began, dtype = time.perf_counter(), run.model.storage.output_dtype
             if save_model(run.model.network, run.model.tokenizer, run.folder.model, dtype, made_from):
                 run.folder.add_seconds("saving", time.perf_counter() - began)
         run.folder.update_progress(model=result.kind)
-        summary = make_summary(run, source, result.kind, result.tensors, perplexities.all(), result.end_to_end)
+        summary = make_summary(
+            run, source, result.kind, result.tensors, result.outer, perplexities.all(), result.end_to_end
+        )
     run.folder.write_summary({**summary, "exports": run.folder.summary.get("exports", {})})
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
     tensorboard.log_result(
         run.trainer.loggers, run.recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]}
     )
     return summary
+
+
+def digest_of(run: Run, kind: str) -> str:
+    """A digest of the weights that the files of a phase give the model: of its blocks, and of those outside of them."""
+    outer = run.folder.digest(outer_kind(kind), [OUTER]) if run.model.outer.expected(run.model.network) else None
+    blocks = None if kind == ROUNDED else run.folder.digest(kind, [plan.index for plan in run.plan])
+    return data_digest([blocks, outer])
 
 
 def read_blocks(run: Run, kind: str) -> list[Blocks]:

@@ -10,6 +10,7 @@ from lightning_gsq.weights.quantized import BitsLedger, QuantizedWeight
 
 PERPLEXITY_NAMES = {
     "full_precision": "full precision",
+    "outer": "with quantized embedding or head alone",
     "warm_start": "after the warm start",
     "blocks": "after the blocks",
     "end_to_end": "after the end-to-end phase",

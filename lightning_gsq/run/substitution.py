@@ -28,6 +28,7 @@ def installed(
     plan: list[BlockPlan],
     tensors: list[dict[str, QuantizedWeight]],
     dense: Mapping[str, Tensor] | None = None,
+    outer: Mapping[str, QuantizedWeight] | None = None,
 ) -> Iterator[None]:
     """The model with these weights inside the context, its own afterwards.
 
@@ -36,10 +37,12 @@ def installed(
         plan: The quantized weights of each block.
         tensors: Their codes and scales.
         dense: Other parameters by name in the model; a head that was tied to the embedding is untied.
+        outer: Quantized weights outside of the blocks, by name in the model; what is tied to one goes along.
     """
     _, blocks = find_blocks(model.network)
     originals = [{site.name: blocks[own.index].get_parameter(site.name).data for site in own.weights} for own in plan]
     with ExitStack() as undo:
+        undo.enter_context(outer_installed(model.network, outer or {}))
         for own, weights, parameters in zip(plan, tensors, originals, strict=True):
             install(blocks[own.index], own, weights)
             for name, data in parameters.items():
@@ -47,6 +50,19 @@ def installed(
         for name, value in (dense or {}).items():
             undo.enter_context(replaced(model.network, name, value))
         yield
+
+
+@contextmanager
+def outer_installed(network: PreTrainedModel, outer: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+    """The model with these weights outside of its blocks, inside the context; by name in the model."""
+    originals = {name: network.get_parameter(name).data for name in outer}
+    try:
+        for name, data in originals.items():
+            network.get_parameter(name).data = outer[name].dequantize(data.dtype).to(data.device)
+        yield
+    finally:
+        for name, data in originals.items():
+            network.get_parameter(name).data = data
 
 
 @contextmanager
@@ -83,6 +99,7 @@ def replace(network: PreTrainedModel, name: str, value: Tensor) -> Callable[[], 
 def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]:
     """Inside the context, every parameter that is not quantized has the precision that the saved files give it."""
     quantized = {f"{own.name}.{site.name}" for own in plan for site in own.weights}
+    quantized |= set(model.outer.expected(model.network))
     originals = {p: p.data for name, p in model.network.named_parameters() if name not in quantized}
     try:
         for parameter, data in originals.items():

@@ -9,27 +9,35 @@ import torch
 
 from lightning_gsq.models import loading
 from lightning_gsq.run import report
-from lightning_gsq.run.block_files import Blocks
+from lightning_gsq.run.block_files import OUTER, Blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.outer_weights import outer_kind
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.memory import peak_memory_bytes
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
+from lightning_gsq.weights.quantized import BitsLedger, QuantizedWeight
 
 
 def _ledger(
     model: ModelQuantization,
     plan: list[BlockPlan],
     tensors: list[Blocks],
+    outer: Blocks,
     folder: RunFolder,
     kind: str,
 ) -> Ledger:
-    """The bits of the block files, and of everything that is not quantized in the dtype of the saved model."""
+    """The bits of the files of quantized weights, and of everything else in the dtype of the saved model."""
     entries, headers = [], {}
-    for own, weights in zip(plan, tensors, strict=True):
-        file = folder.block_file(kind, own.index)
-        stored = [LedgerEntry.of(f"{own.name}.{name}", tensor) for name, tensor in weights.items()]
+    files = [
+        (folder.block_file(kind, own.index), {f"{own.name}.{name}": tensor for name, tensor in weights.items()})
+        for own, weights in zip(plan, tensors, strict=True)
+    ]
+    if outer:
+        files.append((folder.block_file(outer_kind(kind), OUTER), outer))
+    for file, named in files:
+        stored = [LedgerEntry.of(name, tensor) for name, tensor in named.items()]
         entries += stored
         headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
     quantized = {entry.name for entry in entries}
@@ -39,6 +47,15 @@ def _ledger(
         if name not in quantized
     ]
     return Ledger(tuple(entries), headers)
+
+
+def _about(tensor: QuantizedWeight) -> dict[str, Any]:
+    """What a weight outside of the blocks is and costs."""
+    return {
+        "scheme": str(tensor.scheme),
+        "bits_per_weight": BitsLedger.of(tensor).per_weight()["total"],
+        "bytes": sum(part.nbytes for part in tensor.pack().values()),
+    }
 
 
 def _seconds_of_block(
@@ -61,6 +78,7 @@ def make_summary(
     source: loading.ModelSource,
     kind: str,
     tensors: list[Blocks],
+    outer: Blocks,
     perplexity: dict[str, float],
     end_to_end: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -71,11 +89,12 @@ def make_summary(
         source: Where the model came from.
         kind: Whose result stands: that of the warm start, the blocks or the end-to-end phase.
         tensors: Its codes and scales, by planned block.
+        outer: Quantized weights outside of the blocks, by name in the model.
         perplexity: The perplexities, by name.
         end_to_end: The end-to-end phase's report, if it ran.
     """
     model, folder, plan = run.model, run.folder, run.plan
-    ledger = _ledger(model, plan, tensors, folder, kind)
+    ledger = _ledger(model, plan, tensors, outer, folder, kind)
     saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
     progress, blocks = folder.progress, folder.measures()
     seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
@@ -92,7 +111,9 @@ def make_summary(
             "dense": 2 * parameters,
             "quantized": ledger.num_bytes,
             "blocks": files,
+            **({"outer": folder.block_file(outer_kind(kind), OUTER).stat().st_size} if outer else {}),
         },
+        **({"outer": {name: _about(tensor) for name, tensor in outer.items()}} if outer else {}),
         "seconds_per_block": seconds_of["blocks"] / max(1, len(blocks)),
         "seconds_of_block": _seconds_of_block(blocks, progress.get("init_seconds", {}), len(plan)),
         "seconds_of": seconds_of,

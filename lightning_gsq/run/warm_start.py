@@ -7,12 +7,16 @@ from lightning_gsq.run.finished import Finished
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
 from lightning_gsq.run.matrices import as_stored, choose_salient, hessian_sequences, matrices_of
 from lightning_gsq.run.run import Run
-from lightning_gsq.run.substitution import install
+from lightning_gsq.run.substitution import install, outer_installed
 from lightning_gsq.saliency.choose import settled_tensor
 
 
-def warm_start(run: Run) -> tuple[list[Blocks], bool]:
+def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
     """Starts every planned block, but for those whose files an earlier start left.
+
+    Args:
+        run: The run.
+        outer: Quantized weights outside of the blocks, whose activations the first block gets.
 
     Returns:
         The quantized weights of each planned block, and whether any was made now. The model is left as it was.
@@ -24,7 +28,8 @@ def warm_start(run: Run) -> tuple[list[Blocks], bool]:
     count = hessian_sequences(run) if settings.warm_start.needs_hessian else 0
     results = []
     with hidden_store((count, run.data.sequence_length, run.width), run.activations, streams=1) as store:
-        stream = embedded(run.model.network, run.train_ids_NT[:count], store)
+        with outer_installed(run.model.network, outer):
+            stream = embedded(run.model.network, run.train_ids_NT[:count], store)
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:

@@ -23,7 +23,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lightning_gsq.models.chain import find_blocks
-from lightning_gsq.models.head import find_head, head_name, last_hidden
+from lightning_gsq.models.head import body, find_head, head_name, last_hidden
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.norms import norm_names
 from lightning_gsq.models.standing_in import standing_in
@@ -39,10 +39,11 @@ from lightning_gsq.system.sharding import (
     shard,
     whole,
 )
-from lightning_gsq.training.end_to_end_options import EndToEndOptions, Trained, kind_of
+from lightning_gsq.training.end_to_end_options import KINDS, EndToEndOptions, Trained, kind_of
 from lightning_gsq.training.losses import loss_mean, refuse_non_finite
 from lightning_gsq.training.schedule import cosine_to_floor
 from lightning_gsq.training.student_block import StudentBlock
+from lightning_gsq.training.student_outer import StudentEnds, StudentOuter
 from lightning_gsq.training.teacher import StoredTeacher, top_tokens
 from lightning_gsq.weights.quantized import QuantizedWeight
 
@@ -59,6 +60,7 @@ class EndToEndQuantization(LightningModule):
         options: What trains and how.
         gumbel: How logits start, if the codes train.
         seed: Seed of their noise.
+        outer: The quantized weights outside of the blocks, by name in the model.
 
     Raises:
         ConfigurationError: the model's logits are not a linear map of its last hidden states.
@@ -71,13 +73,13 @@ class EndToEndQuantization(LightningModule):
         options: EndToEndOptions,
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
         seed: int = 0,
+        outer: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
         super().__init__()
         self.options = options
         self.network = network.requires_grad_(False)
         self.prefix, self.originals = find_blocks(network)
-        head = find_head(network)
-        # Not the matrix: it may be spread over processes later.
+        head = find_head(network)  # its matrix is not kept: it may be spread over processes later
         self.logit_scale, self.softcap = head.scale, head.softcap
         norms = "norms" in options.train
         self.blocks = nn.ModuleDict(
@@ -93,25 +95,23 @@ class EndToEndQuantization(LightningModule):
                 for index, block in enumerate(self.originals)
             }
         )
-        base = network.base_model
+        base = body(network)
         inside = {id(parameter) for block in self.originals for parameter in block.parameters()}
         self.norm_names = [n for n in norm_names(base) if norms and id(base.get_parameter(n)) not in inside]
         self.norms = nn.ParameterList(
             nn.Parameter(base.get_parameter(n).detach().float().clone()) for n in self.norm_names
         )
         self.head = nn.Parameter(head.weight_VD.detach().float().clone()) if "head" in options.train else None
-        if "scales" not in options.train:
-            for name, parameter in self.named_parameters():
-                if name.rpartition(".")[2] in SCALE_PARAMETERS:
-                    parameter.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if "scales" not in options.train and name.rpartition(".")[2] in SCALE_PARAMETERS:
+                parameter.requires_grad_(False)
+        self.outer = StudentOuter(network, outer or {}, trains="embedding" in options.train)
         # Means over the sequences of all processes, however many each of them has.
         self.held_out = nn.ModuleDict({name: loss_mean() for name in ("loss", "divergence", "cross_entropy")})
         self.stored: StoredTeacher | None = None
         """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
-        self.idle_passes = 0
-        """Forward passes of a validation that other processes make and this one does not."""
-        self.best_loss = self.last_loss = math.inf
-        self.validated_step = -1
+        self.idle_passes = 0  # forward passes of a validation that other processes make and this one does not
+        self.best_loss, self.last_loss, self.validated_step = math.inf, math.inf, -1
         self.best_state: dict[str, Tensor] = {}
 
     # -- the two models
@@ -121,9 +121,9 @@ class EndToEndQuantization(LightningModule):
         with torch.no_grad(), self._standing_in(as_teacher=True):
             return last_hidden(self.network, ids_BT)
 
-    def student_hidden(self, ids_BT: Tensor) -> Tensor:
-        """The last hidden states of the quantized model, ``B T D``."""
-        outer = dict(zip(self.norm_names, self.norms, strict=True))
+    def student_hidden(self, ids_BT: Tensor, ends: StudentEnds | None = None) -> Tensor:
+        """The last hidden states of the quantized model, ``B T D``; ``ends`` as they are at this step, if at hand."""
+        outer = dict(zip(self.norm_names, self.norms, strict=True)) | (ends or self.outer()).inside
         with self._standing_in(as_teacher=False):
             return last_hidden(self.network, ids_BT, outer)
 
@@ -145,9 +145,11 @@ class EndToEndQuantization(LightningModule):
         else:
             target = HiddenTarget(self.teacher_hidden(ids_BT).flatten(0, 1), teacher)
         labels_BT = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=IGNORED)
-        head = teacher if self.head is None else Head(self.head, teacher.bias_V, teacher.scale, teacher.softcap)
+        ends = self.outer()
+        matrix = ends.head if self.head is None else self.head
+        head = teacher if matrix is None else Head(matrix, teacher.bias_V, teacher.scale, teacher.softcap)
         return distillation_loss(
-            self.student_hidden(ids_BT).flatten(0, 1),
+            self.student_hidden(ids_BT, ends).flatten(0, 1),
             head,
             target,
             labels_BT.flatten(),
@@ -191,8 +193,8 @@ class EndToEndQuantization(LightningModule):
             "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). The blocks' result is "
             "in the run folder: without end_to_end in --model.phases the run ends with it",
         )
-        figures = {"loss": loss.detach(), "divergence": kl, "cross_entropy": ce}
-        self.log_dict({f"end_to_end/{name}": value for name, value in figures.items()})
+        figures = (("loss", loss.detach()), ("divergence", kl), ("cross_entropy", ce))
+        self.log_dict({f"end_to_end/{name}": value for name, value in figures})
         return loss
 
     def on_validation_start(self) -> None:
@@ -240,7 +242,7 @@ class EndToEndQuantization(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One parameter group for each kind of parameter, with a cosine schedule that ends at the floor."""
-        groups: dict[Trained, list[nn.Parameter]] = {"scales": [], "norms": [], "head": [], "logits": []}
+        groups: dict[Trained, list[nn.Parameter]] = {kind: [] for kind in KINDS}
         for name, parameter in self.trained():
             groups[kind_of(name)].append(parameter)
         rates = self.options.rates
@@ -261,13 +263,18 @@ class EndToEndQuantization(LightningModule):
                 with whole(block):
                     yield int(index), block.tensors()
 
+    def outer_tensors(self) -> dict[str, QuantizedWeight]:
+        """The quantized weights outside of the blocks as they stand, by name; all processes have to ask."""
+        with whole(self):
+            return {name: tensor.cpu() for name, tensor in self.outer.tensors().items()}
+
     def dense(self) -> dict[str, Tensor]:
         """Norms and head as they stand, fp32 on the CPU, by parameter name in the model; as in ``tensors``, of all."""
 
         def copied(names: list[str], parameters: Iterable[Tensor]) -> dict[str, Tensor]:
             return {name: p.detach().cpu().clone() for name, p in zip(names, parameters, strict=True)}
 
-        base = self.network.base_model
+        base = body(self.network)
         with whole(self):
             network = {id(parameter): name for name, parameter in self.network.named_parameters(remove_duplicate=False)}
             found = copied([network[id(base.get_parameter(name))] for name in self.norm_names], self.norms)

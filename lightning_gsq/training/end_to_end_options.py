@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,7 +14,10 @@ from lightning_gsq.quantizers.trained_scales import SCALE_PARAMETERS
 from lightning_gsq.system.sharding import Sharding
 from lightning_gsq.training.losses import LOSS_POSITIONS
 
-Trained = Literal["scales", "norms", "head", "logits"]
+OUTER = "outer"
+"""Name of the module with what trains outside of the blocks, among the parts of the end-to-end module."""
+Trained = Literal["scales", "norms", "head", "logits", "embedding"]
+KINDS: tuple[Trained, ...] = get_args(Trained)
 
 
 def _at_least_one(**counts: int | None) -> None:
@@ -129,7 +132,7 @@ class EndToEndOptions:
     Args:
         train: What trains: "scales" (of every group), "norms" (vectors of the normalisation layers), "head" (the
             language-model head; a head tied to the embedding gets a matrix of its own), "logits" (the codes too, hard
-            samples with a straight-through gradient).
+            samples with a straight-through gradient), "embedding" (the scales of a quantized embedding or head).
         optimizer: Optimizer of all of them; lr is the learning rate of the scales, relative to each scale.
         norm_learning_rate: Learning rate of the norms.
         head_learning_rate: Learning rate of the head.
@@ -171,7 +174,7 @@ class EndToEndOptions:
         strategy: Sharding | None = None,
     ) -> None:
         if not train:
-            raise ConfigurationError("end_to_end.train is empty: name scales, norms, head or logits")
+            raise ConfigurationError("end_to_end.train is empty: name scales, norms, head, logits or embedding")
         self.train: Sequence[Trained] = train
         self.rates = LearningRates(
             optimizer, norm_learning_rate, head_learning_rate, logits_learning_rate, learning_rate_floor
@@ -183,6 +186,8 @@ class EndToEndOptions:
 
 def kind_of(name: str) -> Trained:
     """What a trained parameter is, by its name in the module."""
+    if name.startswith(f"{OUTER}."):
+        return "embedding"
     *_, owner, last = f".{name}".split(".")
     kinds: dict[str, Trained] = {"logits": "logits", "head": "head"}
     if owner == "norms":

@@ -31,6 +31,8 @@ class ModelQuantization(LightningModule):
         overrides: Presets, or single settings, for the weights that a pattern names.
         fallback: Quantize rows that a preset's type does not hold as llama.cpp does: to the type that it takes instead.
             Otherwise they are refused.
+        embedding: How the embedding is quantized, and with it a head that is tied to it; null leaves it in 16 bits.
+        head: How a head with a matrix of its own is quantized; null leaves it in 16 bits.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
             block; "end_to_end", training the scales of the whole model. A phase that was left out can be run later on
@@ -64,6 +66,8 @@ class ModelQuantization(LightningModule):
         exclude: list[str] = [],  # noqa: B006
         overrides: dict[str, SchemeOverride | str] = {},  # noqa: B006
         fallback: bool = False,
+        embedding: QuantScheme | str | None = None,
+        head: QuantScheme | str | None = None,
         blocks: str | None = None,
         phases: list[settings.Phase] = ["init", "blocks", "end_to_end"],  # noqa: B006
         target: TargetName = "stream",
@@ -88,6 +92,9 @@ class ModelQuantization(LightningModule):
         self.address = settings.Address(pretrained, revision, trust_remote_code, dtype)
         schemes = {pattern: settings.override(pattern, value) for pattern, value in overrides.items()}
         self.selection = settings.Selection(scheme, include, exclude, schemes, blocks, fallback)
+        self.outer = settings.OuterOptions(
+            settings.outer("embedding", embedding), settings.outer("head", head), fallback
+        )
         self.start = settings.StartOptions(warm_start or RTN(weighted=True), hessian_sequences, saliency)
         self.block = settings.BlockOptions(
             settings.target_of(target),

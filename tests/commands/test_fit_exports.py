@@ -60,6 +60,8 @@ def test_exports_are_made_again_only_where_they_are_stale_or_damaged(
     config = write_config(save_model(tmp_path / "llama"), corpus, tmp_path, **QUICK)
     exports = tmp_path / "run" / "export"
     assert _fit(config, "[native,gguf]") == 0
+    before, _, after = capsys.readouterr().out.partition("perplexity of the full-precision model")
+    assert "What loads 4 bit, groups of 32" in before and "Q4_0" in before and "load gguf:" in after
     files = [exports / "native" / "model.safetensors", exports / "gguf" / "model.gguf"]
     first = [file.read_bytes() for file in files]
     times = [file.stat().st_mtime_ns for file in files]

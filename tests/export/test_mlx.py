@@ -56,6 +56,18 @@ def test_mlx_unpacks_the_runs_own_values(bits: object, group_size: int) -> None:
     torch.testing.assert_close(torch.from_numpy(np.array(product)), x_BI @ tensor.dequantize().T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("preset", ["mlx1g32", "mlx3g64", "mlx4g128", "q4_1"])
+def test_schemes_with_an_offset_a_group(preset: str) -> None:
+    scheme = QuantScheme(preset=preset)
+    columns = 256
+    codes = torch.randint(scheme.low, scheme.high + 1, (8, columns)).to(torch.int8)
+    scales, offsets = (torch.randn(8, scheme.num_groups(columns)).half() for _ in range(2))
+    tensor = QuantizedTensor(codes, scales, scheme, {"offsets": offsets})
+    parts = FORMAT.encode(tensor)
+    assert torch.equal(unpacked(parts, scheme.storage_bits, scheme.group_size), tensor.dequantize())
+    assert torch.equal(parts["biases"], offsets)
+
+
 @pytest.mark.parametrize("group_size", [16, 256])
 def test_other_groups_would_be_computed_wrongly(group_size: int) -> None:
     """Why they are refused: MLX multiplies with them, and the product is another. If this fails, MLX has learned it."""

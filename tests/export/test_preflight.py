@@ -73,6 +73,27 @@ def test_grids_and_scales(llama: Path, settings: dict[str, object], name: str, m
     assert reason is None if message is None else message in (reason or "")
 
 
+@pytest.mark.parametrize(
+    ("preset", "holding"),
+    [
+        ("mlx4g64", {"native", "dequantized", "mlx", "gguf"}),
+        ("iq4_nl", {"native", "dequantized", "gguf"}),
+        ("q4_k", {"native", "dequantized", "gguf"}),
+        ("q4_0", {"native", "dequantized", "mlx", "gguf", "compressed-tensors", "gptq"}),
+    ],
+)
+def test_layouts_of_scales_that_a_format_does_not_know(tmp_path: Path, preset: str, holding: set[str]) -> None:
+    folder = save_model(tmp_path / "llama", LlamaConfig(**{**SHAPE, "hidden_size": 256}))
+    run = planned(folder, scheme=QuantScheme(preset=preset))
+    reasons = {name: format_.refuse(run) for name, format_ in all_formats().items()}
+    assert {name for name, reason in reasons.items() if reason is None} == holding
+    refusals = [reason for reason in reasons.values() if reason is not None]
+    assert all(f"does not hold the scales or levels of {preset}" in reason for reason in refusals)
+    weights = list(run.weights.values())
+    exact = format_of("gguf").runtimes(weights)[0].exactness.startswith("exact")
+    assert exact == (preset == "q4_0")
+
+
 def test_salient_weights(llama: Path) -> None:
     run = planned(llama, scheme=QuantScheme(1, 64, SalientPart(ratio=0.1)))
     reasons = {name: preflight.model_obstacle(format_, run) for name, format_ in all_formats().items()}

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.gguf.architectures.table import architecture_of
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.gguf.names import Layout
+from lightning_gsq.gguf.layout import places_in_folder
 from lightning_gsq.models import loading
 from lightning_gsq.models.gguf_weights import compare_gguf
 from lightning_gsq.models.weight_names import UnusedWeightsWarning
@@ -30,18 +31,18 @@ Arrays = dict[str, np.ndarray]
 
 
 def tensors_of(model: PreTrainedModel) -> Arrays:
-    layout = Layout.of(model.config)
+    parameters = model.state_dict()
+    rows = {name: len(parameter) for name, parameter in parameters.items()}
     arrays = {}
-    for name, parameter in model.state_dict().items():
-        stored = layout.name_of(name)
-        rows = layout.rows_of(stored, len(parameter))
-        arrays[stored] = (parameter if rows is None else parameter[rows]).numpy()
+    for name, stored in places_in_folder(architecture_of(model.config), model.config, rows).items():
+        (place,) = stored.places
+        arrays[place.name] = place.of_file(parameters[name]).numpy()
     return arrays
 
 
 def write(path: Path, model: PreTrainedModel, arrays: Arrays) -> Path:
     config = model.config
-    writer = GGUFWriter(path, Layout.of(config).architecture)
+    writer = GGUFWriter(path, architecture_of(config).name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

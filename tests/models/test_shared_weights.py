@@ -76,6 +76,15 @@ def test_the_plan_refuses_it_and_takes_the_way_out() -> None:
     assert sum(len(block.weights) for block in make_plan(model)) == 8
 
 
+def test_the_way_out_names_all_of_them() -> None:
+    network = FAMILIES["llama"]()
+    share_mlp(network)
+    names = [MLP.format(block, part) for block in (0, 1) for part in ("gate", "up", "down")]
+    with pytest.raises(ConfigurationError) as raised:
+        refuse_shared(network, names)
+    assert str(raised.value).endswith(f"--model.exclude '[{', '.join(names)}]'")
+
+
 def test_one_of_two_is_refused_too() -> None:
     """The other one would change without having been trained."""
     network = FAMILIES["llama"]()

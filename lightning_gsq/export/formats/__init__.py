@@ -8,8 +8,10 @@ gptq                GPTQModel and what reads its files
 mlx                 Apple's MLX
 gguf                llama.cpp
 gguf_storage        how a run lies in such a file: types, rows, the file it came from
+gguf_layout         where each parameter lies in it, before and after training
 gguf_tensors        its tensors before they are written
 gguf_check          is the file what the run computes?
+gguf_transformers   does transformers compute the same from it?
 """
 
 from lightning_gsq.export.formats.compressed_tensors import CompressedTensorsFormat

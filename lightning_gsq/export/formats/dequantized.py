@@ -26,6 +26,7 @@ class DequantizedFormat(ExportFormat):
 
     name: ClassVar[str] = "dequantized"
     salient: ClassVar[bool] = True
+    outer: ClassVar[bool] = True
 
     def refuse(self, run: PlannedRun) -> str | None:
         """Holds everything."""

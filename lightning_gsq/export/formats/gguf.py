@@ -45,6 +45,7 @@ class GGUFFormat(ExportFormat):
     """One GGUF file."""
 
     name: ClassVar[str] = "gguf"
+    outer: ClassVar[bool] = True
     package: ClassVar[str] = llama_cpp.PACKAGE
 
     def refuse(self, run: PlannedRun) -> str | None:
@@ -61,6 +62,11 @@ class GGUFFormat(ExportFormat):
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes ``model.gguf``."""
+        if run.outer and options.gguf_embedding is not None:
+            raise ConfigurationError(
+                f"gguf_embedding: the run quantized {' and '.join(run.outer)}, which the file stores as they are; got "
+                f"{options.gguf_embedding}, leave it out"
+            )
         layout = layout_of(run)
         if layout.source is not None:
             fields, tensors = fields_of_file(layout.source), from_file(run, layout, layout.source, options)

@@ -126,5 +126,5 @@ def _compare_with_llama_cpp(run: FinishedRun, network: PreTrainedModel, answer: 
         logprobs_V = network(ids_BT, use_cache=False).logits[0, -1].float().log_softmax(-1)
         difference = max(difference, *(abs(value - float(logprobs_V[token])) for token, value in top.items()))
         own_T = greedy(network, ids_BT)[0, ids_BT.shape[1] :]
-        same += text.strip() == run.tokenizer.decode(own_T, skip_special_tokens=True).strip()
+        same += text.strip() == str(run.tokenizer.decode(own_T, skip_special_tokens=True)).strip()
     return difference, f"{same} of {len(PROMPTS)} prompts"

@@ -24,10 +24,10 @@ from lightning_gsq.gguf.file import GGUFFile, StoredTensor
 from lightning_gsq.gguf.layout import EMBEDDINGS, Stored
 from lightning_gsq.gguf.rows import Place
 from lightning_gsq.gguf.types.codec import dequantize
+from lightning_gsq.gguf.types.levels import scale_bits
 from lightning_gsq.gguf.types.table import BY_NUMBER
 from lightning_gsq.gguf.write import NewTensor
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
-from lightning_gsq.weights.quantized import QuantizedTensor
 
 ROUTER = "ffn_gate_inp"
 """What chooses among experts: llama.cpp wants it in fp32."""
@@ -116,8 +116,7 @@ def quantized(
             return fits_dtype(weight.name, place.of_file(tensor.dequantize(torch.float16)), torch.float16).numpy()
         if not storage.exact:
             return projection(place.of_file(tensor.dequantize()), storage.kind)
-        codes, scales = place.of_file(tensor.codes_OI), place.of_file(tensor.scales_OG)
-        return encode(QuantizedTensor(codes, scales, tensor.scheme), storage.kind)
+        return encode(tensor.map(place.of_file), storage.kind)
 
     return NewTensor(place.name, shape, storage.number, content)
 
@@ -165,11 +164,11 @@ def ledger_of(path: Path, tensors: Sequence[NewTensor], names: dict[str, str], q
         quantized: Names of the quantized parameters.
     """
     entries: dict[str, LedgerEntry] = {}
-    kinds = {kind.number: kind for kind in BLOCK_TYPES.values()}
     for tensor in tensors:
         name, weights, bits = names.get(tensor.name, tensor.name), math.prod(tensor.shape), 8 * tensor.num_bytes
-        if name in quantized and tensor.number in kinds:
-            scales = 16 * (weights // kinds[tensor.number].length)
+        if name in quantized and tensor.number not in (F32, F16):
+            kind = BY_NUMBER[tensor.number]
+            scales = weights // kind.length * scale_bits(kind)
             entry = LedgerEntry(name, weights, codes=bits - scales, scales=scales)
         else:
             entry = LedgerEntry(name, weights, unquantized=bits)

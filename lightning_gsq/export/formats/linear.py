@@ -49,11 +49,31 @@ class LinearFormat(ExportFormat):
     def refuse(self, run: PlannedRun) -> str | None:
         """Refuses fused experts, transposed weights, and what :meth:`refuse_weight` names."""
         weights = list(run.weights.values())
-        reasons = [*map(self.refuse_weight, weights), refuse_other_than_linear(self.name, weights)]
+        reasons = [*map(self._refuse_layout, weights), *map(self.refuse_weight, weights)]
+        reasons.append(refuse_other_than_linear(self.name, weights))
         return next((reason for reason in reasons if reason), None) or self.refuse_values(run)
+
+    def holds(self, scheme: QuantScheme) -> bool:
+        """Whether the format knows such scales and levels at all."""
+        return scheme.plain_symmetric
+
+    def _refuse_layout(self, weight: ExportedWeight) -> str | None:
+        if self.holds(weight.scheme):
+            return None
+        return (
+            f"{self.name} holds symmetric levels with one scale a group, and {weight.name} is {weight.scheme}; "
+            "native holds it, and gguf or mlx if it is a type of theirs"
+        )
 
     def refuse_values(self, run: PlannedRun) -> str | None:
         """Why the format cannot hold the scales or the plain numbers; None if it can."""
+        dtypes = {weight.scheme.layout.dtype or run.model.storage.scale_dtype for weight in run.weights.values()}
+        if len(dtypes) > 1:
+            names = " and ".join(sorted(map(str, dtypes)))
+            return (
+                f"{self.name} stores all scales in one dtype, and the run has {names}; quantize with "
+                "--model.scale_dtype float16, which presets of ggml and MLX have"
+            )
         dtype = self.compute_dtype(run)
         if dtype == torch.float16 and run.scale_dtype == torch.float32:
             return f"{self.name} stores scales in float16; quantize with --model.scale_dtype float16"

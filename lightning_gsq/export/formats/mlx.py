@@ -7,8 +7,8 @@ A linear layer ``x`` is stored as
     x.biases    O G                       what the code 0 is worth
 
 so that a weight is ``scales * code + biases``. With a group's scale ``s``, both are ``s`` times a power of two: ``s``
-and ``-2^(bits - 1) s``, at 1 bit ``2 s`` and ``-s``. Nothing is rounded. ``quantization`` in config.json names bits and
-group size of most layers, and by name those of the others.
+and ``-2^(bits - 1) s``, at 1 bit ``2 s`` and ``-s``; a scheme with offsets has them as biases. Nothing is rounded.
+``quantization`` in config.json names bits and group size of most layers, and by name those of the others.
 
 Layers compute in the dtype of their scales, and what is not quantized is stored in that dtype too: mixed with another
 one of 16 bits, MLX would compute everything in fp32.
@@ -36,6 +36,7 @@ from lightning_gsq.export.readers.packages import not_checked
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.export.writer import ShardWriter
+from lightning_gsq.weights.layout import OFFSETS
 from lightning_gsq.weights.ledger import Ledger
 from lightning_gsq.weights.packing import pack
 from lightning_gsq.weights.quantized import QuantizedTensor
@@ -65,7 +66,8 @@ class MLXFormat(LinearFormat):
             ConfigurationError: a bias does not fit the dtype of the scales.
         """
         grid, scales_OG = tensor.scheme.grid, tensor.scales_OG.cpu().contiguous()
-        biases_OG = grid.origin * scales_OG
+        offsets_OG = tensor.others.get(OFFSETS)
+        biases_OG = grid.origin * scales_OG if offsets_OG is None else offsets_OG.cpu().contiguous()
         if not bool(torch.isfinite(biases_OG).all()):
             raise ConfigurationError(
                 f"mlx: a scale of {float(scales_OG.abs().max()):.3g} times {grid.origin} is more than "
@@ -76,6 +78,11 @@ class MLXFormat(LinearFormat):
             "scales": grid.step * scales_OG,
             "biases": biases_OG,
         }
+
+    def holds(self, scheme: QuantScheme) -> bool:
+        """Evenly spaced levels with floats a group: a scale, or a scale and an offset to codes from 0 on."""
+        layout, grid = scheme.layout, scheme.grid
+        return layout.sub_scales is None and grid.table is None and not (layout.offset and grid.origin)
 
     def refuse_weight(self, weight: ExportedWeight) -> str | None:
         """Refuses 7 bits, and groups that MLX has no kernels for."""
@@ -100,7 +107,7 @@ class MLXFormat(LinearFormat):
         return self.bits(weight.scheme) + 16 * run.scale_dtype.itemsize / weight.group_length
 
     def plain(self, name: str, run: FinishedRun) -> Tensor:
-        """In the dtype of the scales. An embedding that is quantized too would be one more layer with scales."""
+        """In the dtype of the scales."""
         value = super().plain(name, run)
         return value.to(self.compute_dtype(run)) if value.is_floating_point() else value
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare_model
@@ -31,6 +31,7 @@ from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.export.writer import ShardWriter
 from lightning_gsq.packed.config import GSQConfig
+from lightning_gsq.packed.embedding import is_packable_embedding
 from lightning_gsq.packed.layers import PackedWeight
 from lightning_gsq.packed.salient_linear import SageLinear
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
@@ -42,10 +43,17 @@ class NativeFormat(ExportFormat):
 
     name: ClassVar[str] = "native"
     salient: ClassVar[bool] = True
+    outer: ClassVar[bool] = True
 
     def refuse(self, run: PlannedRun) -> str | None:
-        """Holds everything but salient parts of fused experts."""
+        """Holds everything but salient parts of fused experts, and embeddings that do more than to look rows up."""
         for weight in run.weights.values():
+            owner = run.network.get_submodule(weight.stem)
+            if weight.block is None and not (type(owner) is nn.Linear or is_packable_embedding(owner)):
+                return (
+                    f"native has no packed form of {weight.name}, a {type(owner).__name__}; use dequantized, or "
+                    "--model.embedding null"
+                )
             if weight.scheme.mixed and weight.site.experts:
                 return f"native has no salient weights in fused experts ({weight.name}); use dequantized"
         return None
