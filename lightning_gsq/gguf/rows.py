@@ -94,7 +94,7 @@ def places_in_file(file: GGUFFile, names: Sequence[str], w_OI: Tensor, heads: It
             return places
     else:
         halves = sorted({count for count in heads if count and len(w_OI) % (2 * count) == 0})
-        orders = [None, *(interleaved(len(w_OI), count) for count in halves)]
+        orders: list[Tensor | None] = [None, *(interleaved(len(w_OI), count) for count in halves)]
         places = [place for rows in orders if _alike(file, place := Place(names[0], rows), w_OI, same)]
         if places:  # orders have rows in common, so that a wrong one may be alike enough: the nearest
             return [max(places, key=lambda place: _likeness(file, place, w_OI))]
