@@ -51,6 +51,7 @@ def quantize(model: Path, folder: Path, bits: object, group_size: int, **setting
     text.write_text("".join(f"In line {i} the square of the number is {i * i}.\n" for i in range(200)))
     source = {"class_path": "lightning_gsq.data.TextFile", "init_args": {"path": str(text)}}
     content = {
+        "export": settings.pop("export", []),
         "trainer": {"default_root_dir": str(folder), "accelerator": "cpu", "precision": "32-true"},
         "model": {
             "pretrained": str(model),

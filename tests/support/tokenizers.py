@@ -6,8 +6,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 SPACE = "▁"
-PIECES = ("th", "the", f"{SPACE}the", "in", f"{SPACE}in", "er", "an", "and", f"{SPACE}and", f"{SPACE}a")
-PIECES += (f"{SPACE}o", "of")
+PIECES = (
+    "th",
+    "the",
+    f"{SPACE}the",
+    "in",
+    f"{SPACE}in",
+    "er",
+    "an",
+    "and",
+    f"{SPACE}and",
+    f"{SPACE}a",
+    f"{SPACE}o",
+    "of",
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyzTCFWI.,():0123456789"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 

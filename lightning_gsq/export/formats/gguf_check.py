@@ -124,7 +124,7 @@ def _compare_with_llama_cpp(run: FinishedRun, network: PreTrainedModel, answer: 
         if ids != ids_BT[0].tolist():
             raise CheckFailedError(f"llama.cpp splits {prompt!r} into the tokens {ids}, expected {ids_BT[0].tolist()}")
         logprobs_V = network(ids_BT, use_cache=False).logits[0, -1].float().log_softmax(-1)
-        difference = max(difference, *(abs(value - float(logprobs_V[token])) for token, value in top.items()))
+        difference = max([difference, *(abs(value - float(logprobs_V[token])) for token, value in top.items())])
         own_T = greedy(network, ids_BT)[0, ids_BT.shape[1] :]
         same += text.strip() == str(run.tokenizer.decode(own_T, skip_special_tokens=True)).strip()
     return difference, f"{same} of {len(PROMPTS)} prompts"

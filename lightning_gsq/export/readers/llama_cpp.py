@@ -28,7 +28,8 @@ class Answer:
 
     Args:
         texts: Greedy continuation of every prompt.
-        tops: For every prompt, the most probable next tokens with their log-probabilities.
+        tops: For every prompt, the most probable next tokens with their log-probabilities; empty where the first of
+            them has no text of its own.
         ids: Token numbers of every prompt, as llama.cpp's tokenizer gives them.
         logprobs: Of every token of the text after the first.
     """

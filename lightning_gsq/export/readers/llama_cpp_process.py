@@ -37,10 +37,12 @@ def serve(file: str, request: dict[str, Any]) -> dict[str, Any]:
 
     texts, tops, ids, logprobs = [], [], [], []
     for prompt in request["prompts"]:
-        choice = complete(prompt, request["new_tokens"], logprobs=request["top"])
-        texts.append(choice["text"])
-        first = choice["logprobs"]["content"][0]["top_logprobs"]
-        tops.append({entry["id"]: entry["logprob"] for entry in first})
+        texts.append(complete(prompt, request["new_tokens"])["text"])
+        # A token without a text of its own (a part of a character, a placeholder) is not reported.
+        first = (complete(prompt, 1, logprobs=request["top"])["logprobs"] or {}).get("content") or [
+            {"top_logprobs": []}
+        ]
+        tops.append({entry["id"]: entry["logprob"] for entry in first[0]["top_logprobs"]})
         ids.append(tokenize(server.listening_address, prompt))
     text = request["text_ids"]
     for end in range(1, len(text)):
