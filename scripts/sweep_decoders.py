@@ -29,8 +29,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 VOCABULARY, HIDDEN, HEADS, LAYERS, EXPERTS = 256, 64, 4, 4, 4
-SECONDS = 240
+SECONDS = 400
 SIZES: dict[str, Any] = {
     # what configurations call their sizes -> a small one
     **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], VOCABULARY),
@@ -67,55 +69,75 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "rope_scaling": None,
 }
+PATTERNS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "moe_layers", "no_rope_layers")
+PATTERNS += ("activation_sparsity_pattern", "attn_layer_indices", "moe_layer_pattern", "hybrid_layer_pattern")
+"""Lists with an entry for each block."""
+PARTS = ("text_config", "vision_config", "audio_config", "vision_config_dict", "decoder_config", "thinker_config")
+MOST_WEIGHTS = 60_000_000
 FURTHER: dict[str, dict[str, Any]] = {
     # what a type needs beside that
     "gemma3n_text": {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2},
     "gemma4_text": {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
 }
 
 
-def tiny_config(kind: str) -> Any:
-    """A small configuration of a type."""
-    from transformers import AutoConfig
-
-    plain = AutoConfig.for_model(kind)
-    text = plain.get_text_config(decoder=True)
-    changes = {name: value for name, value in SIZES.items() if value is not None and settable(text, name)}
-    for name in ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "moe_layers", "no_rope_layers"):
-        pattern = getattr(text, name, None)
-        if isinstance(pattern, (list, tuple)) and pattern and settable(text, name) and len(pattern) != LAYERS:
-            kinds = list(dict.fromkeys(pattern))  # one of each kind, and the first again
-            changes[name] = (kinds * LAYERS)[:LAYERS]
+def small(config: Any) -> dict[str, Any]:
+    """What makes a configuration small: changes to its values."""
+    changes = {name: value for name, value in SIZES.items() if value is not None and settable(config, name)}
+    for name in PATTERNS:
+        pattern = getattr(config, name, None) if settable(config, name) else None
+        if isinstance(pattern, (list, tuple)) and pattern and len(pattern) != LAYERS:
+            each = list(dict.fromkeys(pattern))  # one of each kind, and the first again
+            changes[name] = (each * LAYERS)[:LAYERS]
+    if hasattr(config, "kv_lora_rank"):  # latent attention has as many keys as queries
+        changes |= {name: HEADS for name in ("num_key_value_heads",) if settable(config, name)}
     return changes
 
 
 def settable(config: Any, name: str) -> bool:
     """Whether a configuration has a value of this name that can be given."""
+    name = (getattr(type(config), "attribute_map", None) or {}).get(name, name)
     prop = getattr(type(config), name, None)
-    return hasattr(config, name) and not (isinstance(prop, property) and prop.fset is None)
+    if isinstance(prop, property) and prop.fset is None:
+        return False
+    try:
+        return hasattr(config, name)
+    except Exception:  # a value that differs from block to block has none for all
+        return name in vars(config)
+
+
+def configuration(kind: str) -> Any:
+    """A small configuration of a type."""
+    from transformers import AutoConfig
+
+    plain = AutoConfig.for_model(kind)
+    parts = {
+        name: AutoConfig.for_model(part.model_type, **small(part) | FURTHER.get(part.model_type, {})).to_dict()
+        for name, part in vars(plain).items()
+        if name in PARTS and hasattr(part, "model_type") and part.model_type in CONFIG_MAPPING_NAMES
+    }
+    return AutoConfig.for_model(kind, **(parts or small(plain)) | FURTHER.get(kind, {}))
 
 
 def build(kind: str) -> Any:
-    """A random model of a type, or None with the reason."""
+    """A random model of a type."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    changes = tiny_config(kind) | FURTHER.get(kind, {})
-    config = AutoConfig.for_model(kind)
-    if config.get_text_config(decoder=True) is config:
-        config = AutoConfig.for_model(kind, **changes)
-    else:
-        key = next(k for k, v in vars(config).items() if v is config.get_text_config(decoder=True))
-        config = AutoConfig.for_model(kind, **{key: {**config.get_text_config(decoder=True).to_dict(), **changes}})
+    config = configuration(kind)
     if getattr(config, "is_encoder_decoder", False):
         config.is_encoder_decoder = False
     config.is_decoder = True
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
     torch.manual_seed(0)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=torch.float32).parameters())
+    if count > MOST_WEIGHTS:
+        raise ValueError(f"{count:,} weights with these sizes")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    if sum(p.numel() for p in model.parameters()) > 60_000_000:
-        raise ValueError(f"{sum(p.numel() for p in model.parameters()):,} weights with these sizes")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -116,7 +116,6 @@ def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], B
     found: list[tuple[list[LinearSite], BlockCall, int]] = []
     writes: list[nn.Module] = []
     """Blocks that leave something for others in what they are called with: then all have to run."""
-    ids_BT = probe_ids(model)
 
     def instead_of(block: nn.Module) -> Any:
         original = block.forward
@@ -150,6 +149,7 @@ def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], B
         for name, buffer in module._buffers.items():
             if buffer is not None and id(buffer) not in inside:
                 module._buffers[name] = _zeros_like(buffer)
+    ids_BT = probe_ids(model)  # on the device of the embedding, which is the CPU by now
     for block in blocks:
         block.forward = instead_of(block)
     with torch.no_grad(), contextlib.suppress(Reached), running(model, "on a few tokens"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_gsq.models.calls import BlockCall, leaves
+from lightning_gsq.models.calls import BlockCall, leaves, mapped
 from lightning_gsq.models.chain import Reached, find_blocks, split_hidden
 from lightning_gsq.models.standing_in import standing_in
 
@@ -33,6 +33,12 @@ class Forms:
         if isinstance(output, (tuple, list)):
             return type(output)([hidden, *output[1:]])
         return hidden
+
+    def emptied(self) -> Forms:
+        """The same forms without their values, so that nothing computed from them can be mistaken for the model's."""
+        return Forms(
+            {block: mapped(output, lambda _, t: torch.zeros_like(t)) for block, output in self.outputs.items()}
+        )
 
 
 @contextmanager

@@ -180,16 +180,16 @@ def _arguments(
                 _refuse(model, index, path)
             carried = Carried(path, batch)
             if without is None:
-                without = calls_without_blocks(model, forms, ids_BT)
+                without = calls_without_blocks(model, forms.emptied(), ids_BT)
             apart = dict(leaves({"args": without[index].args, "kwargs": without[index].kwargs})).get(path)
             source = sources.get(_identity(tensor))
-            if apart is not None and apart.shape == tensor.shape and torch.allclose(apart, tensor):
-                from_ids.append((carried, tensor.movedim(batch, 0)))
-            elif source is not None:
+            if source is not None:
                 name = f"{source[0]}.{source[1]}"
                 from_blocks[name] = carried, tensor.movedim(batch, 0)
                 gives = {**calls[source[0]].gives, name: Carried(source[1], batch)}
                 calls[source[0]] = replace(calls[source[0]], gives=gives)
+            elif apart is not None and apart.shape == tensor.shape and torch.allclose(apart, tensor):
+                from_ids.append((carried, tensor.movedim(batch, 0)))
             else:
                 _refuse(model, index, path)
         calls[index] = replace(

@@ -76,13 +76,10 @@ class QuantScheme:
         plain = plain_preset(name)
         preset = None if plain else preset_named(name)
         bits, group_size = plain if plain else (preset.bits, preset.group_size)  # type: ignore[union-attr]
-        kind = type(self)  # whose attributes are the defaults
-        given = {
-            "bits": (self.bits, bits, kind.bits),
-            "group_size": (self.group_size, group_size, kind.group_size),
-        }
-        for option, (value, wanted, default) in given.items():
-            if value not in (wanted, default):
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for option, wanted in (("bits", bits), ("group_size", group_size)):
+            value = getattr(self, option)
+            if value not in (wanted, defaults[option]):
                 raise ConfigurationError(f"{option} {value} does not go with the preset {name}, whose own is {wanted}")
         if preset is not None and (self.salient is not None or self.budget is not None):
             raise ConfigurationError(

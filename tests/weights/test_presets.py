@@ -111,7 +111,7 @@ def test_a_name_that_does_not_exist_names_the_nearest(name: str, near: str) -> N
 
 
 def test_settings_beside_a_preset() -> None:
-    for settings_ in ({"bits": 3}, {"group_size": 128}):
+    for settings_ in ({"bits": 5}, {"group_size": 128}):
         with pytest.raises(ConfigurationError, match="does not go with the preset q4_k"):
             QuantScheme(**settings_, preset="q4_k")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="no salient weights and no budget"):

@@ -48,7 +48,7 @@ class NativeFormat(ExportFormat):
     def refuse(self, run: PlannedRun) -> str | None:
         """Holds everything but salient parts of fused experts, and embeddings that do more than to look rows up."""
         for weight in run.weights.values():
-            owner = run.network.get_submodule(weight.stem)
+            owner = run.network.get_submodule(weight.name.rpartition(".")[0])
             if weight.block is None and not (type(owner) is nn.Linear or is_packable_embedding(owner)):
                 return (
                     f"native has no packed form of {weight.name}, a {type(owner).__name__}; use dequantized, or "
