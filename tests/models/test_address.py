@@ -163,9 +163,7 @@ def test_every_family_is_a_decoder(tmp_path: Path) -> None:
 
 def test_a_gguf_file_of_an_architecture_without_a_reader_names_those_with_one(tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", {"general.architecture": text("granite"), "granite.block_count": uint(0)}, [])
-    with pytest.raises(
-        ConfigurationError, match=r"'granite', which transformers reads no .* bloom, .*, qwen3_moe"
-    ):
+    with pytest.raises(ConfigurationError, match=r"'granite', which transformers reads no .* bloom, .*, qwen3_moe"):
         gguf_header(ModelSource(str(tmp_path), "x.gguf"))
     write_gguf(tmp_path / "y.gguf", {"general.architecture": text("qwen3moe")}, [])
     assert gguf_header(ModelSource(str(tmp_path), "y.gguf")).fields["general.architecture"].value == "qwen3moe"
