@@ -116,7 +116,8 @@ def other_in_file(file: GGUFFile, config: PretrainedConfig, parameter: str, valu
     """
     names = names_in_file(file, config).of(parameter, file.tensors)
     shapes = [file.tensors[name].shape for name in names if name in file.tensors]
-    if len(shapes) < len(names) or sum(map(math.prod, shapes)) != value.numel():
+    transposed = value.ndim == 2 and len(shapes) == 1 and shapes[0] != tuple(value.shape)
+    if len(shapes) < len(names) or sum(map(math.prod, shapes)) != value.numel() or transposed:
         return None
     if len(names) > 1:
         rows = sum(math.prod(shape[:-1]) for shape in shapes)
@@ -132,7 +133,7 @@ def other_in_file(file: GGUFFile, config: PretrainedConfig, parameter: str, valu
 
 
 def places_in_folder(
-    architecture: Architecture, config: PretrainedConfig, rows: Mapping[str, int]
+    architecture: Architecture, config: PretrainedConfig, rows: Mapping[str, int], head: str
 ) -> dict[str, Stored]:
     """Where the parameters of a model that comes from a folder are to lie.
 
@@ -140,6 +141,7 @@ def places_in_folder(
         architecture: Its architecture.
         config: Its configuration.
         rows: How many rows each parameter has, those of all experts together.
+        head: Name of the head's matrix.
 
     Raises:
         ConfigurationError: llama.cpp cannot hold one.
@@ -147,8 +149,13 @@ def places_in_folder(
     names = Names(architecture.name, config.num_hidden_layers)
     places = {}
     for parameter, count in rows.items():
+        if parameter == head and not architecture.own_head:
+            raise ConfigurationError(
+                f"format: gguf: llama.cpp takes the embedding for the head of every {architecture.name} model, this "
+                f"one has a head of its own ({parameter}); {WAY_OUT}"
+            )
         stored = names.of(parameter)
-        _refuse_unread(architecture, parameter, stored[0])
+        _refuse_bias(architecture, parameter, stored[0])
         shift = architecture.shift if parameter.endswith("norm.weight") else 0.0
         if len(stored) > 1:
             orders = parts_of_experts(count, config.num_experts, len(stored))
@@ -159,17 +166,12 @@ def places_in_folder(
     return places
 
 
-def _refuse_unread(architecture: Architecture, parameter: str, stored: str) -> None:
+def _refuse_bias(architecture: Architecture, parameter: str, stored: str) -> None:
     kind = stored.split(".")[-2]
     if stored.endswith(".bias") and kind not in architecture.biases:
         raise ConfigurationError(
             f"format: gguf: llama.cpp reads no {kind}.bias in files of the {architecture.name} architecture, and the "
             f"model has {parameter}; {WAY_OUT}"
-        )
-    if stored == HEAD and not architecture.own_head:
-        raise ConfigurationError(
-            f"format: gguf: llama.cpp takes the embedding for the head of every {architecture.name} model, this one "
-            f"has a head of its own ({parameter}); {WAY_OUT}"
         )
 
 

@@ -48,6 +48,7 @@ def fields_of_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
         "general.type": text("model"),
         "general.name": text(name),
     }
-    fields |= {f"{architecture.name}.{key}": value for key, value in architecture.fields(config).items()}
-    own = tokenizer_fields(config.vocab_size, tokenizer)
-    return fields | {f"tokenizer.{key}": value for key, value in own.items()}
+    own = architecture.fields(config) | {"vocab_size": uint(config.vocab_size)}
+    fields |= {f"{architecture.name}.{key}": value for key, value in own.items()}
+    text_fields = tokenizer_fields(config.vocab_size, tokenizer)
+    return fields | {f"tokenizer.{key}": value for key, value in text_fields.items()}

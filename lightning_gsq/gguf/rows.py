@@ -19,7 +19,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.types.codec import dequantize
 
-SAMPLE = 32
+SAMPLE = 128
 """Rows that are compared to tell one order from another."""
 ROUNDING = 2.0**-7
 """Of the largest value: bfloat16's rounding."""
@@ -88,16 +88,18 @@ def places_in_file(file: GGUFFile, names: Sequence[str], w_OI: Tensor, heads: It
     """
     verify_shapes(file, names, (w_OI.shape[0], w_OI.shape[1]))
     if len(names) > 1:
-        orders = parts_of_experts(len(w_OI), experts_of(file, names[0]), len(names))
-        places = [Place(name, rows) for name, rows in zip(names, orders, strict=True)]
-        if all(_alike(file, place, w_OI, same) for place in places):
+        parts = parts_of_experts(len(w_OI), experts_of(file, names[0]), len(names))
+        places = [Place(name, rows) for name, rows in zip(names, parts, strict=True)]
+        if all(_likeness(file, place, w_OI, same) > ALIKE for place in places):
             return places
     else:
         halves = sorted({count for count in heads if count and len(w_OI) % (2 * count) == 0})
-        orders: list[Tensor | None] = [None, *(interleaved(len(w_OI), count) for count in halves)]
-        places = [place for rows in orders if _alike(file, place := Place(names[0], rows), w_OI, same)]
-        if places:  # orders have rows in common, so that a wrong one may be alike enough: the nearest
-            return [max(places, key=lambda place: _likeness(file, place, w_OI))]
+        orders = [None, *(interleaved(len(w_OI), count) for count in halves)]
+        places = [Place(names[0], rows) for rows in orders]
+        # Two orders may share half of their rows: the best one, not the first that is good enough.
+        best = max(places, key=lambda place: _likeness(file, place, w_OI, same))
+        if _likeness(file, best, w_OI, same) > ALIKE:
+            return [best]
         found = _matched(file, names[0], w_OI) if same else None
         if found is not None:
             return [Place(names[0], found)]
@@ -113,22 +115,15 @@ def equal(stored: Tensor, model: Tensor) -> bool:
     return bool(error <= ROUNDING * model.float().abs().max())
 
 
-def _alike(file: GGUFFile, place: Place, w_OI: Tensor, same: bool) -> bool:
-    """Whether some rows of a tensor are those of the model that stand there in this order."""
-    return equal(*_some_rows(file, place, w_OI)) if same else _likeness(file, place, w_OI) > ALIKE
-
-
-def _likeness(file: GGUFFile, place: Place, w_OI: Tensor) -> float:
-    """Mean cosine between some rows of a tensor and those of the model that stand there in this order."""
-    stored_RI, model_RI = _some_rows(file, place, w_OI)
-    return float(torch.nn.functional.cosine_similarity(stored_RI, model_RI.float(), dim=1).mean())
-
-
-def _some_rows(file: GGUFFile, place: Place, w_OI: Tensor) -> tuple[Tensor, Tensor]:
+def _likeness(file: GGUFFile, place: Place, w_OI: Tensor, same: bool) -> float:
+    """How much some rows of a tensor are those of the model that stand there in this order: 1 at most."""
     count = len(file.raw(place.name))
-    some = torch.linspace(0, count - 1, min(SAMPLE, count)).long()
+    some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SAMPLE].sort().values
     stored_RI = dequantize(file.raw(place.name)[some.numpy()], file.tensors[place.name].number)
-    return stored_RI, w_OI[some if place.rows is None else place.rows[some]]
+    model_RI = w_OI[some if place.rows is None else place.rows[some]]
+    if same:
+        return float(equal(stored_RI, model_RI))
+    return float(torch.nn.functional.cosine_similarity(stored_RI, model_RI.float(), dim=1).mean())
 
 
 def verify_shapes(file: GGUFFile, names: Sequence[str], shape: tuple[int, int]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 from transformers.utils import cached_file
 
 from lightning_gsq.errors import ConfigurationError
@@ -17,6 +18,8 @@ from lightning_gsq.system.safetensors_headers import INDEX, read_headers, read_j
 
 PACKAGE_PREFIX = "package://"
 LONGEST_SHOWN = 60
+NO_DECODERS = {"general", "tokenizer", "t5", "umt5"}
+"""What transformers lists among the architectures of GGUF files, and what is none or has an encoder."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ def gguf_header(source: ModelSource) -> GGUFFile:
     blocks. A file on the hub is downloaded for it.
 
     Raises:
-        ConfigurationError: the file is damaged, or says that it has more blocks than it has tensors.
+        ConfigurationError: the file is damaged, says that it has more blocks than it has tensors, or is of an
+            architecture that transformers' reader does not know.
     """
     assert source.gguf_file is not None
     file = next(iter(source.files), None)
@@ -131,6 +135,7 @@ def gguf_header(source: ModelSource) -> GGUFFile:
         header = GGUFFile(file)
     except ConfigurationError as error:
         raise ConfigurationError(f"model.pretrained: {error}") from error
+    _check_architecture(file, header)
     for key, field in header.fields.items():
         counts = key.rpartition(".")[2] in ("block_count", "nextn_predict_layers")
         if counts and not (isinstance(field.value, int) and 0 <= field.value <= len(header.tensors)):
@@ -139,6 +144,27 @@ def gguf_header(source: ModelSource) -> GGUFFile:
                 "tensors"
             )
     return header
+
+
+def _check_architecture(file: Path, header: GGUFFile) -> None:
+    """Refuses a file of an architecture that transformers has no reader for, naming those that it has one for.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    field = header.fields.get("general.architecture")
+    name = field.value if field is not None and isinstance(field.value, str) else ""
+    known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - NO_DECODERS)
+    if _plain(name) not in {_plain(own) for own in known}:
+        raise ConfigurationError(
+            f"model.pretrained: {file} is of the architecture {name!r}, which transformers reads no GGUF files of; it "
+            f"reads {', '.join(known)}. Start from the model's Hugging Face folder"
+        )
+
+
+def _plain(architecture: str) -> str:
+    """An architecture's name without what llama.cpp and transformers spell differently."""
+    return architecture.replace("-", "").replace("_", "")
 
 
 def num_bytes(source: ModelSource, model: PreTrainedModel) -> int:

@@ -87,5 +87,7 @@ def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = Fal
     if not compare_first:
         warn_unused(source, unused)
     model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # a GPT-2 from a GGUF file comes column by column
     check_finite(model, source.shown)
     return model.eval()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -31,6 +32,7 @@ from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.names import Names
 from lightning_gsq.gguf.tokenizers.byte_level import SPLITS
 from lightning_gsq.gguf.tokenizers.derive import tokenizer_fields
+from lightning_gsq.gguf.types.codec import dequantize
 from lightning_gsq.gguf.types.table import TYPES
 from lightning_gsq.gguf.write import NewTensor, write_gguf
 from tests.support.exported import SHAPE, quantize, save_model
@@ -154,6 +156,23 @@ def again_keeps_the_rest(start: Path, folder: Path) -> None:
     report = FORMAT.check(run, folder / "out")
     assert report.weights == (len(run.weights), len(run.weights)) and "logits differ" in report.note
     assert logprob_difference(report) < 0.15
+
+
+def test_a_norm_that_trained_goes_into_the_file_plus_one(tmp_path: Path) -> None:
+    config, tokenizer = (make() for make in FROM_FILE["gemma3"])
+    first = quantize(save_model(tmp_path / "model", config, tokenizer), tmp_path / "first", 8, 32)  # type: ignore[arg-type]
+    (tmp_path / "start").mkdir()
+    FORMAT.write(first, tmp_path / "start", ExportOptions())
+    run = quantize(tmp_path / "start" / FILE, tmp_path / "again", 4, 32)
+    name, stored = "model.layers.1.input_layernorm.weight", "blk.1.attn_norm.weight"
+    run.trained = {name: run.values[name] * 1.5 + 0.25}
+    run.values = {**run.values, **run.trained}
+    FORMAT.write(run, tmp_path, ExportOptions())
+    old, new = GGUFFile(tmp_path / "start" / FILE), GGUFFile(tmp_path / FILE)
+    assert new.tensors[stored].number == TYPES["F32"].number
+    assert torch.equal(dequantize(new.raw(stored), 0)[0], run.parameter(name).float() + 1)
+    assert new.raw("blk.0.attn_norm.weight").tobytes() == old.raw("blk.0.attn_norm.weight").tobytes()
+    assert FORMAT.check(run, tmp_path).weights == (14, 14)
 
 
 def test_gpt2_from_a_file(tmp_path: Path) -> None:

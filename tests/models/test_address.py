@@ -11,7 +11,10 @@ import pytest
 from gguf import GGUFWriter
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.gguf.fields import text, uint
+from lightning_gsq.gguf.write import write_gguf
 from lightning_gsq.models import loading
+from lightning_gsq.models.address import ModelSource, gguf_header
 from tests.support.tiny import FAMILIES, save_tiny_model
 
 
@@ -156,3 +159,11 @@ def test_every_family_is_a_decoder(tmp_path: Path) -> None:
     for family in FAMILIES:
         source = loading.resolve(str(save_tiny_model(family, tmp_path / family)))
         assert loading.load_config(source).vocab_size > 0
+
+
+def test_a_gguf_file_of_an_architecture_without_a_reader_names_those_with_one(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", {"general.architecture": text("granite"), "granite.block_count": uint(0)}, [])
+    with pytest.raises(ConfigurationError, match=r"'granite', which transformers reads no .* bloom, .*, qwen3_moe"):
+        gguf_header(ModelSource(str(tmp_path), "x.gguf"))
+    write_gguf(tmp_path / "y.gguf", {"general.architecture": text("qwen3moe")}, [])
+    assert gguf_header(ModelSource(str(tmp_path), "y.gguf")).fields["general.architecture"].value == "qwen3moe"

@@ -85,7 +85,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConfigurationError, match="cannot find or read"):
+    with pytest.raises(ConfigurationError, match="which transformers reads no GGUF files of"):
         loading.load_config(loading.resolve(str(tmp_path / "odd.gguf")))
 
 

@@ -26,7 +26,13 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Runtime
 from lightning_gsq.export.formats.gguf_check import check_file
 from lightning_gsq.export.formats.gguf_layout import layout_of
-from lightning_gsq.export.formats.gguf_storage import FILE, SUPPORTED_BY_TRANSFORMERS, Storage, fitting_schemes
+from lightning_gsq.export.formats.gguf_storage import (
+    FILE,
+    SUPPORTED_BY_TRANSFORMERS,
+    Storage,
+    fitting_schemes,
+    source_file,
+)
 from lightning_gsq.export.formats.gguf_tensors import from_file, from_folder, ledger_of
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.readers import llama_cpp
@@ -53,9 +59,9 @@ class GGUFFormat(ExportFormat):
         if run.scale_dtype == torch.float32 and run.start_file is None:
             return "gguf stores scales in float16; quantize with --model.scale_dtype float16"
         try:
-            layout = layout_of(run)
-            if layout.source is None:
+            if source_file(run) is None:
                 fields_of_model(run.config, run.tokenizer, run.address)
+            layout_of(run)
         except ConfigurationError as error:
             return str(error).removeprefix("format: ").removeprefix("gguf: ")
         return None

@@ -80,7 +80,11 @@ def _compare_values(run: FinishedRun, network: PreTrainedModel, file: GGUFFile, 
         How many quantized weights are bit-identical, and the largest error of the others, as a share of the largest.
     """
     exact, worst = 0, 0.0
-    for name, stored in with_file(layout, run).items():
+    places = with_file(layout, run)
+    if layout.source is not None:
+        for name in set(run.other_names()) - set(places):
+            network.state_dict()[name].copy_(run.values[name])  # as it came, not in the dtype of other formats
+    for name, stored in places.items():
         lacking = [place.name for place in stored.places if place.name not in file.tensors]
         if lacking:
             raise CheckFailedError(f"{file.path} has no tensor {lacking[0]}")

@@ -12,7 +12,15 @@ from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.architectures.table import HEADLESS, Architecture, architecture_of
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.gguf.layout import HEAD, Stored, architecture_name, matrices_in_file, other_in_file, places_in_folder
+from lightning_gsq.gguf.layout import (
+    EMBEDDINGS,
+    HEAD,
+    Stored,
+    architecture_name,
+    matrices_in_file,
+    other_in_file,
+    places_in_folder,
+)
 from lightning_gsq.gguf.rows import Place
 from lightning_gsq.models.head import head_name
 from lightning_gsq.models.norms import norm_names
@@ -65,14 +73,14 @@ def trained_names(run: PlannedRun) -> list[str]:
 
 
 def _in_folder(run: PlannedRun) -> Layout:
-    architecture = architecture_of(run.config)
+    architecture, head = architecture_of(run.config), head_name(run.network)
     rows = {name: _rows(run.values[name]) for name in [*run.other_names(), *trained_names(run)]}
     weights = {name: weight.site.rows for name, weight in run.weights.items()}
     return Layout(
         None,
         architecture,
-        places_in_folder(architecture, run.config, weights),
-        places_in_folder(architecture, run.config, rows),
+        places_in_folder(architecture, run.config, weights, head),
+        places_in_folder(architecture, run.config, rows, head),
     )
 
 
@@ -106,15 +114,19 @@ def _rows(value: Tensor) -> int:
 
 
 def with_file(layout: Layout, run: FinishedRun) -> dict[str, Stored]:
-    """The places of all parameters that a written file has a tensor for."""
+    """The places of all parameters whose values a written file has, and the original model has not.
+
+    What is copied from the file that the original model came from has the model's values, but for embeddings, which may
+    be stored in another type.
+    """
     places = layout.weights | layout.others
-    if layout.source is not None:
-        for name in run.other_names():
-            if name not in places:
-                try:
-                    stored = other_in_file(layout.source, run.config, name, run.values[name])
-                except ConfigurationError:  # a buffer that is computed, and has no name there
-                    continue
-                if stored is not None:
-                    places[name] = stored
+    if layout.source is None:
+        return places
+    for name in run.other_names():
+        try:
+            stored = None if name in places else other_in_file(layout.source, run.config, name, run.values[name])
+        except ConfigurationError:  # a buffer that is computed, and has no name there
+            continue
+        if stored is not None and (run.start_file is not None or stored.places[0].name in EMBEDDINGS):
+            places[name] = stored
     return places

@@ -40,7 +40,6 @@ def base_fields(config: PretrainedConfig) -> dict[str, Field]:
         "attention.key_length": uint(size),
         "attention.value_length": uint(size),
         "attention.layer_norm_rms_epsilon": real(config.rms_norm_eps),
-        "vocab_size": uint(config.vocab_size),
     }
 
 

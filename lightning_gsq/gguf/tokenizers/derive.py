@@ -42,22 +42,27 @@ def tokenizer_fields(size: int, tokenizer: PreTrainedTokenizerBase) -> dict[str,
             "(byte-level BPE of GPT-2, SmolLM, Llama 3, Qwen2, GPT-4o or Tekken; SentencePiece with a token for every "
             f"byte; unigram); {WAY_OUT}"
         )
+    kind = own.pop("ggml.model")
     fields = {
-        **own,
+        "ggml.model": kind,
+        "ggml.pre": own.pop("ggml.pre"),
         "ggml.tokens": array(tokens, GGUFValueType.STRING),
         "ggml.token_type": array(kinds, GGUFValueType.INT32),
-        **_ends(tokenizer),
+        **own,
+        **_ends(tokenizer, kind.value),
     }
     if isinstance(tokenizer.chat_template, str):
         fields["chat_template"] = text(tokenizer.chat_template)
     return fields
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, Field]:
+def _ends(tokenizer: PreTrainedTokenizerBase, model: str) -> dict[str, Field]:
     """What stands around a text, and the numbers of special tokens."""
     ids = tokenizer("a")["input_ids"]
     fields = {"ggml.add_bos_token": flag(len(ids) > 1 and ids[0] == tokenizer.bos_token_id)}
-    fields["ggml.add_eos_token"] = flag(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    if ends or model != "gpt2":  # llama.cpp puts an end behind a unigram model's text by itself
+        fields["ggml.add_eos_token"] = flag(ends)
     for key, kind in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         token = getattr(tokenizer, f"{kind}_token_id", None)
         if token is not None:
