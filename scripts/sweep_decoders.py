@@ -67,17 +67,22 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["hidden_size_per_layer_input", "attention_hidden_size", "lru_width"], None),
     **dict.fromkeys(["bos_token_id", "eos_token_id", "decoder_start_token_id"], 1),
     "pad_token_id": 0,
+    "encoder_hash_byte_group_vocab": 64,
     "rope_scaling": None,
 }
 PATTERNS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "moe_layers", "no_rope_layers")
 PATTERNS += ("activation_sparsity_pattern", "attn_layer_indices", "moe_layer_pattern", "hybrid_layer_pattern")
 """Lists with an entry for each block."""
-PARTS = ("text_config", "vision_config", "audio_config", "vision_config_dict", "decoder_config", "thinker_config")
-MOST_WEIGHTS = 60_000_000
+MOST_WEIGHTS = 120_000_000
 FURTHER: dict[str, dict[str, Any]] = {
     # what a type needs beside that
     "gemma3n_text": {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2},
     "gemma4_text": {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "hidden_size": HIDDEN, "moe_num_experts": EXPERTS, "moe_top_k": 2},
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
 }
@@ -91,7 +96,7 @@ def small(config: Any) -> dict[str, Any]:
         if isinstance(pattern, (list, tuple)) and pattern and len(pattern) != LAYERS:
             each = list(dict.fromkeys(pattern))  # one of each kind, and the first again
             changes[name] = (each * LAYERS)[:LAYERS]
-    if hasattr(config, "kv_lora_rank"):  # latent attention has as many keys as queries
+    if settable(config, "kv_lora_rank"):  # latent attention has as many keys as queries
         changes |= {name: HEADS for name in ("num_key_value_heads",) if settable(config, name)}
     return changes
 
@@ -116,7 +121,7 @@ def configuration(kind: str) -> Any:
     parts = {
         name: AutoConfig.for_model(part.model_type, **small(part) | FURTHER.get(part.model_type, {})).to_dict()
         for name, part in vars(plain).items()
-        if name in PARTS and hasattr(part, "model_type") and part.model_type in CONFIG_MAPPING_NAMES
+        if getattr(part, "model_type", None) in CONFIG_MAPPING_NAMES
     }
     return AutoConfig.for_model(kind, **(parts or small(plain)) | FURTHER.get(kind, {}))
 
@@ -142,7 +147,7 @@ def build(kind: str) -> Any:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
-    model(torch.arange(2, 15)[None] % VOCABULARY)
+    model(torch.arange(2, 15)[None] % VOCABULARY, use_cache=False)
     return model
 
 

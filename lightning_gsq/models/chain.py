@@ -123,6 +123,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     }
+    # A model that sees or hears has blocks for that, maybe as many; its class knows which part decodes text.
+    decoding = {id(module) for module in _decoder(model).modules()}
+    lists = {name: module for name, module in lists.items() if id(module) in decoding} or lists
     outermost = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in lists.items()
@@ -140,6 +143,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "decoders built as one stack of blocks can be quantized"
         )
     return name, lists[name]
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else model
 
 
 COMPARABLE = 0.25
