@@ -19,6 +19,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -83,6 +84,13 @@ FURTHER: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 96, "hidden_size": HIDDEN, "moe_num_experts": EXPERTS, "moe_top_k": 2},
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"head_dim": 16, "qk_head_dim": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    "cohere_compass_text": {"layer_types": ["sliding_attention"] * LAYERS},
+    "reformer": {"axial_pos_embds": False},
+    "dots3_note": {"adapter_in_dim": HIDDEN},
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
 }
@@ -244,6 +252,11 @@ def stream_error(network: Any, ids_NT: Any) -> float:
     return float(token_errors(hidden, calls[-1].layout.pack(outputs[0])).max())
 
 
+def _cell(line: str) -> str:
+    """A line as it can stand in a table: without the name of the temporary folder."""
+    return re.sub(r"/\S*/(model|saved)\b", r"\1", line).replace("|", "/")
+
+
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
@@ -311,7 +324,7 @@ def page(results: list[dict[str, Any]]) -> str:
 
     counts = Counter(result["outcome"] for result in results)
     rows = [
-        f"| `{r['kind']}` | {r['outcome']} | {format(r['share'], '.1%') if 'share' in r else ''} | {r['line']} |"
+        f"| `{r['kind']}` | {r['outcome']} | {format(r['share'], '.1%') if 'share' in r else ''} | {_cell(r['line'])} |"
         for r in results
     ]
     summary = ", ".join(f"{counts[name]} {name}" for name in ("ok", "refused", "not built", "traceback"))
