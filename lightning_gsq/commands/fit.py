@@ -13,16 +13,18 @@ from rich.console import Console
 from lightning_gsq.callbacks import EndToEndProgress
 from lightning_gsq.commands.tables import print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
-from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
 from lightning_gsq.export import FinishedRun, PlannedRun, format_of
 from lightning_gsq.export.engine import announce, bring_up_to_date
+from lightning_gsq.export.folders import tidy
+from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
+from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
+from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.end_to_end import check_end_to_end
-from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import make_measure
 from lightning_gsq.run.phases import (
@@ -37,12 +39,13 @@ from lightning_gsq.run.phases import (
     warm_start_phase,
 )
 from lightning_gsq.run.recipe import make_recipe
+from lightning_gsq.run.recipe_file import open_recipe
 from lightning_gsq.run.run import Run, make_run
+from lightning_gsq.run.saving import check_saving
+from lightning_gsq.run.trial import try_settings
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.processes import Ranks, check_shares
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
-
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def fit(
@@ -83,52 +86,53 @@ def fit(
     source = model.address.source()
     limit = loading.max_length(loading.load_config(source))
     trainer = make_trainer()
+    check_trainer(settings["trainer"], trainer, model.phases)
     data.run_folder = Path(trainer.default_root_dir) / "calibration"
     data.check(limit)
     evaluation.check(limit)
-    _check_trainer(trainer)
-    folder = RunFolder(trainer.default_root_dir, trainer.global_rank)
     if trainer.global_rank:
         console = make_console(quiet=True)
-    model.load(source)
-    if "end_to_end" in model.phases:
-        check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
-    folder.check_room(_bytes_to_write(model))
-    evaluation.tokenize(model.tokenizer, model.network)
-    plan = make_plan(model)
-    for line in not_quantized(model, plan):
-        console.print(line, soft_wrap=True)
-    model.outer.expected(model.network)
-    _check_layouts(model, plan)
-    model.start.warm_start.check({f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()})
-    planned = PlannedRun(model, plan, settings["model"])
-    announce(exports, planned, folder.root / "export", _bytes_to_write(model), console)
-    data.tokenize(model.tokenizer, model.network)
-    recipe = make_recipe(settings, seed, model, data, evaluation)
-    folder.open_recipe(recipe)
-    kind = kind_before_end_to_end(model, plan, folder)
-    board.log_recipe(trainer.loggers, recipe)
-
-    shared = {"data__num_sequences": data.train_ids_NT, "data__num_validation_sequences": data.validation_ids_NT}
-    shared["evaluation__num_windows"] = evaluation.ids_NT
-    check_shares(trainer.world_size, **{name: len(ids_NT) for name, ids_NT in shared.items()})
     say = functools.partial(console.print, soft_wrap=True)
-    with Ranks.joined(trainer) as ranks:
-        ranks.wait()
-        # Before, to refuse without starting other processes; now, because then the first may not have written it yet.
-        folder.open_recipe(recipe)
-        folder.share_progress(ranks.agree)
-        run = make_run(model, data, plan, folder, recipe, make_trainer, activations, seed, say, ranks)
-        refuse_early(model, data, activations, run.width)
-        room = device_bytes(run.device)
-        measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks)
-        result = _phases(run, Perplexities(run, measure), kind, end_to_end, settings["end_to_end"])
-        summary = save_and_summarize(run, result, source)
-    if folder.rank:
-        return summary
-    print_summary(console, summary, str(folder.root))
-    bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
-    return folder.summary
+    with claimed(trainer.default_root_dir, trainer.global_rank, source, say) as folder:
+        for name in all_formats() if not folder.rank else ():
+            tidy(folder.root / "export" / name)
+        model.load(source)
+        if "end_to_end" in model.phases:
+            check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
+        try_settings(model, end_to_end, make_trainer)
+        folder.check_room(_bytes_to_write(model))
+        if not folder.rank:
+            check_saving(model.network, model.tokenizer, folder.root)
+        plan = make_plan(model)
+        for line in not_quantized(model, plan):
+            say(line)
+        _check_plan(model, plan)
+        planned = PlannedRun(model, plan, settings["model"])
+        announce(exports, planned, folder.root / "export", _bytes_to_write(model), console)
+        evaluation.tokenize(model.tokenizer, model.network)
+        data.tokenize(model.tokenizer, model.network)
+        recipe = make_recipe(settings, seed, model, data, evaluation)
+        open_recipe(folder, recipe, say)
+        kind = kind_before_end_to_end(model, plan, folder)
+        board.log_recipe(trainer.loggers, recipe)
+        _check_shares(trainer, data, evaluation)
+        with Ranks.joined(trainer) as ranks:
+            ranks.wait()
+            # Before, to refuse without starting other processes; now, because then the first may not have written it.
+            open_recipe(folder, recipe)
+            folder.share_progress(ranks.agree)
+            run = make_run(model, data, plan, folder, recipe, make_trainer, activations, seed, say, ranks)
+            refuse_early(model, data, activations, run.width)
+            room = device_bytes(run.device)
+            measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks)
+            perplexities = Perplexities(run, measure)
+            result = _phases(run, perplexities, kind, end_to_end, settings["end_to_end"])
+            summary = save_and_summarize(run, result, source, perplexities)
+        if folder.rank:
+            return summary
+        print_summary(console, summary, str(folder.root))
+        bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+        return folder.summary
 
 
 def _phases(
@@ -136,7 +140,7 @@ def _phases(
 ) -> Result:
     """The phases asked for, one after another."""
     run.say(_what_is_done(run))
-    perplexities.note("full_precision")
+    perplexities.note("full_precision", None)
     outer = outer_phase(run, perplexities)
     if "init" in run.model.phases:
         warm_start_phase(run, perplexities, outer)
@@ -159,24 +163,23 @@ def _what_is_done(run: Run) -> str:
     )
 
 
-def _check_trainer(trainer: Trainer) -> None:
-    if trainer.precision not in PRECISIONS:
-        raise ConfigurationError(
-            f"trainer.precision: logits and scales train in 32 bits, got {trainer.precision}; use one of "
-            f"{', '.join(PRECISIONS)}"
-        )
-    if trainer.max_epochs == -1 and trainer.max_steps == -1:
-        raise ConfigurationError("trainer.max_epochs: -1 would train the first block for ever; give epochs or steps")
+def _check_plan(model: ModelQuantization, plan: list[BlockPlan]) -> None:
+    """Verifies that every weight can have its scheme, its scales and its start."""
+    model.outer.expected(model.network)
+    check_layouts(plan, model.phases)
+    check_scales(model, plan)
+    expected = {f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()}
+    model.start.warm_start.check(expected)
 
 
-def _check_layouts(model: ModelQuantization, plan: list[BlockPlan]) -> None:
-    schemes = {scheme for block in plan for scheme in block.weights.values()}
-    element = any(scheme.salient is not None and scheme.salient.layout == "element" for scheme in schemes)
-    if element and "blocks" in model.phases:
-        raise ConfigurationError(
-            "model.scheme.salient.layout: element is the published layout, which is not trained; use "
-            "--model.phases [init], or structured"
-        )
+def _check_shares(trainer: Trainer, data: CalibrationDataModule, evaluation: PerplexityData) -> None:
+    """Verifies that every process gets something to work on."""
+    check_shares(
+        trainer.world_size,
+        data__num_sequences=len(data.train_ids_NT),
+        data__num_validation_sequences=len(data.validation_ids_NT),
+        evaluation__num_windows=len(evaluation.ids_NT),
+    )
 
 
 def _bytes_to_write(model: ModelQuantization) -> int:

@@ -10,7 +10,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
-from lightning_gsq.run.recipe import model_fingerprint
+from lightning_gsq.run.recipe import model_fingerprint, recipe_digest
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import override_of, scheme_of
@@ -44,6 +44,7 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
     root = Path(folder).expanduser()
     recipe = _read_recipe(root)
     run_folder = RunFolder(root, create=False)
+    run_folder.recipe = recipe_digest(recipe)
     model = _model_of(recipe, root, trust_remote_code)
     try:
         model.load(model.address.source())

@@ -23,8 +23,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.models.chain import find_blocks
+from lightning_gsq.run.block_files import OUTER
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.folder import OUTER, RunFolder
+from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.outer_weights import outer_kind
 from lightning_gsq.run.substitution import replace
 from lightning_gsq.system.fingerprint import file_digest

@@ -94,9 +94,10 @@ def places_in_file(file: GGUFFile, names: Sequence[str], w_OI: Tensor, heads: It
             return places
     else:
         halves = sorted({count for count in heads if count and len(w_OI) % (2 * count) == 0})
-        for rows in [None, *(interleaved(len(w_OI), count) for count in halves)]:
-            if _alike(file, Place(names[0], rows), w_OI, same):
-                return [Place(names[0], rows)]
+        orders = [None, *(interleaved(len(w_OI), count) for count in halves)]
+        places = [place for rows in orders if _alike(file, place := Place(names[0], rows), w_OI, same)]
+        if places:  # orders have rows in common, so that a wrong one may be alike enough: the nearest
+            return [max(places, key=lambda place: _likeness(file, place, w_OI))]
         found = _matched(file, names[0], w_OI) if same else None
         if found is not None:
             return [Place(names[0], found)]
@@ -114,15 +115,20 @@ def equal(stored: Tensor, model: Tensor) -> bool:
 
 def _alike(file: GGUFFile, place: Place, w_OI: Tensor, same: bool) -> bool:
     """Whether some rows of a tensor are those of the model that stand there in this order."""
+    return equal(*_some_rows(file, place, w_OI)) if same else _likeness(file, place, w_OI) > ALIKE
+
+
+def _likeness(file: GGUFFile, place: Place, w_OI: Tensor) -> float:
+    """Mean cosine between some rows of a tensor and those of the model that stand there in this order."""
+    stored_RI, model_RI = _some_rows(file, place, w_OI)
+    return float(torch.nn.functional.cosine_similarity(stored_RI, model_RI.float(), dim=1).mean())
+
+
+def _some_rows(file: GGUFFile, place: Place, w_OI: Tensor) -> tuple[Tensor, Tensor]:
     count = len(file.raw(place.name))
     some = torch.linspace(0, count - 1, min(SAMPLE, count)).long()
     stored_RI = dequantize(file.raw(place.name)[some.numpy()], file.tensors[place.name].number)
-    rows = some if place.rows is None else place.rows[some]
-    model_RI = w_OI[rows]
-    if same:
-        return equal(stored_RI, model_RI)
-    cosines = torch.nn.functional.cosine_similarity(stored_RI, model_RI.float(), dim=1)
-    return bool(cosines.mean() > ALIKE)
+    return stored_RI, w_OI[some if place.rows is None else place.rows[some]]
 
 
 def verify_shapes(file: GGUFFile, names: Sequence[str], shape: tuple[int, int]) -> None:

@@ -19,7 +19,6 @@ from lightning_gsq.models.address import ModelSource, finished_model, num_bytes,
 from lightning_gsq.models.config import load_config, max_length
 from lightning_gsq.models.finite import check_finite
 from lightning_gsq.models.loader_errors import as_refusals
-from lightning_gsq.models.saving import save_dense
 from lightning_gsq.models.weight_names import check_headers, refuse_info, warn_unused
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "max_length",
     "num_bytes",
     "resolve",
-    "save_dense",
 ]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -1,12 +1,18 @@
 """What happens in which order, and what is on disk?
 
 run             a run as one object
-phases          its phases, each with its perplexity; the saved model, the summary
+claim           a folder becomes that of a run
+checks          settings that would do nothing, or something else than they say
+trial           one step with the user's settings on a tiny module
+phases          the phases, each with its perplexity; the summary
 warm_start      the first phase
 blocks          the second: the loop over the blocks
 block_fit       the fit of one block
-matrices        its weights as a quantizer sees them
+matrices        its weights as a quantizer sees them, and as they are stored
 end_to_end      the third phase
+end_to_end_files  what it leaves, and whether it is whole
+saving          the quantized model as an ordinary folder
+finished        files of a phase that are there and whole
 outer_weights   embedding and head, before all of these
 perplexity      of the whole model, or block by block
 forward_passes  hidden states on their way through the model
@@ -14,7 +20,11 @@ hidden_states   where they are kept
 block_plan      which weights of which block
 substitution    other weights in a model, for a while or for good
 folder          the folder of a run
+block_files     a block's file, and what it says about itself
+dense_file      the file of what is not quantized
+progress        progress.json and summary.json, of any shape
 recipe          what makes two runs the same
+recipe_file     its file: written, compared, written again
 summary         what a run found
 report          its figures and their names
 tensorboard     what a run leaves for TensorBoard

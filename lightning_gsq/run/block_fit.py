@@ -13,17 +13,18 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelQuantizer, Matrix
 from lightning_gsq.quantizers.salient import MixedQuantizer
 from lightning_gsq.quantizers.warm_start import start_of
+from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.folder import Blocks
 from lightning_gsq.run.forward_passes import arguments_of
 from lightning_gsq.run.hidden_states import ActivationDataset, Stream, first
-from lightning_gsq.run.matrices import choose_salient, matrices_of, to_cpu
+from lightning_gsq.run.matrices import as_stored, choose_salient, matrices_of
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice
 from lightning_gsq.saliency.choose import settled_start
 from lightning_gsq.system.seeding import generator_of, seed_of
 from lightning_gsq.training import BlockQuantization
 from lightning_gsq.training.block import WeightQuantizer
+from lightning_gsq.training.losses import refuse_non_finite
 from lightning_gsq.training.token_weights import inherited_weights, typical_energy
 
 BlockLoader = DataLoader[tuple[Tensor, ...]]
@@ -73,8 +74,12 @@ def fit_block(
     measures["final"] = measures["start" if worse else "trained"]
     dtype = run.model.storage.scale_dtype
     tensors = {
-        name: to_cpu(quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype))
-        for name, quantizer in module.named_weights()
+        name: as_stored(
+            quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype),
+            site.to_matrix(module.block.get_parameter(name)),
+            f"{plan.name}.{name}",
+        )
+        for site, (name, quantizer) in zip(module.sites, module.named_weights(), strict=True)
     }
     return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
 
@@ -139,6 +144,12 @@ def _measures(run: Run, module: BlockQuantization, held_out: BlockLoader) -> dic
     """Held-out errors of the start and of the rounded result, and the share of codes that differ."""
     weights = {"start": module.start_weights(), "trained": module.hard_weights()}
     measures = {key: _error(run, module, held_out, dense) for key, dense in weights.items()}
+    refuse_non_finite(
+        measures["start"],
+        f"the held-out error of the warm start of {module.name}",
+        "its weights, or the hidden states that enter it, are not finite: see --model.dtype, --model.scale_dtype and "
+        "--activations.dtype",
+    )
     flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for _, q in module.named_quantizers())
     measures["flip_rate"] = flipped / sum(q.start_codes.numel() for _, q in module.named_quantizers())
     return measures
@@ -156,7 +167,7 @@ def _error(
             total += float(module.loss(tensors, weights)) * len(tensors[0])
             count += len(tensors[0])
     total, count = run.ranks.sum(torch.tensor([total, count], dtype=torch.float64, device=run.device)).tolist()
-    return total / count
+    return float(total / count)
 
 
 def _mean_square(run: Run, x_NTD: Tensor, weights_NT: Tensor | None = None) -> float:

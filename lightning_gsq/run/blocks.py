@@ -12,48 +12,42 @@ F begins with the full-precision embedding, Q with the quantized one where that 
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_fit import fit_block
-from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.folder import Blocks
+from lightning_gsq.run.finished import Finished, Lap
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.substitution import install, outer_installed
 
-Finished = Callable[[BlockPlan, float, dict[str, float]], None]
-"""What is told of a finished block: its plan, its seconds, its measures."""
 
-
-def train_blocks(run: Run, finished: Finished, outer: Blocks) -> None:
+def train_blocks(run: Run, outer: Blocks) -> None:
     """Trains every planned block that has no file yet. The model is left as it was.
 
     Args:
         run: The run.
-        finished: Told of every block.
         outer: Quantized weights outside of the blocks, with which the quantized stream begins.
     """
-    done = _finished_blocks(run)
-    if len(done) == len(run.plan):
+    finished = Finished(run, "block")
+    if finished.complete:
         return
-    if done:
-        run.say(f"Resuming after {len(done)} finished of {len(run.plan)} blocks")
+    _say_what_is_there(run, finished)
     ids_NT = torch.cat([run.train_ids_NT, run.validation_ids_NT])
     target = run.model.block.target
     with hidden_store((*ids_NT.shape, run.width), run.activations, target.streams) as store:
+        lap = Lap(run)
         with outer_installed(run.model.network, outer):
             quantized = embedded(run.model.network, ids_NT, store)
         full, wanted = quantized, Stream(ids_NT, store.new(), store)
         if target.follows_original:
             full = embedded(run.model.network, ids_NT, store)
         for index in range(run.last_block + 1):
-            began, measures = time.perf_counter(), dict[str, float]()
-            run.watch.take()
-            block, plan, tensors = working_copy(run, index), run.plan_of.get(index), done.get(index)
+            block, plan = working_copy(run, index), run.plan_of.get(index)
+            tensors = None if plan is None else finished.take(plan)
             missing = plan is not None and tensors is None
             if missing or target.follows_original:
                 propagate(run, block, index, full, wanted)
@@ -63,22 +57,35 @@ def train_blocks(run: Run, finished: Finished, outer: Blocks) -> None:
                     # A Trainer and its module refer to each other: without this, the logits and optimizer
                     # states of many blocks pile up before Python looks for such cycles by itself.
                     gc.collect()
-                    run.folder.write_block("block", index, tensors)
+                    finished.add(plan, tensors, {**lap.take(), **measures, "made_by": made_by(run)})
                 install(block, plan, tensors)
-            propagate(run, block, index, quantized, quantized)
+            if index < run.last_block:
+                propagate(run, block, index, quantized, quantized)
             if target.follows_original:
                 full, wanted = wanted, full
-            if plan is not None and missing:
-                parts = {f"seconds/{part}": seconds for part, seconds in run.watch.take().items()}
-                finished(plan, time.perf_counter() - began, measures | parts)
+            if not missing:
+                lap.take()  # the way through blocks that are finished is no part of the next one's time
 
 
-def _finished_blocks(run: Run) -> dict[int, Blocks]:
-    """Blocks on disk, up to the first that is missing."""
-    done = {}
-    there = [run.folder.has_blocks("block", [plan.index]) for plan in run.plan]
-    for plan, exists in zip(run.plan, run.ranks.agree(there), strict=True):
-        if not exists:
-            break
-        done[plan.index] = run.folder.read_block("block", plan.index, plan.expected)
-    return done
+def made_by(run: Run) -> dict[str, Any]:
+    """The processes that share the sequences: they decide how large a step is and what noise each sees."""
+    strategy = type(run.trainer.strategy).__name__
+    return {"processes": run.ranks.world, "nodes": run.trainer.num_nodes, "strategy": strategy}
+
+
+def _say_what_is_there(run: Run, finished: Finished) -> None:
+    if not finished.headers:
+        return
+    run.say(f"Resuming after {len(finished.headers)} finished of {len(run.plan)} blocks")
+    now = made_by(run)
+    others = [h.measures["made_by"] for h in finished.headers.values() if h.measures.get("made_by", now) != now]
+    if others:
+        run.say(
+            f"Of these, {len(others)} were trained by {_processes(others[0])}, this start has {_processes(now)}: a "
+            "step of the coming blocks has another number of sequences and other noise. The summary says which block "
+            "had what"
+        )
+
+
+def _processes(made: dict[str, Any]) -> str:
+    return f"{made.get('processes')} process(es) on {made.get('nodes')} node(s), {made.get('strategy')}"

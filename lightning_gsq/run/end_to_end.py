@@ -14,19 +14,25 @@ killed begins anew, from the blocks' result and with the teacher's stored tokens
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.ends import find_ends
 from lightning_gsq.models.head import find_head
-from lightning_gsq.run.folder import OUTER, Blocks, RunFolder, compare
-from lightning_gsq.run.matrices import to_cpu
+from lightning_gsq.run.block_files import Blocks
+from lightning_gsq.run.blocks import made_by
+from lightning_gsq.run.end_to_end_files import (
+    EndToEndResult,
+    finished_phase,
+    on_disk,
+    refuse_other_settings,
+    write_blocks,
+)
+from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.fingerprint import fingerprint
 from lightning_gsq.system.seeding import generator_of
@@ -38,24 +44,6 @@ BESIDE_THE_RESULT = {"recompute", "chunk", "strategy"}
 """Settings that change what the phase costs, not what it finds."""
 
 
-@dataclass(frozen=True)
-class EndToEndResult:
-    """What the phase found.
-
-    Args:
-        report: ``start`` and ``final`` held-out losses, ``rejected``, ``seconds``, ``settings``, ``blocks``.
-        dense: Norms and head if they trained, fp32 by parameter name.
-    """
-
-    report: dict[str, Any]
-    dense: dict[str, Tensor]
-
-    @property
-    def rejected(self) -> bool:
-        """Whether no state was better than the blocks' result."""
-        return bool(self.report["rejected"])
-
-
 def check_end_to_end(
     model: ModelQuantization, options: EndToEndOptions, settings: dict[str, Any], folder: RunFolder, trainer: Trainer
 ) -> None:
@@ -64,21 +52,19 @@ def check_end_to_end(
     Raises:
         ConfigurationError: it cannot, or the folder holds a finished phase with other settings.
     """
-    vocabulary = len(find_head(model.network).weight_VD)
-    if options.loss.top_k is not None and options.loss.top_k > vocabulary:
-        raise ConfigurationError(
-            f"end_to_end.top_k: {options.loss.top_k} tokens were asked for, the vocabulary has {vocabulary}"
-        )
+    vocabulary, top_k = len(find_head(model.network).weight_VD), options.loss.top_k
+    if top_k is not None and top_k > vocabulary:
+        raise ConfigurationError(f"end_to_end.top_k: {top_k} tokens were asked for, the vocabulary has {vocabulary}")
     _check_outer(model, options)
-    logits = "logits" in options.train and model.block.gumbel.logits_dtype != "float32"
-    if logits and _is_spread(options, trainer.world_size):
+    dtype = model.block.gumbel.logits_dtype
+    if "logits" in options.train and dtype != "float32" and _is_spread(options, trainer.world_size):
         raise ConfigurationError(
             f"model.gumbel.logits_dtype: {options.strategy} takes one dtype for all that trains, and scales train in "
-            f"float32; got {model.block.gumbel.logits_dtype}. Use float32, or leave logits out of end_to_end.train"
+            f"float32; got {dtype}. Use float32, or leave logits out of end_to_end.train"
         )
-    known = folder.read_dense("end_to_end")
-    if known is not None:
-        _refuse_another(folder, known[1], _kept(settings))
+    finished = on_disk(folder, lambda _: None)
+    if finished is not None:
+        refuse_other_settings(folder, finished.report, _kept(settings))
 
 
 def _check_outer(model: ModelQuantization, options: EndToEndOptions) -> None:
@@ -106,20 +92,6 @@ def _kept(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in BESIDE_THE_RESULT}
 
 
-def _refuse_another(
-    folder: RunFolder, report: dict[str, Any], settings: dict[str, Any], blocks: str | None = None
-) -> None:
-    differences = compare(report["settings"], settings, "end_to_end.")
-    if blocks is not None and report["blocks"] != blocks:
-        differences.append("blocks: the phase started from other codes and scales")
-    if differences:
-        raise ConfigurationError(
-            f"end_to_end: {folder.root} holds a finished end-to-end phase of another kind; delete "
-            f"{folder.dense_file('end_to_end')} to have it run again. What differs:\n"
-            + "\n".join(f"  {line}" for line in differences)
-        )
-
-
 def run_end_to_end(
     run: Run,
     start: list[Blocks],
@@ -139,21 +111,17 @@ def run_end_to_end(
         progress: Shows how far the phase is.
 
     Raises:
-        ConfigurationError: the folder holds a finished phase with other settings or of other blocks.
+        ConfigurationError: the folder holds a finished phase with other settings.
     """
     settings = _kept(settings)
     blocks = fingerprint(part for tensors in (*start, outer) for tensor in tensors.values() for part in tensor.parts())
-    finished = run.folder.read_dense("end_to_end")
-    if run.ranks.agree(finished is not None):
-        assert finished is not None
-        dense, report = finished
-        _refuse_another(run.folder, report, settings, blocks)
-        return EndToEndResult(report, dense)
-
+    finished = run.ranks.agree(finished_phase(run, settings, blocks) if run.ranks.first else None)
+    if finished is not None:
+        return finished
     began = time.perf_counter()
-    # What an earlier end of this phase left behind, if its file was deleted, is not true of the coming one.
-    perplexity = run.folder.progress.get("perplexity", {})
-    run.folder.update_progress(perplexity={k: v for k, v in perplexity.items() if k != "end_to_end"}, model=None)
+    # What an earlier end of this phase left behind is not true of the coming one.
+    if run.ranks.first:
+        run.folder.dense_file("end_to_end").unlink(missing_ok=True)
     trainer = _trainer(run, options, [] if progress is None else [progress])
     module = _module(run, start, outer, options)
     training, held_out = _batches(run, module, options)
@@ -161,6 +129,11 @@ def run_end_to_end(
     rejected = not module.best_loss < start_loss
     module.restore_best()
     dense = {} if rejected else module.dense()
+    if rejected:
+        run.say(
+            f"The end-to-end phase did not lower the held-out loss of {start_loss:.4g} (it ended at "
+            f"{module.last_loss:.4g}): the result of the blocks stands"
+        )
     report = {
         "start": start_loss,
         "final": module.best_loss,
@@ -169,17 +142,9 @@ def run_end_to_end(
         "seconds": time.perf_counter() - began,
         "settings": settings,
         "blocks": blocks,
+        "weights": {} if rejected else write_blocks(run, module, bool(outer)),
+        "made_by": made_by(run),
     }
-    if rejected:
-        run.say(
-            f"The end-to-end phase did not lower the held-out loss of {start_loss:.4g} (it ended at "
-            f"{module.last_loss:.4g}): the result of the blocks stands"
-        )
-    else:
-        for index, tensors in module.tensors():
-            run.folder.write_block("end_to_end", index, {n: to_cpu(t) for n, t in tensors.items()})
-        if outer:
-            run.folder.write_block("end_to_end", OUTER, {n: to_cpu(t) for n, t in module.outer_tensors().items()})
     run.folder.write_dense("end_to_end", dense, report)
     run.ranks.wait()
     return EndToEndResult(report, dense)
@@ -227,6 +192,7 @@ def _batches(
     sequences: Dataset[Any] = TensorDataset(train_ids_NT)
     if options.loss.top_k is not None:
         key = {
+            "model": run.recipe["fingerprints"]["model"],
             "text": fingerprint([train_ids_NT]),
             "temperature": str(options.loss.temperature),
             "top_k": str(options.loss.top_k),

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import embed, run_block_giving
 from lightning_gsq.models.passing import Forms, arguments_from_ids
 from lightning_gsq.run.hidden_states import ActivationOptions, ActivationStore, Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.slices import slices
+from lightning_gsq.training.losses import refuse_non_finite
 
 FORWARD_TOKENS = 4096
 """Tokens that pass through a block at once where nothing is trained."""
@@ -36,11 +38,37 @@ def hidden_store(shape: tuple[int, int, int], options: ActivationOptions, stream
         store.close()
 
 
+def put(hidden_BTD: Tensor, out_BTD: Tensor, where: str) -> None:
+    """Writes hidden states into ``out``, in its dtype.
+
+    Args:
+        hidden_BTD: Hidden states as they were computed.
+        out_BTD: Where they are kept.
+        where: Which they are, for the message: what follows "the hidden states that".
+
+    Raises:
+        NonFiniteLossError: they are not finite.
+        ConfigurationError: they do not fit into that dtype.
+    """
+    largest = float(hidden_BTD.detach().abs().amax()) if hidden_BTD.numel() else 0.0
+    refuse_non_finite(
+        largest,
+        f"the largest of the hidden states that {where}",
+        "a weight of the model is not finite, or its activations overflow: see --model.dtype and --trainer.precision",
+    )
+    if largest > torch.finfo(out_BTD.dtype).max:
+        raise ConfigurationError(
+            f"activations.dtype: the hidden states that {where} reach {largest:.3g}, more than "
+            f"{str(out_BTD.dtype).removeprefix('torch.')} holds; use --activations.dtype bfloat16 or float32"
+        )
+    out_BTD.copy_(hidden_BTD.to(out_BTD))
+
+
 def embedded(network: PreTrainedModel, ids_NT: Tensor, store: ActivationStore) -> Stream:
-    """A stream at the first block."""
+    """A stream at the first block; errors as of :func:`put`."""
     stream = Stream(ids_NT, store.new(), store)
     for part in slices(len(ids_NT), sequences_at_once(ids_NT.shape[1])):
-        stream.hidden_NTD[part] = embed(network, ids_NT[part]).to(stream.hidden_NTD)
+        put(embed(network, ids_NT[part]), stream.hidden_NTD[part], "enter the first block")
     return stream
 
 
@@ -71,6 +99,7 @@ def pass_through(
     source: Stream,
     out: Stream,
     needed: Collection[str],
+    index: int,
 ) -> torch.dtype:
     """Runs a block over a stream, some sequences at a time; ``out`` may be ``source``.
 
@@ -80,14 +109,20 @@ def pass_through(
         source: What enters it.
         out: Filled with what leaves it.
         needed: Names of what blocks after it take from blocks before them.
+        index: The block's number, for messages.
 
     Returns:
         The dtype that the block computed in.
+
+    Raises:
+        NonFiniteLossError: what leaves it is not finite.
+        ConfigurationError: it does not fit into the dtype of ``out``.
     """
     dtype, beside = source.hidden_NTD.dtype, dict(source.beside)
     for part in slices(len(source.hidden_NTD), sequences_at_once(source.hidden_NTD.shape[1])):
         output_BTD, given = run_block(source.hidden_NTD[part], [tensor[part] for tensor in arguments])
-        out.hidden_NTD[part], dtype = output_BTD.to(out.hidden_NTD), output_BTD.dtype
+        put(output_BTD, out.hidden_NTD[part], f"leave block {index}")
+        dtype = output_BTD.dtype
         for name, tensor in given.items():
             if part.start == 0:
                 beside[name] = source.store.room_for(tensor)
@@ -108,7 +143,7 @@ def propagate(run: Run, block: nn.Module, index: int, source: Stream, out: Strea
 
     with run.watch("streams"), run.precision():
         arguments = arguments_of(run.model.network, run.forms, call, index, source)
-        pass_through(through, arguments, source, out, needed_after(run.calls, index))
+        pass_through(through, arguments, source, out, needed_after(run.calls, index), index)
 
 
 def needed_after(calls: Sequence[BlockCall], index: int) -> set[str]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.system.locking import is_free, locked
 
+PREFIX, LOCK = "lightning-gsq-", ".lock"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +43,11 @@ class ActivationOptions:
                 "files"
             )
 
+    @property
+    def place(self) -> Path:
+        """The folder that the files' own folder is made in."""
+        return Path(self.folder or tempfile.gettempdir()).expanduser()
+
 
 class ActivationStore:
     """Room for hidden states ``N T D`` at one depth, several times (the streams of a run).
@@ -57,16 +65,25 @@ class ActivationStore:
         self.shape, self.dtype = shape, _DTYPES[options.dtype]
         self.bytes_each = math.prod(shape) * self.dtype.itemsize
         self.folder: Path | None = None
-        self._count = 0
+        self._count, self._lock = 0, ExitStack()
         if streams * self.bytes_each > options.memory_limit_gb * 1e9:
-            free = shutil.disk_usage(options.folder or tempfile.gettempdir()).free
+            self.folder = self._make_folder(options.place, streams)
+
+    def _make_folder(self, place: Path, streams: int) -> Path:
+        try:
+            _clean_up(place)
+            free = shutil.disk_usage(place).free
             if free < streams * self.bytes_each:
                 raise ConfigurationError(
-                    f"activations.folder: {options.folder or tempfile.gettempdir()} has {free / 1e9:.1f} GB free, the "
-                    f"hidden states of {shape[0]} sequences of {shape[1]} tokens need "
-                    f"{streams * self.bytes_each / 1e9:.1f} GB; choose another folder or fewer sequences"
+                    f"activations.folder: {place} has {free / 1e9:.1f} GB free, the hidden states of {self.shape[0]} "
+                    f"sequences of {self.shape[1]} tokens need {streams * self.bytes_each / 1e9:.1f} GB; choose "
+                    "another folder or fewer sequences"
                 )
-            self.folder = Path(tempfile.mkdtemp(prefix="lightning-gsq-", dir=options.folder))
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        except OSError as error:
+            raise ConfigurationError(f"activations.folder: cannot write to {place}: {error.strerror}") from error
+        self._lock.enter_context(locked(folder / LOCK, "hidden states", "activations.folder", lambda _: None))
+        return folder
 
     def new(self) -> Tensor:
         """An uninitialised tensor ``N T D``, memory-mapped past the threshold."""
@@ -92,6 +109,14 @@ class ActivationStore:
         """Deletes the files, if any."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+
+def _clean_up(place: Path) -> None:
+    """Deletes what runs that were killed left: folders whose lock nobody holds."""
+    for folder in place.glob(f"{PREFIX}*"):
+        if folder.is_dir() and not folder.is_symlink() and is_free(folder / LOCK):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass

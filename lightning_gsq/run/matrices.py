@@ -16,7 +16,9 @@ from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice, settle
 from lightning_gsq.system.slices import slices
-from lightning_gsq.weights.quantized import QuantizedWeight
+from lightning_gsq.weights.element import ElementTensor
+from lightning_gsq.weights.mixed import MixedTensor, merge_columns
+from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, expand_groups
 
 
 def hessian_sequences(run: Run) -> int:
@@ -68,15 +70,49 @@ def choose_salient(run: Run, matrices: dict[str, Matrix]) -> dict[str, Choice]:
         return settle(mixed, run.model.start.saliency)
 
 
-def to_cpu(tensor: QuantizedWeight) -> QuantizedWeight:
-    """The tensor as it is stored.
+def as_stored(tensor: QuantizedWeight, w_OI: Tensor, name: str) -> QuantizedWeight:
+    """The tensor as it is stored, on the CPU.
+
+    Args:
+        tensor: Its scales in their stored dtype.
+        w_OI: The original weight.
+        name: The weight's name.
 
     Raises:
-        ConfigurationError: a scale overflowed.
+        ConfigurationError: a scale does not fit into that dtype: it became infinite, or 0 where the weights are not.
     """
+    tensor = tensor.cpu()
     for scales in tensor.scales:
         if not bool(torch.isfinite(scales).all()):
             raise ConfigurationError(
-                f"model.scale_dtype: a scale does not fit into {scales.dtype}; use bfloat16 or float32"
+                f"model.scale_dtype: a scale of {name} does not fit into {_name(scales.dtype)}; use bfloat16 or float32"
             )
-    return tensor.cpu()
+        if scales.dtype == torch.float16 and bool((scales == 0).any()):
+            lost = int((_without_scale(tensor) & (w_OI.cpu() != 0)).sum())
+            if lost:
+                raise ConfigurationError(
+                    f"model.scale_dtype: scales of {name} are too small for float16, so that {lost:,} weights would "
+                    "become 0; use bfloat16 or float32, or leave the weight out with --model.exclude"
+                )
+    return tensor
+
+
+def _without_scale(tensor: QuantizedWeight) -> Tensor:
+    """The weights ``O I`` whose scale is 0, bool."""
+    if isinstance(tensor, QuantizedTensor):
+        columns = tensor.shape[1]
+        if tensor.others:  # with two levels or offsets a group's scale may be 0 by choice
+            return torch.zeros(tensor.shape, dtype=torch.bool)
+        return expand_groups(tensor.scales_OG, columns, tensor.scheme.group_length(columns)) == 0
+    if isinstance(tensor, MixedTensor):
+        rest_OR = _without_scale(tensor.rest)
+        salient_OK = rest_OR[:, :0] if tensor.salient is None else _without_scale(tensor.salient)
+        return merge_columns(rest_OR, salient_OK, tensor.columns_K)
+    assert isinstance(tensor, ElementTensor)
+    lost_OI = (tensor.salient_scales_O == 0)[:, None].repeat(1, tensor.shape[1])
+    lost_OI[~tensor.mask_OI] = (tensor.table_n == 0)[tensor.members.long()]
+    return lost_OI
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -31,15 +31,13 @@ from lightning_gsq.models.ends import find_ends, head_inputs
 from lightning_gsq.models.standing_in import standing_in
 from lightning_gsq.quantizers import RTN
 from lightning_gsq.quantizers.warm_start import quantized, stack
-from lightning_gsq.run.folder import OUTER, Blocks
+from lightning_gsq.run.block_files import OUTER, ROUNDED, Blocks, DamagedFileError, Expected
 from lightning_gsq.run.forward_passes import sequences_at_once
-from lightning_gsq.run.matrices import to_cpu
+from lightning_gsq.run.matrices import as_stored
 from lightning_gsq.run.run import Run
 from lightning_gsq.weights.quantized import QuantizedWeight
 from lightning_gsq.weights.scheme import QuantScheme
 
-ROUNDED = "rounded"
-"""Kind of the file before anything trains these weights."""
 ROWS = 8192
 """Rows that are rounded at once."""
 
@@ -54,7 +52,7 @@ def quantize_outer(run: Run) -> Blocks:
     expected = run.model.outer.expected(network)
     if not expected:
         return {}
-    if run.ranks.agree(run.folder.has_blocks(ROUNDED, [OUTER])):
+    if run.ranks.agree(_is_whole(run, expected)):
         return run.folder.read_block(ROUNDED, OUTER, expected)
     ends = find_ends(network)
     heads = {ends.head, ends.embedding} if ends.tied else {ends.head}
@@ -68,6 +66,18 @@ def quantize_outer(run: Run) -> Blocks:
     }
     run.folder.write_block(ROUNDED, OUTER, tensors)
     return tensors
+
+
+def _is_whole(run: Run, expected: Expected) -> bool:
+    """Whether the file of an earlier start is there and what it was."""
+    if not run.ranks.first or not run.folder.has_blocks(ROUNDED, [OUTER]):
+        return False
+    try:
+        run.folder.read_block(ROUNDED, OUTER, expected)
+    except DamagedFileError as error:
+        run.say(str(error))
+        return False
+    return True
 
 
 def read_outer(run: Run, kind: str) -> Blocks:
@@ -99,7 +109,7 @@ def round_rows(
     round_to_nearest = RTN(weighted=moments_D is not None)
     importance_DD = None if moments_D is None else torch.diag(moments_D.to(device, torch.float32))
     starts = [round_to_nearest(w.to(device, torch.float32), importance_DD, scheme) for w in w_VD.split(ROWS)]
-    return to_cpu(quantized(stack(starts), scheme, scale_dtype))
+    return as_stored(quantized(stack(starts), scheme, scale_dtype), w_VD, "a weight outside of the blocks")
 
 
 @torch.no_grad()

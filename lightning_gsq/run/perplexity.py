@@ -211,7 +211,7 @@ class BlockwisePerplexity:
             return run_block_giving(block, _fetch(hidden_BTD, device, dtype), bound, weights)
 
         arguments = arguments_of(self.network, self._survey.forms, call, index, stream)
-        return pass_through(through, arguments, stream, stream, needed_after(self._calls, index))
+        return pass_through(through, arguments, stream, stream, needed_after(self._calls, index), index)
 
     def _head(self, device: torch.device) -> Head:
         """The head as it is now, on the device, in the dtype that its product is computed in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,30 @@ from torch import Tensor
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard
+from lightning_gsq.run.block_files import OUTER, ROUNDED, Blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.blocks import train_blocks
 from lightning_gsq.run.end_to_end import run_end_to_end
-from lightning_gsq.run.folder import Blocks, RunFolder
-from lightning_gsq.run.outer_weights import quantize_outer, read_outer
+from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.outer_weights import outer_kind, quantize_outer, read_outer
 from lightning_gsq.run.report import PERPLEXITY_NAMES
 from lightning_gsq.run.run import Run
+from lightning_gsq.run.saving import save_model
 from lightning_gsq.run.substitution import as_stored, installed, outer_installed
 from lightning_gsq.run.summary import make_summary
 from lightning_gsq.run.warm_start import warm_start
+from lightning_gsq.system.digests import data_digest
 from lightning_gsq.system.memory import release
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
+
+KINDS_OF_PERPLEXITY = {
+    # names of perplexities, in the order of the phases, and the files that the model's weights come from
+    "full_precision": None,
+    "outer": ROUNDED,
+    "warm_start": "warm_start",
+    "blocks": "block",
+    "end_to_end": "end_to_end",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,8 @@ class Result:
 class Perplexities:
     """Measures perplexities once each, keeps them in the run folder, logs and prints them.
 
+    Each is kept with the digest of what it was measured of, so that none outlives its weights or its text.
+
     Args:
         run: The run.
         measure: Measures the model as it is at the moment.
@@ -59,22 +73,59 @@ class Perplexities:
     run: Run
     measure: Callable[[], float]
 
-    def note(self, name: str) -> None:
-        """The perplexity of that name, measured unless it is known."""
-        measured = self.run.folder.progress.get("perplexity", {})
-        if name not in measured:
+    def of(self, kind: str | None) -> str:
+        """Digest of what a perplexity depends on; ``kind`` is None for the full-precision model."""
+        weights = None if kind is None else digest_of(self.run, kind)
+        return self.run.ranks.agree(
+            data_digest([weights, self.run.folder.recipe, self.run.recipe["fingerprints"]["evaluation"]])
+        )
+
+    def known(self, name: str, kind: str | None) -> float | None:
+        """The perplexity of that name, if it was measured of the files that are there."""
+        return self.run.folder.perplexity(name, self.of(kind))
+
+    def all(self) -> dict[str, float]:
+        """Every perplexity that was measured of the files that are there, in the order of the phases."""
+        values = {name: self.known(name, kind) for name, kind in KINDS_OF_PERPLEXITY.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def note(
+        self,
+        name: str,
+        kind: str | None,
+        tensors: list[Blocks] | None = None,
+        dense: Mapping[str, Tensor] | None = None,
+        outer: Blocks | None = None,
+    ) -> None:
+        """The perplexity of that name, measured unless it is known.
+
+        Args:
+            name: Its name.
+            kind: Whose files the weights come from; None for the full-precision model.
+            tensors: The quantized weights of each planned block; None leaves the blocks as they are.
+            dense: Other parameters that trained.
+            outer: Quantized weights outside of the blocks.
+        """
+        folder, of = self.run.folder, self.of(kind)
+        value = folder.perplexity(name, of)
+        if value is None:
             began = time.perf_counter()
-            # What is reported of the quantized model is what its files give: nothing more precise than they are.
-            original = name == "full_precision"
-            with contextlib.nullcontext() if original else as_stored(self.run.model, self.run.plan):
-                measured = {**measured, name: self.measure()}
-            self.run.folder.update_progress(perplexity=measured)
-            add_seconds(self.run.folder, "evaluation", began)
+            with contextlib.ExitStack() as weights:
+                if tensors is not None:
+                    weights.enter_context(installed(self.run.model, self.run.plan, tensors, dense, outer))
+                elif outer is not None:
+                    weights.enter_context(outer_installed(self.run.model.network, outer))
+                if kind is not None:
+                    # What is reported of the quantized model is what its files give: nothing more precise.
+                    weights.enter_context(as_stored(self.run.model, self.run.plan))
+                value = self.measure()
+            folder.note_perplexity(name, of, value)
+            folder.add_seconds("evaluation", time.perf_counter() - began)
             for logger in self.run.trainer.loggers:
-                logger.log_metrics({f"perplexity/{name}": measured[name]}, step=0)
+                logger.log_metrics({f"perplexity/{name}": value}, step=0)
                 logger.save()
-        action = "of the full-precision model" if name == "full_precision" else PERPLEXITY_NAMES[name]
-        self.run.say(f"perplexity {action}: {measured[name]:.2f}")
+        action = "of the full-precision model" if kind is None else PERPLEXITY_NAMES[name]
+        self.run.say(f"perplexity {action}: {value:.2f}")
 
 
 def outer_phase(run: Run, perplexities: Perplexities) -> Blocks:
@@ -83,39 +134,30 @@ def outer_phase(run: Run, perplexities: Perplexities) -> Blocks:
     outer = quantize_outer(run)
     if not outer:
         return {}
-    if "outer" not in run.folder.progress.get("perplexity", {}):
-        add_seconds(run.folder, "outer", began)
+    if perplexities.known("outer", ROUNDED) is None:
+        run.folder.add_seconds("outer", time.perf_counter() - began)
     run.ranks.wait()
-    with outer_installed(run.model.network, outer):
-        perplexities.note("outer")
+    perplexities.note("outer", ROUNDED, outer=outer)
     return outer
 
 
 def warm_start_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
     """The warm start of the whole model, and what it is worth."""
-    if "warm_start" in run.folder.progress.get("perplexity", {}):
-        perplexities.note("warm_start")
-        return
     began = time.perf_counter()
-    starts = warm_start(run, outer)
-    add_seconds(run.folder, "warm_start", began)
-    run.folder.update_progress(init_seconds=run.watch.take())
-    with installed(run.model, run.plan, starts, outer=outer):
-        perplexities.note("warm_start")
+    starts, made = warm_start(run, outer)
+    if made:
+        run.folder.add_seconds("warm_start", time.perf_counter() - began)
+        run.folder.update_progress(init_seconds=run.watch.take())
+    run.ranks.wait()
+    perplexities.note("warm_start", "warm_start", starts, outer=outer)
 
 
 def blocks_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
     """Every block trained."""
-
-    def finished(plan: BlockPlan, seconds: float, measures: dict[str, float]) -> None:
-        blocks = run.folder.progress.get("blocks", {})
-        run.folder.update_progress(blocks={**blocks, str(plan.index): {"seconds": seconds, **measures}})
-
-    train_blocks(run, finished, outer)
+    train_blocks(run, outer)
     run.ranks.wait()
     release()
-    with installed(run.model, run.plan, read_blocks(run, "block"), outer=outer):
-        perplexities.note("blocks")
+    perplexities.note("blocks", "block", read_blocks(run, "block"), outer=outer)
 
 
 def end_to_end_phase(
@@ -133,31 +175,23 @@ def end_to_end_phase(
     if trained.rejected:
         return Result(result.kind, result.tensors, result.outer, {}, trained.report)
     tensors, outer = read_blocks(run, "end_to_end"), read_outer(run, "end_to_end")
-    with installed(run.model, run.plan, tensors, trained.dense, outer):
-        perplexities.note("end_to_end")
+    perplexities.note("end_to_end", "end_to_end", tensors, trained.dense, outer)
     return Result("end_to_end", tensors, outer, trained.dense, trained.report)
 
 
-def save_and_summarize(run: Run, result: Result, source: loading.ModelSource) -> dict[str, Any]:
+def save_and_summarize(
+    run: Run, result: Result, source: loading.ModelSource, perplexities: Perplexities
+) -> dict[str, Any]:
     """Saves the dequantized model, unless it is there, and writes the summary, which it returns."""
+    made_from = data_digest([run.folder.recipe, digest_of(run, result.kind)])
     with installed(run.model, run.plan, result.tensors, result.dense, result.outer):
-        if run.folder.progress.get("model") != result.kind:
-            began = time.perf_counter()
-            if run.ranks.first:
-                dtype = run.model.storage.output_dtype
-                loading.save_dense(run.model.network, run.model.tokenizer, run.folder.model, dtype)
-            run.folder.update_progress(model=result.kind)
-            add_seconds(run.folder, "saving", began)
+        if run.ranks.first:
+            began, dtype = time.perf_counter(), run.model.storage.output_dtype
+            if save_model(run.model.network, run.model.tokenizer, run.folder.model, dtype, made_from):
+                run.folder.add_seconds("saving", time.perf_counter() - began)
+        run.folder.update_progress(model=result.kind)
         summary = make_summary(
-            run.model,
-            source,
-            run.folder,
-            run.recipe,
-            result.kind,
-            run.plan,
-            result.tensors,
-            result.outer,
-            result.end_to_end,
+            run, source, result.kind, result.tensors, result.outer, perplexities.all(), result.end_to_end
         )
     run.folder.write_summary({**summary, "exports": run.folder.summary.get("exports", {})})
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
@@ -165,6 +199,13 @@ def save_and_summarize(run: Run, result: Result, source: loading.ModelSource) ->
         run.trainer.loggers, run.recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]}
     )
     return summary
+
+
+def digest_of(run: Run, kind: str) -> str:
+    """A digest of the weights that the files of a phase give the model: of its blocks, and of those outside of them."""
+    outer = run.folder.digest(outer_kind(kind), [OUTER]) if run.model.outer.expected(run.model.network) else None
+    blocks = None if kind == ROUNDED else run.folder.digest(kind, [plan.index for plan in run.plan])
+    return data_digest([blocks, outer])
 
 
 def read_blocks(run: Run, kind: str) -> list[Blocks]:
@@ -191,9 +232,3 @@ def kind_before_end_to_end(model: ModelQuantization, plan: list[BlockPlan], fold
         f"model.phases: end_to_end goes on from quantized blocks, and {folder.root} has no finished set of them; add "
         "blocks (or init, to start from the warm start)"
     )
-
-
-def add_seconds(folder: RunFolder, part: str, began: float) -> None:
-    """Adds the seconds since ``began`` to a part of the run."""
-    seconds = folder.progress.get("seconds", {})
-    folder.update_progress(seconds={**seconds, part: seconds.get(part, 0.0) + time.perf_counter() - began})

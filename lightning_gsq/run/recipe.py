@@ -1,15 +1,25 @@
-"""What makes two runs the same: the resolved settings that decide the result, and fingerprints of model and text."""
+"""What makes two runs the same: the resolved settings that decide the result, and fingerprints of model and text.
+
+What a fingerprint stands for (the address of a model, of a text, of a file to start from) may be written otherwise, or
+have moved: it is kept in the recipe, and does not count. Neither does the text for perplexity, which changes no weight.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
-from lightning_gsq.system.fingerprint import fingerprint
+from lightning_gsq.system.digests import data_digest, weights_digest
+from lightning_gsq.system.fingerprint import file_digest, fingerprint
 from lightning_gsq.system.versions import versions
 from lightning_gsq.training import ModelQuantization
 
+FORMAT = 2
+"""Of the recipe and of the files that carry its digest; earlier runs have none."""
 BESIDE_THE_RECIPE: dict[str, set[str]] = {
     # settings that a resumed run may change, because they do not change its result
     "trainer": {
@@ -32,6 +42,14 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
 }
 LATER = {"config", "end_to_end", "export"}
 """Groups that are no part of it: the end-to-end phase keeps its settings beside its own result, exports come after."""
+STANDING_FOR = {
+    # settings that a fingerprint stands for
+    "model": {"model.pretrained", "model.revision", "model.trust_remote_code"},
+    "calibration": {"data.source"},
+    "start": {"model.warm_start.init_args.file"},
+}
+ADDRESSES = {"pretrained", "path", "file", "folder"}
+"""Names of settings that may be local addresses, relative to where the run was started."""
 
 
 def make_recipe(
@@ -57,7 +75,53 @@ def make_recipe(
         "calibration": fingerprint([data.train_ids_NT, data.validation_ids_NT]),
         "evaluation": fingerprint([evaluation.ids_NT]),
     }
-    return {"seed": seed, "settings": kept, "fingerprints": fingerprints, "versions": versions()}
+    start = _start_file(settings["model"])
+    if start is not None:
+        fingerprints["start"] = file_digest(start)
+    return {
+        "format": FORMAT,
+        "seed": seed,
+        "settings": kept,
+        "addresses": dict(_addresses(kept)),
+        "fingerprints": fingerprints,
+        "versions": versions(),
+    }
+
+
+def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that decides the weights of a run."""
+    settings = copy.deepcopy(dict(recipe["settings"]))
+    settings.pop("evaluation", None)
+    fingerprints = {name: value for name, value in recipe["fingerprints"].items() if name != "evaluation"}
+    for name in fingerprints:
+        for path in STANDING_FOR.get(name, ()):
+            _remove(settings, path.split("."))
+    return {"seed": recipe["seed"], "settings": settings, "fingerprints": fingerprints}
+
+
+def recipe_digest(recipe: Mapping[str, Any]) -> str | None:
+    """What every file of the run carries; None for the recipe of an earlier version, whose files carry nothing."""
+    return data_digest(deciding(recipe)) if recipe.get("format") == FORMAT else None
+
+
+def is_whole(recipe: Any) -> bool:
+    """Whether something is a recipe, and all of it."""
+    if not isinstance(recipe, Mapping) or not {"seed", "settings", "fingerprints", "versions"} <= set(recipe):
+        return False
+    groups = recipe["settings"]
+    return isinstance(groups, Mapping) and isinstance(recipe["fingerprints"], Mapping) and "model" in groups
+
+
+def compare(known: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines that say where two nested mappings differ."""
+    lines = []
+    for key in sorted({*known, *wanted}, key=str):
+        old, new, name = known.get(key), wanted.get(key), f"{prefix}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += compare(old, new, f"{name}.")
+        elif old != new:
+            lines.append(f"{name}: the run has {old!r}, asked for {new!r}")
+    return lines
 
 
 def has_salient_part(settings: dict[str, Any]) -> bool:
@@ -68,12 +132,37 @@ def has_salient_part(settings: dict[str, Any]) -> bool:
     return any(not isinstance(scheme, str) and (scheme.get("salient") or scheme.get("budget")) for scheme in schemes)
 
 
+def model_fingerprint(model: ModelQuantization) -> str:
+    """A digest of every number that the model was loaded with."""
+    return weights_digest(model.network.state_dict())
+
+
 def _watches_only(class_path: str) -> bool:
     """Whether a callback changes no result, as its class says."""
     module, _, name = class_path.rpartition(".")
     return bool(getattr(getattr(import_module(module), name), "watches_only", False))
 
 
-def model_fingerprint(model: ModelQuantization) -> str:
-    """A digest of some numbers of every parameter: enough to tell two models apart, without reading a large one."""
-    return fingerprint(p.detach().flatten()[:: max(1, p.numel() // 256)].float() for p in model.network.parameters())
+def _start_file(settings: Mapping[str, Any]) -> Path | None:
+    """The file that the warm start reads codes from, if it is one that does."""
+    file = ((settings.get("warm_start") or {}).get("init_args") or {}).get("file")
+    path = Path(file).expanduser() if isinstance(file, str) else None
+    return path if path is not None and path.is_file() else None
+
+
+def _addresses(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Local addresses among the settings, by dotted name, made absolute."""
+    entries = settings.items() if isinstance(settings, Mapping) else enumerate(settings or ())
+    for key, value in entries:
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping | list):
+            yield from _addresses(value, f"{name}.")
+        elif key in ADDRESSES and isinstance(value, str) and Path(value).expanduser().exists():
+            yield name, str(Path(value).expanduser().absolute())
+
+
+def _remove(settings: Any, path: list[str]) -> None:
+    for key in path[:-1]:
+        settings = settings.get(key) if isinstance(settings, Mapping) else None
+    if isinstance(settings, dict):
+        settings.pop(path[-1], None)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lightning_gsq.models import loading
 from lightning_gsq.run import report
+from lightning_gsq.run.block_files import OUTER, Blocks
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.folder import OUTER, Blocks, RunFolder
+from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.outer_weights import outer_kind
+from lightning_gsq.run.run import Run
 from lightning_gsq.system.memory import peak_memory_bytes
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
@@ -20,7 +23,7 @@ from lightning_gsq.weights.quantized import BitsLedger, QuantizedWeight
 def _ledger(
     model: ModelQuantization,
     plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedWeight]],
+    tensors: list[Blocks],
     outer: Blocks,
     folder: RunFolder,
     kind: str,
@@ -55,54 +58,52 @@ def _about(tensor: QuantizedWeight) -> dict[str, Any]:
     }
 
 
-def _seconds_of_block(progress: dict[str, Any], planned: int) -> dict[str, dict[str, float]]:
+def _seconds_of_block(
+    blocks: Mapping[str, Mapping[str, Any]], init_seconds: Mapping[str, float], planned: int
+) -> dict[str, dict[str, float]]:
     """Mean seconds a block of each part of the work, by phase, under the names that the pipeline gives the parts."""
     prefix = "seconds/"
-    blocks = progress.get("blocks", {}).values()
-    parts = sorted({key for block in blocks for key in block if key.startswith(prefix)})
+    parts = sorted({key for block in blocks.values() for key in block if key.startswith(prefix)})
     return {
-        "init": {part: seconds / planned for part, seconds in progress.get("init_seconds", {}).items()},
+        "init": {part: seconds / planned for part, seconds in init_seconds.items()},
         "blocks": {
-            key.removeprefix(prefix): sum(block.get(key, 0.0) for block in blocks) / len(blocks) for key in parts
+            key.removeprefix(prefix): sum(block.get(key, 0.0) for block in blocks.values()) / len(blocks)
+            for key in parts
         },
     }
 
 
 def make_summary(
-    model: ModelQuantization,
+    run: Run,
     source: loading.ModelSource,
-    folder: RunFolder,
-    recipe: dict[str, Any],
     kind: str,
-    plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedWeight]],
+    tensors: list[Blocks],
     outer: Blocks,
+    perplexity: dict[str, float],
     end_to_end: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
 
     Args:
-        model: The model, loaded, and its settings.
-        source: Where it came from.
-        folder: The run folder, with the files of ``kind``.
-        recipe: The run's recipe.
+        run: The run; the weights of the result are installed in its model.
+        source: Where the model came from.
         kind: Whose result stands: that of the warm start, the blocks or the end-to-end phase.
-        plan: The quantized weights of each block.
-        tensors: Their codes and scales.
+        tensors: Its codes and scales, by planned block.
         outer: Quantized weights outside of the blocks, by name in the model.
+        perplexity: The perplexities, by name.
         end_to_end: The end-to-end phase's report, if it ran.
     """
+    model, folder, plan = run.model, run.folder, run.plan
     ledger = _ledger(model, plan, tensors, outer, folder, kind)
     saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
-    progress = folder.progress
-    blocks = progress.get("blocks", {})
+    progress, blocks = folder.progress, folder.measures()
     seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
     parameters = sum(p.numel() for p in model.network.parameters())
     files = sum(folder.block_file(kind, own.index).stat().st_size for own in plan)
     peak = max(progress.get("peak_memory_bytes", 0), peak_memory_bytes())
     folder.update_progress(peak_memory_bytes=peak)
     summary = {
-        "perplexity": progress["perplexity"],
+        "perplexity": perplexity,
         "bits_per_weight": report.ledger_of(tensors).per_weight(),
         "ledger": ledger.summary(),
         "bytes": {
@@ -114,7 +115,7 @@ def make_summary(
         },
         **({"outer": {name: _about(tensor) for name, tensor in outer.items()}} if outer else {}),
         "seconds_per_block": seconds_of["blocks"] / max(1, len(blocks)),
-        "seconds_of_block": _seconds_of_block(progress, len(plan)),
+        "seconds_of_block": _seconds_of_block(blocks, progress.get("init_seconds", {}), len(plan)),
         "seconds_of": seconds_of,
         "peak_memory_bytes": peak,
         "scheme": {
@@ -125,8 +126,8 @@ def make_summary(
         "blocks": blocks,
         **({"saliency": saliency} if saliency else {}),
         "pretrained": model.address.pretrained,
-        "seed": recipe["seed"],
-        "versions": recipe["versions"],
+        "seed": run.seed,
+        "versions": run.recipe["versions"],
         "torch_threads": torch.get_num_threads(),
     }
     if end_to_end is not None:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from lightning_gsq.run.folder import Blocks
+from lightning_gsq.run.block_files import Blocks
+from lightning_gsq.run.finished import Finished
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
-from lightning_gsq.run.matrices import choose_salient, hessian_sequences, matrices_of, to_cpu
+from lightning_gsq.run.matrices import as_stored, choose_salient, hessian_sequences, matrices_of
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.substitution import install, outer_installed
 from lightning_gsq.saliency.choose import settled_tensor
 
 
-def warm_start(run: Run, outer: Blocks) -> list[Blocks]:
-    """Starts every planned block, or reads what an earlier start left.
+def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
+    """Starts every planned block, but for those whose files an earlier start left.
 
     Args:
         run: The run.
         outer: Quantized weights outside of the blocks, whose activations the first block gets.
 
     Returns:
-        The quantized weights of each planned block. The model is left as it was.
+        The quantized weights of each planned block, and whether any was made now. The model is left as it was.
     """
-    if run.ranks.agree(run.folder.has_blocks("warm_start", [plan.index for plan in run.plan])):
-        return [run.folder.read_block("warm_start", plan.index, plan.expected) for plan in run.plan]
+    finished = Finished(run, "warm_start")
+    if finished.complete:
+        return [run.folder.read_block("warm_start", plan.index, plan.expected) for plan in run.plan], False
     settings, dtype = run.model.start, run.model.storage.scale_dtype
     count = hessian_sequences(run) if settings.warm_start.needs_hessian else 0
     results = []
@@ -31,15 +33,22 @@ def warm_start(run: Run, outer: Blocks) -> list[Blocks]:
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:
-                matrices = matrices_of(run, plan, block, stream)
-                choices = choose_salient(run, matrices)
-                with run.watch("warm_start"):
-                    tensors = {
-                        name: to_cpu(settled_tensor(matrix, choices.get(name), settings.warm_start, dtype))
-                        for name, matrix in matrices.items()
-                    }
-                run.folder.write_block("warm_start", index, tensors)
+                tensors = finished.take(plan)
+                if tensors is None:
+                    matrices = matrices_of(run, plan, block, stream)
+                    choices = choose_salient(run, matrices)
+                    with run.watch("warm_start"):
+                        tensors = {
+                            name: as_stored(
+                                settled_tensor(matrix, choices.get(name), settings.warm_start, dtype),
+                                matrix.w_OI,
+                                matrix.name,
+                            )
+                            for name, matrix in matrices.items()
+                        }
+                    finished.add(plan, tensors)
                 results.append(tensors)
                 install(block, plan, tensors)
-            propagate(run, block, index, stream, stream)
-    return results
+            if index < run.last_block:
+                propagate(run, block, index, stream, stream)
+    return results, True

@@ -5,6 +5,8 @@ compiling            torch.compile and the C++ compiler, where there is one
 memory               freed memory given back; the most that was used
 console              what is printed is text, with no markup in it
 files                files that are there whole or not at all
+owned_folders        folders that may be replaced, because they were written here
+locking              one process at a time in a folder
 safetensors_headers  the weight files of a folder, looked at before anything is loaded
 processes            several processes that share the sequences
 signals              the end of a command that is asked to stop
@@ -12,6 +14,7 @@ sharding             a model spread over processes (FSDP2)
 stopwatch            where the seconds go
 slices               work in parts of a bounded size
 fingerprint          digests of tensors and files
+digests              digests of everything in tensors, by name
 yaml_files           YAML from anywhere, of a bounded size
 progress_bars        those of other packages, silenced
 versions             what a result was made with

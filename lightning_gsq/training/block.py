@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,19 +161,33 @@ class BlockQuantization(LightningModule):
         """The optimizer over logits and scales, with a cosine schedule that ends at the floor."""
         logits = [quantizer.logits for _, quantizer in self.named_quantizers()]
         scales = [part for _, quantizer in self.named_quantizers() for part in quantizer.scale_parameters()]
-        optimizer = self.optimizer(
-            [
-                {"params": logits, "name": "logits"},
-                {"params": scales, "name": "scales", "lr": self.scale_learning_rate, "weight_decay": 0.0},
-            ]
-        )
-        if any(p.dtype == torch.bfloat16 for p in logits) and not isinstance(optimizer, (Lion, Adam)):
-            raise ConfigurationError(
-                f"gumbel.logits_dtype=bfloat16 needs an optimizer that rounds stochastically, got {type(optimizer)}; "
-                "use lightning_gsq.training.Lion or lightning_gsq.training.Adam, or float32 logits"
-            )
+        optimizer = self.optimizer(block_groups(logits, scales, self.scale_learning_rate))
+        check_rounding(optimizer, logits)
         schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, self.learning_rate_floor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _dense(self, tensors: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
         return {site.name: site.from_matrix(tensors[site.name].dequantize()) for site in self.sites}
+
+
+def block_groups(
+    logits: list[nn.Parameter], scales: list[nn.Parameter], scale_learning_rate: float
+) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups."""
+    return [
+        {"params": logits, "name": "logits"},
+        {"params": scales, "name": "scales", "lr": scale_learning_rate, "weight_decay": 0.0},
+    ]
+
+
+def check_rounding(optimizer: torch.optim.Optimizer, logits: Iterable[Tensor]) -> None:
+    """Verifies that the optimizer moves logits as they are stored.
+
+    Raises:
+        ConfigurationError: they are bfloat16, and it would round its steps away.
+    """
+    if any(p.dtype == torch.bfloat16 for p in logits) and not isinstance(optimizer, (Lion, Adam)):
+        raise ConfigurationError(
+            f"gumbel.logits_dtype=bfloat16 needs an optimizer that rounds stochastically, got {type(optimizer)}; "
+            "use lightning_gsq.training.Lion or lightning_gsq.training.Adam, or float32 logits"
+        )

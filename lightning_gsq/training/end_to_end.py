@@ -246,14 +246,7 @@ class EndToEndQuantization(LightningModule):
         for name, parameter in self.trained():
             groups[kind_of(name)].append(parameter)
         rates = self.options.rates
-        others: dict[str, float] = {"norms": rates.norms, "head": rates.head, "logits": rates.logits}
-        optimizer = rates.optimizer(
-            [
-                {"params": parameters, "name": kind, **({"lr": others[kind]} if kind in others else {})}
-                for kind, parameters in groups.items()
-                if parameters
-            ]
-        )
+        optimizer = rates.optimizer(rates.groups(groups))
         schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, rates.floor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

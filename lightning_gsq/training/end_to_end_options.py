@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -60,6 +60,15 @@ class LearningRates:
         _positive(norm_learning_rate=self.norms, head_learning_rate=self.head, logits_learning_rate=self.logits)
         _share(learning_rate_floor=self.floor)
 
+    def groups(self, parameters: Mapping[Trained, list[torch.nn.Parameter]]) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, one for each kind that trains."""
+        others: dict[str, float] = {"norms": self.norms, "head": self.head, "logits": self.logits}
+        return [
+            {"params": group, "name": kind, **({"lr": others[kind]} if kind in others else {})}
+            for kind, group in parameters.items()
+            if group
+        ]
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -104,7 +113,17 @@ class Passes:
     validations: int
 
     def __post_init__(self) -> None:
-        _at_least_one(batch_size=self.batch_size, validations=self.validations, max_epochs=self.max_epochs)
+        _at_least_one(
+            batch_size=self.batch_size,
+            validations=self.validations,
+            max_epochs=self.max_epochs,
+            accumulate_grad_batches=self.accumulate_grad_batches,
+        )
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ConfigurationError(
+                f"end_to_end.max_steps must be at least 1, or -1 for no limit, got {self.max_steps}; without "
+                "end_to_end in --model.phases the phase is left out"
+            )
 
 
 class EndToEndOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -22,6 +22,7 @@ from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit
 from lightning_gsq.weights.scheme import QuantScheme
 
 Phase = Literal["init", "blocks", "end_to_end"]
+PHASES: tuple[Phase, ...] = ("init", "blocks", "end_to_end")
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -257,15 +258,16 @@ def target_of(name: TargetName) -> Target:
 
 
 def check_phases(phases: Sequence[Phase]) -> None:
-    """Verifies that there is something to do.
+    """Verifies that there is something to do, and in the order in which it is done.
 
     Raises:
-        ConfigurationError: there is not.
+        ConfigurationError: there is not, or it is not.
     """
     if not phases:
         raise ConfigurationError("model.phases is empty: name one or more of init, blocks and end_to_end")
-    if list(phases) != [phase for phase in get_args(Phase) if phase in phases]:
+    in_order = [phase for phase in PHASES if phase in phases]
+    if list(phases) != in_order:
         raise ConfigurationError(
-            f"model.phases: {', '.join(phases)} cannot be done in that order; name each once, in the order "
-            f"{', '.join(get_args(Phase))}"
+            f"model.phases: a run has each phase once, in the order {', '.join(PHASES)}; got {', '.join(phases)}. Use "
+            f"[{', '.join(in_order)}]"
         )

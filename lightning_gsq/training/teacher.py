@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_gsq.ops.distillation import Head
+from lightning_gsq.system.digests import tensors_digest
 from lightning_gsq.system.files import write_atomically
 from lightning_gsq.training.losses import LOSS_POSITIONS
 
@@ -66,14 +67,14 @@ class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
         Raises:
             ConfigurationError: the disk is full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         for number in numbers:
             found = [top(ids_BT) for ids_BT in self._part(number).split(size)]
             content = {
                 "tokens": torch.cat([tokens_BTK.int().cpu() for tokens_BTK, _ in found]),
                 "log_probs": torch.cat([log_probs_BTK.half().cpu() for _, log_probs_BTK in found]),
             }
-            write_atomically(self._file(number), save(content, {"key": json.dumps(self.key)}))
+            metadata = {"key": json.dumps(self.key), "digest": tensors_digest(content)}
+            write_atomically(self._file(number), save(content, metadata))
 
     def _part(self, number: int) -> Tensor:
         return self.ids_NT[number * SEQUENCES_A_FILE : (number + 1) * SEQUENCES_A_FILE]
@@ -81,9 +82,15 @@ class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def _is_whole(self, part: int) -> bool:
         try:
             with safe_open(self._file(part), framework="pt") as content:
-                return json.loads((content.metadata() or {}).get("key", "null")) == self.key
-        except (OSError, SafetensorError, ValueError):
+                metadata = content.metadata() or {}
+                if json.loads(metadata["key"]) != self.key:
+                    return False
+                tensors = {name: content.get_tensor(name) for name in ("tokens", "log_probs")}
+        except (OSError, SafetensorError, ValueError, KeyError, RecursionError):
             return False
+        shape = (*self._part(part).shape, self.k)
+        whole = all(tuple(tensor.shape) == shape for tensor in tensors.values())
+        return whole and tensors_digest(tensors) == metadata.get("digest")
 
     def _file(self, part: int) -> Path:
         return self.folder / f"top_k-{part:05d}.safetensors"

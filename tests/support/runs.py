@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import load_file
+
+from lightning_gsq.system.digests import tensors_digest
 
 
 def write_config(model: Path, corpus: Path, folder: Path, **changes: object) -> Path:
@@ -48,9 +51,10 @@ def _adam(rate: float) -> dict[str, object]:
     return {"class_path": "torch.optim.Adam", "init_args": {"lr": rate, "betas": [0.9, 0.999], "fused": None}}
 
 
-def block_files(folder: Path) -> dict[str, bytes]:
-    """Content of the trained blocks' files of a run, by name."""
-    return {file.name: file.read_bytes() for file in sorted((folder / "run" / "blocks").glob("block-*"))}
+def block_files(folder: Path, kind: str = "block") -> dict[str, str]:
+    """Digests of the tensors in a run's block files, by the file's name; their headers also say how long they took."""
+    files = sorted((folder / "run" / "blocks").glob(f"{kind}-*"))
+    return {file.name: tensors_digest(load_file(file)) for file in files}
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
