@@ -117,12 +117,14 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         ConfigurationError: there is none, or two of them share the model's parameters.
     """
     config = model.config.get_text_config(decoder=True)
-    depth = next((getattr(config, name) for name in DEPTHS if isinstance(getattr(config, name, None), int)), None)
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    }
+    depths = [getattr(config, name) for name in DEPTHS if isinstance(getattr(config, name, None), int)]
+    everything = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lengths = {len(module) for module in everything.values()}
+    depth = next((depth for depth in depths if depth in lengths), depths[0] if depths else None)
+    lists = {name: module for name, module in everything.items() if len(module) == depth}
+    # A model that sees or hears has blocks for that, maybe as many; its class knows which part decodes text.
+    decoding = {id(module) for module in _decoder(model).modules()}
+    lists = {name: module for name, module in lists.items() if id(module) in decoding} or lists
     outermost = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in lists.items()
@@ -140,6 +142,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "decoders built as one stack of blocks can be quantized"
         )
     return name, lists[name]
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else model
 
 
 COMPARABLE = 0.25

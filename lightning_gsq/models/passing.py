@@ -31,7 +31,8 @@ class Forms:
         """``hidden`` in the form in which the block returns its hidden states."""
         output = self.outputs[block]
         if isinstance(output, (tuple, list)):
-            return type(output)([hidden, *output[1:]])
+            parts = [hidden, *output[1:]]
+            return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
         return hidden
 
     def emptied(self) -> Forms:

@@ -21,7 +21,7 @@ from lightning_gsq.models.products import Product
 ROUTER = "it chooses, as routers do"
 INDEXER = "it is part of what chooses the tokens that attention sees"
 GATE = "it has a handful of rows or columns, as gates have"
-STATE = "it feeds the states of a state space model or of gated linear attention"
+STATE = "it sets what a state space model or gated linear attention keeps: it goes through softplus, or feeds that"
 
 _CHOICES = {torch.topk, Tensor.topk, torch.sort, Tensor.sort, torch.argsort, Tensor.argsort}
 _LARGEST = {torch.argmax, Tensor.argmax, torch.max, Tensor.max}
@@ -77,9 +77,11 @@ class Roles:
 
     def _note(self, names: Any, role: str) -> None:
         for name in names:
-            self.of.setdefault(name, role)
-            if role == STATE:  # what its input is a part of feeds the states as well
-                self.of |= {other: STATE for other in self._narrowed.get(name, ()) if other not in self.of}
+            if role != STATE:
+                self.of[name] = role  # also where the scores of a router go through softplus first
+                continue
+            for other in (name, *self._narrowed.get(name, ())):  # what its input is a part of counts as well
+                self.of.setdefault(other, STATE)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
