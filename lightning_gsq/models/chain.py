@@ -8,6 +8,7 @@ one after another in this way, compute what the model computes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -293,10 +294,7 @@ def embed(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
         raise Reached
 
     handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    with contextlib.ExitStack() as hooks, contextlib.suppress(Reached):
+        hooks.callback(handle.remove)
         model(ids_BT, use_cache=False)
-    except Reached:
-        pass
-    finally:
-        handle.remove()
     return inputs[0]
