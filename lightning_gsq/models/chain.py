@@ -8,10 +8,9 @@ one after another in this way, compute what the model computes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -294,7 +293,7 @@ def embed(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
         raise Reached
 
     handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    with contextlib.ExitStack() as hooks, contextlib.suppress(Reached):
+    with ExitStack() as hooks, suppress(Reached):
         hooks.callback(handle.remove)
         model(ids_BT, use_cache=False)
     return inputs[0]
