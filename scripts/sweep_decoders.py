@@ -190,6 +190,7 @@ def quantize(source: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     from lightning_gsq.models import loading
     from lightning_gsq.models.chain import find_blocks
     from lightning_gsq.models.linear_weights import to_quantize
+    from lightning_gsq.models.saving import write_dense
     from lightning_gsq.quantizers import RTN
     from lightning_gsq.quantizers.warm_start import quantized
     from lightning_gsq.run.block_plan import make_plan, not_quantized
@@ -221,7 +222,8 @@ def quantize(source: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
             tensors[site.name] = quantized(RTN(weighted=False)(w_OI, None, scheme), scheme, torch.float32)
         install(blocks[own.index], own, tensors)
     before = model.network(ids, use_cache=False).logits
-    loading.save_dense(model.network, tokenizer, folder / "saved", torch.float32)
+    (folder / "saved").mkdir()
+    write_dense(model.network, tokenizer, folder / "saved", torch.float32)
     again = loading.load_model(loading.resolve(str(folder / "saved")), "float32")
     difference = float((again(ids, use_cache=False).logits - before).abs().max() / before.abs().max())
     if not difference < 1e-5:

@@ -24,6 +24,7 @@ from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.gguf.layout import places_in_folder
 from lightning_gsq.models import loading
 from lightning_gsq.models.gguf_weights import compare_gguf
+from lightning_gsq.models.head import head_name
 from lightning_gsq.models.weight_names import UnusedWeightsWarning
 from tests.support.tiny import COMMON, FAMILIES, random_model
 
@@ -34,7 +35,7 @@ def tensors_of(model: PreTrainedModel) -> Arrays:
     parameters = model.state_dict()
     rows = {name: len(parameter) for name, parameter in parameters.items()}
     arrays = {}
-    for name, stored in places_in_folder(architecture_of(model.config), model.config, rows).items():
+    for name, stored in places_in_folder(architecture_of(model.config), model.config, rows, head_name(model)).items():
         (place,) = stored.places
         arrays[place.name] = place.of_file(parameters[name]).numpy()
     return arrays
