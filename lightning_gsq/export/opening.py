@@ -10,7 +10,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
-from lightning_gsq.run.recipe import model_fingerprint, recipe_digest
+from lightning_gsq.run.recipe import FORMAT, is_whole, model_fingerprint, recipe_digest
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import override_of, scheme_of
@@ -72,6 +72,8 @@ def _read_recipe(root: Path) -> dict[str, Any]:
     settings = recipe.get("settings") if isinstance(recipe, Mapping) else None
     if not isinstance(settings, Mapping) or not isinstance(settings.get("model"), Mapping):
         raise ConfigurationError(f"run: {file} is not the recipe of a run: it has no settings of a model")
+    if recipe.get("format") == FORMAT and not is_whole(recipe):
+        raise ConfigurationError(f"run: {file} is damaged: parts of the recipe are missing")
     return dict(recipe)
 
 

@@ -182,7 +182,7 @@ def test_unwritable_run_folder(fit: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     code, output = fit("--trainer.default_root_dir", str(tmp_path / "file" / "run"))
     assert code == 2
-    assert "trainer.default_root_dir: cannot write to the run folder" in output
+    assert "trainer.default_root_dir: cannot make the run folder" in output
 
 
 def test_full_disk(fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:

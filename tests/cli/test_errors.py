@@ -55,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str]):
         ),
         ("fit m --seed_everything -1", "seed_everything must be a number from 0 to 4294967295, got -1"),
         ("fit m --seed_everything false", "seed_everything must be a number from 0 to 4294967295, got false"),
-        ("fit m --model.phases blocks,blocks", "model.phases: blocks, blocks cannot be done in that order"),
+        ("fit m --model.phases blocks,blocks", "model.phases: a run has each phase once"),
         ("fit m --model.phases end_to_end,blocks", "in the order init, blocks, end_to_end"),
         ("fit m --activations.memory_limit_gb -1", "activations.memory_limit_gb must not be negative, got -1"),
         ("fit m --trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches must be at least 1, got 0"),

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,7 +108,7 @@ def test_a_crash_leaves_nothing_that_looks_whole(new_run: MakeRun, monkeypatch: 
     (run / "export" / "native").mkdir(parents=True)
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(NativeFormat, "check", stop)
     assert _command("--run", str(run), "--format", "native", "--overwrite") == 130
