@@ -277,5 +277,5 @@ def test_runs_that_cannot_be_exported(new_run: MakeRun, capsys: pytest.CaptureFi
     assert _command("--run", str(run), "--format", "native") == 0  # an entry that no run writes counts for nothing
     assert json.loads((run / "export" / "native" / "config.json").read_text())["model_type"] == "llama"
     (run / "recipe.yaml").write_text("settings: [")
-    assert _command("--run", str(run), "--format", "native") == 2
+    assert _command("--run", str(run), "--format", "native", "--overwrite") == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -36,8 +36,7 @@ class Storage:
     @classmethod
     def of(cls, scheme: QuantScheme, in_features: int, projected: str) -> Storage:
         """The smallest exact type; else the type to project to, or F16 for rows that are no whole blocks."""
-        # Scales of two levels, offsets and tables of values are dequantized and projected.
-        kind = exact_type(scheme, in_features) if scheme.plain_symmetric else None
+        kind = exact_type(scheme, in_features)
         if kind is not None:
             return cls(kind, True)
         other = BLOCK_TYPES[projected]
