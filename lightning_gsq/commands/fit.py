@@ -98,7 +98,7 @@ def fit(
             tidy(folder.root / "export" / name)
         model.load(source)
         if "end_to_end" in model.phases:
-            check_end_to_end(model, end_to_end, settings["end_to_end"], folder, trainer)
+            check_end_to_end(model, end_to_end, settings["end_to_end"], folder)
         try_settings(model, end_to_end, make_trainer)
         folder.check_room(_bytes_to_write(model))
         if not folder.rank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_gsq.data import CalibrationDataModule
-from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates, scale_numbers
+from lightning_gsq.estimate.quantities import Surroundings, Weights, scale_numbers
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.perplexity import FP32
@@ -67,8 +67,8 @@ def _trained(
     count = scale_numbers(pairs) if "scales" in options.train else 0
     if "head" in options.train:
         count += skeleton.vocabulary * skeleton.width
-    if "logits" in options.train:
-        count += sum(candidates(q, model.block.gumbel.shifts) * s.rows * s.in_features for s, q in pairs)
+    if "codes" in options.train:
+        count += sum(site.rows * site.in_features for site, _ in pairs)
     return count
 
 

@@ -45,7 +45,7 @@ BESIDE_THE_RESULT = {"recompute", "chunk", "strategy"}
 
 
 def check_end_to_end(
-    model: ModelQuantization, options: EndToEndOptions, settings: dict[str, Any], folder: RunFolder, trainer: Trainer
+    model: ModelQuantization, options: EndToEndOptions, settings: dict[str, Any], folder: RunFolder
 ) -> None:
     """Verifies, before the blocks, that the phase can do what it is asked for.
 
@@ -56,12 +56,6 @@ def check_end_to_end(
     if top_k is not None and top_k > vocabulary:
         raise ConfigurationError(f"end_to_end.top_k: {top_k} tokens were asked for, the vocabulary has {vocabulary}")
     _check_outer(model, options)
-    dtype = model.block.gumbel.logits_dtype
-    if "logits" in options.train and dtype != "float32" and _is_spread(options, trainer.world_size):
-        raise ConfigurationError(
-            f"model.gumbel.logits_dtype: {options.strategy} takes one dtype for all that trains, and scales train in "
-            f"float32; got {dtype}. Use float32, or leave logits out of end_to_end.train"
-        )
     finished = on_disk(folder, lambda _: None)
     if finished is not None:
         refuse_other_settings(folder, finished.report, _kept(settings))
@@ -178,8 +172,6 @@ def _module(run: Run, start: list[Blocks], outer: Blocks, options: EndToEndOptio
             for plan, tensors in zip(run.plan, start, strict=True)
         },
         options,
-        run.model.block.gumbel,
-        run.seed,
         outer,
     )
 

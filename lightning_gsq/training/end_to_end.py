@@ -1,4 +1,4 @@
-"""The whole quantized model as a LightningModule: codes frozen, group scales trained against the original's logits.
+"""The whole quantized model as a LightningModule: scales, and what else is asked for, against the original's logits.
 
 Teacher and student are the same network. Its blocks' full-precision weights stay where they are; each block is run by a
 :class:`StudentBlock`, which for the student computes its weights from codes and scales. Everything between the blocks
@@ -28,7 +28,6 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.norms import norm_names
 from lightning_gsq.models.standing_in import standing_in
 from lightning_gsq.ops.distillation import IGNORED, Head, HiddenTarget, TopKTarget, distillation_loss
-from lightning_gsq.quantizers import GumbelOptions
 from lightning_gsq.quantizers.trained_scales import SCALE_PARAMETERS
 from lightning_gsq.system.sharding import (
     FSDP2Strategy,
@@ -58,8 +57,6 @@ class EndToEndQuantization(LightningModule):
         network: The full-precision model; frozen here, and left as it is.
         tensors: The quantized weights of each block, by the block's number.
         options: What trains and how.
-        gumbel: How logits start, if the codes train.
-        seed: Seed of their noise.
         outer: The quantized weights outside of the blocks, by name in the model.
 
     Raises:
@@ -71,8 +68,6 @@ class EndToEndQuantization(LightningModule):
         network: PreTrainedModel,
         tensors: Mapping[int, Mapping[LinearSite, QuantizedWeight]],
         options: EndToEndOptions,
-        gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
-        seed: int = 0,
         outer: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
         super().__init__()
@@ -88,9 +83,8 @@ class EndToEndQuantization(LightningModule):
                     block,
                     tensors.get(index, {}),
                     norm_names(block) if norms and index in tensors else [],
-                    gumbel if "logits" in options.train else None,
+                    "codes" in options.train,
                     options.recompute,
-                    (seed, index),
                 )
                 for index, block in enumerate(self.originals)
             }
@@ -184,8 +178,6 @@ class EndToEndQuantization(LightningModule):
         Raises:
             NonFiniteLossError: it is NaN or infinite.
         """
-        for block in self.blocks.values():
-            block.step = (self.global_step, batch_idx, self.global_rank)  # type: ignore[assignment]
         loss, kl, ce = self.loss(batch)
         refuse_non_finite(
             loss,

@@ -16,7 +16,7 @@ from lightning_gsq.training.losses import LOSS_POSITIONS
 
 OUTER = "outer"
 """Name of the module with what trains outside of the blocks, among the parts of the end-to-end module."""
-Trained = Literal["scales", "norms", "head", "logits", "embedding"]
+Trained = Literal["scales", "norms", "head", "codes", "embedding"]
 KINDS: tuple[Trained, ...] = get_args(Trained)
 
 
@@ -46,23 +46,23 @@ class LearningRates:
         optimizer: Makes the optimizer; its learning rate is that of the scales.
         norms: Learning rate of the norms.
         head: Learning rate of the head.
-        logits: Learning rate of the logits.
+        codes: Learning rate of the codes' positions, in codes.
         floor: End of the cosine schedule, as a share of its start.
     """
 
     optimizer: OptimizerCallable
     norms: float
     head: float
-    logits: float
+    codes: float
     floor: float
 
     def __post_init__(self) -> None:
-        _positive(norm_learning_rate=self.norms, head_learning_rate=self.head, logits_learning_rate=self.logits)
+        _positive(norm_learning_rate=self.norms, head_learning_rate=self.head, code_learning_rate=self.codes)
         _share(learning_rate_floor=self.floor)
 
     def groups(self, parameters: Mapping[Trained, list[torch.nn.Parameter]]) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, one for each kind that trains."""
-        others: dict[str, float] = {"norms": self.norms, "head": self.head, "logits": self.logits}
+        others: dict[str, float] = {"norms": self.norms, "head": self.head, "codes": self.codes}
         return [
             {"params": group, "name": kind, **({"lr": others[kind]} if kind in others else {})}
             for kind, group in parameters.items()
@@ -131,12 +131,12 @@ class EndToEndOptions:
 
     Args:
         train: What trains: "scales" (of every group), "norms" (vectors of the normalisation layers), "head" (the
-            language-model head; a head tied to the embedding gets a matrix of its own), "logits" (the codes too, hard
-            samples with a straight-through gradient), "embedding" (the scales of a quantized embedding or head).
+            language-model head; a head tied to the embedding gets a matrix of its own), "codes" (those of the blocks
+            phase to start from; straight-through gradient), "embedding" (the scales of a quantized embedding or head).
         optimizer: Optimizer of all of them; lr is the learning rate of the scales, relative to each scale.
         norm_learning_rate: Learning rate of the norms.
         head_learning_rate: Learning rate of the head.
-        logits_learning_rate: Learning rate of the logits.
+        code_learning_rate: Learning rate of the positions between codes, in codes.
         learning_rate_floor: End of the cosine learning rate schedule, as a share of its start.
         temperature: Temperature of teacher and student in the divergence.
         cross_entropy: Share of the next tokens' cross-entropy in the loss; the rest is the divergence.
@@ -159,7 +159,7 @@ class EndToEndOptions:
         optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=2e-3),
         norm_learning_rate: float = 1e-3,
         head_learning_rate: float = 1e-4,
-        logits_learning_rate: float = 1e-3,
+        code_learning_rate: float = 1e-3,
         learning_rate_floor: float = 0.1,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
@@ -174,10 +174,10 @@ class EndToEndOptions:
         strategy: Sharding | None = None,
     ) -> None:
         if not train:
-            raise ConfigurationError("end_to_end.train is empty: name scales, norms, head, logits or embedding")
+            raise ConfigurationError("end_to_end.train is empty: name scales, norms, head, codes or embedding")
         self.train: Sequence[Trained] = train
         self.rates = LearningRates(
-            optimizer, norm_learning_rate, head_learning_rate, logits_learning_rate, learning_rate_floor
+            optimizer, norm_learning_rate, head_learning_rate, code_learning_rate, learning_rate_floor
         )
         self.loss = Distillation(temperature, cross_entropy, top_k, chunk)
         self.passes = Passes(max_epochs, max_steps, batch_size, accumulate_grad_batches, validations)
@@ -189,7 +189,7 @@ def kind_of(name: str) -> Trained:
     if name.startswith(f"{OUTER}."):
         return "embedding"
     *_, owner, last = f".{name}".split(".")
-    kinds: dict[str, Trained] = {"logits": "logits", "head": "head"}
+    kinds: dict[str, Trained] = {"positions": "codes", "head": "head"}
     if owner == "norms":
         return "norms"
     return "scales" if last in SCALE_PARAMETERS else kinds[last]

@@ -10,8 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import GumbelOptions
-from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.training.student_weights import trainable_weight
 from lightning_gsq.weights.quantized import QuantizedWeight
 
@@ -38,9 +36,8 @@ class StudentBlock(nn.Module):
         block: The full-precision block; frozen, left as it is.
         tensors: The quantized weights; none for a block that is not quantized.
         norms: Names of the block's parameters to train beside them.
-        logits: Options of the logits if the codes train too.
+        codes: Whether the codes train too.
         recompute: Run forward again in the backward pass instead of keeping activations.
-        key: Seed and block number, for noise.
     """
 
     def __init__(
@@ -48,23 +45,20 @@ class StudentBlock(nn.Module):
         block: nn.Module,
         tensors: Mapping[LinearSite, QuantizedWeight],
         norms: list[str],
-        logits: GumbelOptions | None,
+        codes: bool,
         recompute: bool,
-        key: tuple[int, int],
     ) -> None:
         super().__init__()
         self.own = _OwnForward(block)
-        self.sites, self.recompute, self.key = list(tensors), recompute, key
+        self.sites, self.recompute = list(tensors), recompute
         self.weights = nn.ModuleList(
-            trainable_weight(tensor, logits, generator_of(*key, site.name, "end_to_end", "logits"))
+            trainable_weight(tensor, site.to_matrix(block.get_parameter(site.name).detach()) if codes else None)
             for site, tensor in tensors.items()
         )
         self.norm_names = norms
         self.norms = nn.ParameterList(
             nn.Parameter(block.get_parameter(name).detach().float().clone()) for name in norms
         )
-        self.step: tuple[int, ...] = (0,)
-        """What selects the noise of the coming forward pass."""
 
     def forward(self, *args: Any, as_teacher: bool = False, **kwargs: Any) -> Any:
         """What the block returns, computed with the quantized weights, or with its own for the teacher."""
@@ -80,7 +74,7 @@ class StudentBlock(nn.Module):
             original = self.own.block.get_parameter(site.name)
             device = original.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else original.dtype
-            weights[f"block.{site.name}"] = site.from_matrix(weight((*self.key, site.name, *self.step), dtype))
+            weights[f"block.{site.name}"] = site.from_matrix(weight(dtype))
         return torch.func.functional_call(self.own, weights, args, kwargs)
 
     def tensors(self) -> dict[str, QuantizedWeight]:

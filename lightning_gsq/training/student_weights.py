@@ -6,17 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.ops.rounded_positions import rounded_positions
 from lightning_gsq.ops.scaled_codes import scaled_codes
-from lightning_gsq.quantizers import GumbelOptions, GumbelQuantizer, Start
 from lightning_gsq.quantizers.salient_start import mixed_tensor
 from lightning_gsq.quantizers.trained_scales import TrainedScales
-from lightning_gsq.system.seeding import seed_of
 from lightning_gsq.weights.layout import SCALES
-from lightning_gsq.weights.mixed import MixedTensor, merge_order
-from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, expand_groups, scale_values
+from lightning_gsq.weights.mixed import MixedTensor, merge_order, other_columns
+from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, expand_groups
 
-NEARLY_HARD = 1e-4
-"""Temperature at which a sample is its most probable level up to rounding."""
+MARGIN = 0.02
+"""Least distance, in codes, of a position from the border of its cell at the start."""
 
 
 class ScaledWeight(TrainedScales):
@@ -42,8 +41,8 @@ class ScaledWeight(TrainedScales):
         parts = self.scale_parts() if self.training else self.stored_parts(self.scale_dtype)
         return self.scheme.layout.scales(parts), self.scheme.layout.offsets(parts)
 
-    def forward(self, key: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
-        """The dense weight ``O I``; ``key`` is for weights that are sampled."""
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight ``O I``."""
         s_OG, o_OG = self.group_scales()
         columns = self.codes.shape[1]
         length, values_OI = self.scheme.group_length(columns), self.scheme.grid.value_of(self.codes)
@@ -89,42 +88,51 @@ class TableWeight(ScaledWeight):
         return QuantizedTensor(self.codes.data, self.table()[self.members.long()], self.scheme)
 
 
-class SampledWeight(nn.Module):
-    """A weight matrix whose codes train as well: hard samples, with the gradient of soft ones (straight through).
+class MovingWeight(ScaledWeight):
+    """A weight matrix whose codes train as well: each weight has a position between the codes, and the nearest is its.
+
+    Positions begin where the full-precision weight lies, moved into the cell of the code that the blocks phase chose:
+    at the start, every code is the one it was.
 
     Args:
         tensor: Codes and scales to start from.
-        options: How the logits start and how noisy their samples are.
-        generator: Source of the logits' initial noise.
+        original_OI: The full-precision weight.
     """
 
-    def __init__(self, tensor: QuantizedTensor, options: GumbelOptions, generator: torch.Generator) -> None:
-        super().__init__()
-        others = {name: value.float() for name, value in tensor.others.items()}
-        start = Start(tensor.codes_OI, tensor.scales_OG.float(), tensor.codes_OI.float(), others)
-        self.scale_dtype = tensor.scales_OG.dtype
-        self.quantizer = GumbelQuantizer(start, tensor.scheme, options, generator)
-        for name, buffer in list(self.quantizer.named_buffers()):  # for the same reason as in ScaledWeight
-            setattr(self.quantizer, name, nn.Parameter(buffer, requires_grad=False))
+    def __init__(self, tensor: QuantizedTensor, original_OI: Tensor) -> None:
+        super().__init__(tensor)
+        self.positions = nn.Parameter(start_positions(tensor, original_OI))
 
-    def forward(self, key: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
-        """A hard sample ``O I`` whose noise ``key`` selects; the most probable codes when nothing trains."""
-        quantizer = self.quantizer
-        if not self.training:
-            return self.tensor().dequantize(dtype)
-        grid, layout, parts = quantizer.scheme.grid, quantizer.scheme.layout, quantizer.scale_parts()
-        s_OG, o_OG = layout.scales(parts), layout.offsets(parts)
-        ones_OG, seed = torch.ones_like(s_OG), seed_of(*key)
-        soft_OI = quantizer.sample(ones_OG, quantizer.logit_scale, quantizer.temperature, seed)
-        with torch.no_grad():
-            hard_OI = grid.value_of(grid.nearest(quantizer.sample(ones_OG, quantizer.logit_scale, NEARLY_HARD, seed)))
-        through_OI = soft_OI + (hard_OI - soft_OI).detach()
-        return scale_values(through_OI, s_OG, o_OG, quantizer.group_length).to(dtype)
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight ``O I``."""
+        s_OG, o_OG = self.group_scales()
+        length = self.scheme.group_length(self.codes.shape[1])
+        return rounded_positions(self.positions, s_OG, o_OG, self.scheme.grid, length, dtype)
 
     @torch.no_grad()
     def tensor(self) -> QuantizedTensor:
         """The quantized weight as it stands, its scales in their stored dtype."""
-        return self.quantizer.harden(self.scale_dtype)
+        codes_OI = self.scheme.grid.code_at(self.positions).to(self.codes.dtype)
+        parts = self.stored_parts(self.scale_dtype)
+        return QuantizedTensor(codes_OI, parts.pop(SCALES), self.scheme, parts)
+
+
+@torch.no_grad()
+def start_positions(tensor: QuantizedTensor, original_OI: Tensor) -> Tensor:
+    """Where each weight lies between the codes, fp32, and at least :data:`MARGIN` within its own code's cell.
+
+    Args:
+        tensor: Codes and scales.
+        original_OI: The full-precision weight.
+    """
+    grid, length, columns = tensor.scheme.grid, tensor.group_length, tensor.shape[1]
+    parts = {name: value.float() for name, value in tensor.scale_parts.items()}
+    s_OI = expand_groups(tensor.scheme.layout.scales(parts), columns, length)
+    o_OG = tensor.scheme.layout.offsets(parts)
+    lifted_OI = original_OI.float() if o_OG is None else original_OI.float() - expand_groups(o_OG, columns, length)
+    codes_OI, half = tensor.codes_OI.float(), grid.step / 2 - MARGIN
+    position_OI = torch.where(s_OI == 0, codes_OI, grid.coordinate(lifted_OI / s_OI))
+    return position_OI.clamp(codes_OI - half, codes_OI + half)
 
 
 class MixedWeight(nn.Module):
@@ -134,27 +142,30 @@ class MixedWeight(nn.Module):
 
     Args:
         tensor: Codes and scales to start from.
-        logits: Options of the logits if the codes train too.
-        generator: Source of the logits' initial noise.
+        original_OI: The full-precision weight if the codes train too.
     """
 
-    def __init__(self, tensor: MixedTensor, logits: GumbelOptions | None, generator: torch.Generator) -> None:
+    def __init__(self, tensor: MixedTensor, original_OI: Tensor | None) -> None:
         super().__init__()
         self.scheme = tensor.scheme
-        self.rest = trainable_weight(tensor.rest, logits, generator)
-        self.salient = None if tensor.salient is None else trainable_weight(tensor.salient, logits, generator)
-        if isinstance(self.rest, ScaledWeight) and tensor.table_n is not None and tensor.members_OG is not None:
+        rest = salient = None
+        if original_OI is not None:
+            rest_R = other_columns(tensor.columns_K, original_OI.shape[1])
+            rest, salient = original_OI[:, rest_R], original_OI[:, tensor.columns_K]
+        self.rest = trainable_weight(tensor.rest, rest)
+        self.salient = None if tensor.salient is None else trainable_weight(tensor.salient, salient)
+        if original_OI is None and tensor.table_n is not None and tensor.members_OG is not None:
             self.rest = TableWeight(tensor.rest, tensor.table_n, tensor.members_OG)
         # Parameters for the same reason as in ScaledWeight.
         self.columns = nn.Parameter(tensor.columns_K, requires_grad=False)
         self.order = nn.Parameter(merge_order(tensor.columns_K, tensor.rest.shape[1]), requires_grad=False)
 
-    def forward(self, key: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
-        """The dense weight ``O I``; ``key`` is for weights that are sampled."""
-        rest_OR = self.rest(key, dtype)
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight ``O I``."""
+        rest_OR = self.rest(dtype)
         if self.salient is None:
             return rest_OR
-        return torch.cat([rest_OR, self.salient((*key, "salient"), dtype)], dim=1).index_select(1, self.order)
+        return torch.cat([rest_OR, self.salient(dtype)], dim=1).index_select(1, self.order)
 
     @torch.no_grad()
     def tensor(self) -> MixedTensor:
@@ -170,16 +181,16 @@ class MixedWeight(nn.Module):
         )
 
 
-def trainable_weight(tensor: QuantizedWeight, logits: GumbelOptions | None, generator: torch.Generator) -> nn.Module:
-    """The trainable form of a finished weight: its scales, and its codes too where ``logits`` is given.
+def trainable_weight(tensor: QuantizedWeight, original_OI: Tensor | None) -> nn.Module:
+    """The trainable form of a finished weight: its scales, and its codes too where the original is given.
 
     Raises:
         ConfigurationError: it is stored in the element layout.
     """
     if isinstance(tensor, MixedTensor):
-        return MixedWeight(tensor, logits, generator)
+        return MixedWeight(tensor, original_OI)
     if not isinstance(tensor, QuantizedTensor):
         raise ConfigurationError(
             "model.phases: weights of the element layout are not trained end to end; use salient.layout structured"
         )
-    return ScaledWeight(tensor) if logits is None else SampledWeight(tensor, logits, generator)
+    return ScaledWeight(tensor) if original_OI is None else MovingWeight(tensor, original_OI)

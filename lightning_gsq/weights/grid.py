@@ -112,9 +112,13 @@ class Grid:
         """The code whose value is closest to each position, same dtype; ties round to even, binary zero to +1."""
         if self.table is not None:
             return torch.bucketize(position, _borders(self.table, position.device)).to(position.dtype) + self.low
+        return self.code_at(position)
+
+    def code_at(self, coordinate: Tensor) -> Tensor:
+        """The code closest to each position measured in codes, same dtype; ties as in :meth:`nearest`."""
         if self.binary:
-            return torch.where(position < 0, float(self.low), float(self.high)).to(position.dtype)
-        return position.round().clamp(self.low, self.high)
+            return torch.where(coordinate < 0, float(self.low), float(self.high)).to(coordinate.dtype)
+        return coordinate.round().clamp(self.low, self.high)
 
     def value_of(self, codes: Tensor) -> Tensor:
         """What each code is worth: the codes as they are, or the table's entries as fp32."""

@@ -112,7 +112,7 @@ def test_an_optimizer_that_cannot_step_is_refused_before_the_work(optimizer: Any
 
 def test_one_that_can_passes() -> None:
     model = ModelQuantization("x", optimizer=_adam(lr=1e-3, fused=True))
-    try_settings(model, EndToEndOptions(train=["scales", "norms", "head", "logits"]), _make_trainer)
+    try_settings(model, EndToEndOptions(train=["scales", "norms", "head", "codes"]), _make_trainer)
     model = ModelQuantization("x", gumbel=GumbelOptions(logits_dtype="bfloat16"))
     with pytest.raises(ConfigurationError, match="rounds stochastically"):
         try_settings(model, EndToEndOptions(), _make_trainer)

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gsq.cli.defaults import QUIET_TRAINER
-from lightning_gsq.quantizers import GumbelOptions
 from lightning_gsq.system.sharding import is_sharded, local, private_copy
 from lightning_gsq.training import EndToEndOptions, EndToEndQuantization
 from lightning_gsq.training.optim import Adam
@@ -42,12 +41,12 @@ CASES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
         "gemma2",
         [0, 1],
         {
-            "train": ["scales", "norms", "head", "logits"],
+            "train": ["scales", "norms", "head", "codes"],
             "batch_size": 2,
             "recompute": True,
             "top_k": 20,
             "cross_entropy": 0.2,
-            "logits_learning_rate": 1e-4,
+            "code_learning_rate": 1e-3,
             "optimizer": lambda groups: Adam(groups, lr=2e-3, backend="eager"),
         },
     ),
@@ -76,9 +75,7 @@ def run(case: str, strategy: str, rank: int, folder: Path) -> None:
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
     weights = {index: own for index, own in rounded(network).items() if index in blocks}
     options = EndToEndOptions(**settings)
-    module = EndToEndQuantization(
-        private_copy(network) if strategy == "fsdp2" else network, weights, options, GumbelOptions(backend="eager")
-    )
+    module = EndToEndQuantization(private_copy(network) if strategy == "fsdp2" else network, weights, options)
     ids = torch.randint(0, 250, (37, 12), generator=torch.Generator().manual_seed(1))
     train, held_out = ids[:32], ids[32:]  # one file of the teacher, and 3 and 2 sequences held out: unequal work
     sequences: Any = TensorDataset(train)

@@ -13,16 +13,13 @@ from lightning_gsq.cli.defaults import QUIET_TRAINER
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.head import find_head, last_hidden
-from lightning_gsq.quantizers import GumbelOptions
 from lightning_gsq.training import EndToEndOptions, EndToEndQuantization, NonFiniteLossError
 from tests.support.tiny import FAMILIES
 from tests.support.weights import rounded
 
 
 def _module(network: PreTrainedModel, **options: Any) -> EndToEndQuantization:
-    return EndToEndQuantization(
-        network, rounded(network), EndToEndOptions(batch_size=4, **options), GumbelOptions(backend="eager")
-    )
+    return EndToEndQuantization(network, rounded(network), EndToEndOptions(batch_size=4, **options))
 
 
 def _fit(module: EndToEndQuantization, epochs: int = 2) -> tuple[float, float]:
@@ -68,7 +65,8 @@ def test_student_is_the_model_with_dequantized_weights(family: PreTrainedModel) 
         {"train": ["scales", "norms"], "recompute": True, "temperature": 2.0},
         {"train": ["norms"]},
         {"train": ["scales", "head"], "head_learning_rate": 1e-2, "cross_entropy": 0.2},
-        {"train": ["scales", "logits"], "logits_learning_rate": 1e-4},
+        {"train": ["scales", "codes"], "code_learning_rate": 1e-2},
+        {"train": ["codes"], "code_learning_rate": 1e-2, "recompute": True},
     ],
     ids=lambda options: "-".join(options["train"]),
 )
@@ -78,7 +76,7 @@ def test_training_lowers_the_held_out_divergence(options: dict[str, Any]) -> Non
     module = _module(network, **options)
     kinds = {name.rpartition(".")[2] for name, _ in module.trained()}
     assert ("log_scale" in kinds) == ("scales" in options["train"])
-    assert ("logits" in kinds) == ("logits" in options["train"])
+    assert ("positions" in kinds) == ("codes" in options["train"])
     start, end = _fit(module)
     assert end < start
     assert all(torch.equal(network.get_parameter(name), value) for name, value in before.items())
