@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
@@ -23,10 +22,9 @@ from lightning_gsq.gguf.rows import Place, places_in_file, to_model, verify_shap
 from lightning_gsq.gguf.types.codec import decode, verify_finite
 from lightning_gsq.gguf.types.levels import LevelBlocks
 from lightning_gsq.gguf.types.table import TYPES, GgmlType
-from lightning_gsq.quantizers.warm_start import Start, WarmStart
-from lightning_gsq.weights.layout import SCALES
+from lightning_gsq.quantizers.warm_start import Start, WarmStart, start_at
 from lightning_gsq.weights.presets import GGML
-from lightning_gsq.weights.quantized import QuantizedTensor, expand_groups
+from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
 SCHEMES = {
@@ -71,16 +69,7 @@ class FromFile(WarmStart):
         """The codes and scales of one weight; its position is where the full-precision weight lies on that grid."""
         stored_names, kind = self._stored(name, scheme, (w_OI.shape[0], w_OI.shape[1]))
         places = places_in_file(self.file, stored_names, w_OI.cpu(), self.heads, same=False)
-        tensor = self._tensor(stored_names, places, kind, scheme)
-        tensor = tensor.map(lambda part: part.to(w_OI.device))
-        parts = {part: value.float() for part, value in tensor.scale_parts.items()}
-        layout, columns, length = tensor.scheme.layout, w_OI.shape[1], tensor.group_length
-        s_OI, o_OG = expand_groups(layout.scales(parts), columns, length), layout.offsets(parts)
-        lifted_OI = w_OI if o_OG is None else w_OI - expand_groups(o_OG, columns, length)
-        # A group of zeros has a scale of zero: its weights lie on any of its levels.
-        codes_OI = tensor.codes_OI.float()
-        position_OI = torch.where(s_OI == 0, codes_OI, tensor.scheme.grid.coordinate(lifted_OI / s_OI))
-        return Start(tensor.codes_OI, parts.pop(SCALES), position_OI, parts)
+        return start_at(self._tensor(stored_names, places, kind, scheme), w_OI)
 
     def _tensor(
         self, stored_names: list[str], places: Sequence[Place], kind: GgmlType, scheme: QuantScheme
