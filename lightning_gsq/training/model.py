@@ -44,6 +44,10 @@ class ModelQuantization(LightningModule):
             that low bits get wrong; null: all tokens count alike.
         warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
         hessian_sequences: Calibration sequences whose inputs the warm start sees.
+        imatrix: Importance matrix of llama.cpp (GGUF or .dat) that weighs errors in place of these inputs, for the
+            starts RTN and LlamaCpp.
+        save_imatrix: Write the inputs' mean squares in the full-precision model as such a matrix: imatrix.gguf in the
+            run folder.
         saliency: How the salient part of each matrix is chosen, where the scheme has one or a budget.
         gumbel: How the logits start and how noisy their samples are.
         optimizer: Optimizer of the logits and scales; lr is the logits' learning rate.
@@ -74,6 +78,8 @@ class ModelQuantization(LightningModule):
         inherited_error: float | None = None,
         warm_start: WarmStart | None = None,
         hessian_sequences: int = 64,
+        imatrix: str | None = None,
+        save_imatrix: bool = False,
         saliency: SettleOptions = SettleOptions(),  # noqa: B008 - frozen
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=1e-3),
@@ -95,7 +101,9 @@ class ModelQuantization(LightningModule):
         self.outer = settings.OuterOptions(
             settings.outer("embedding", embedding), settings.outer("head", head), fallback
         )
-        self.start = settings.StartOptions(warm_start or RTN(weighted=True), hessian_sequences, saliency)
+        self.start = settings.StartOptions(
+            warm_start or RTN(weighted=True), hessian_sequences, saliency, imatrix, save_imatrix
+        )
         self.block = settings.BlockOptions(
             settings.target_of(target),
             inherited_error,

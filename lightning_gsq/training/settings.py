@@ -184,13 +184,29 @@ class StartOptions:
         warm_start: Gives codes and scales.
         hessian_sequences: Calibration sequences whose inputs it sees.
         saliency: How salient weights are chosen.
+        imatrix: File whose mean squares take the place of those of these inputs.
+        save_imatrix: Write those of the full-precision model.
     """
 
     warm_start: WarmStart
     hessian_sequences: int
     saliency: SettleOptions
+    imatrix: str | None = None
+    save_imatrix: bool = False
+
+    @property
+    def watches_inputs(self) -> bool:
+        """Whether calibration inputs have to be collected for it."""
+        return self.warm_start.needs_hessian and self.imatrix is None
 
     def __post_init__(self) -> None:
+        if self.imatrix is not None and not (self.warm_start.needs_hessian and self.warm_start.diagonal_only):
+            start = type(self.warm_start).__name__
+            what = "weighs no errors by inputs" if not self.warm_start.needs_hessian else "needs whole Hessians"
+            raise ConfigurationError(
+                f"model.imatrix: an importance matrix has a number a column, and --model.warm_start {start} {what} as "
+                f"it is set; got {self.imatrix}. Leave it out, or use RTN or LlamaCpp with weighted: true"
+            )
         if self.hessian_sequences <= 0:
             raise ConfigurationError(f"model.hessian_sequences must be positive, got {self.hessian_sequences}")
 
