@@ -29,6 +29,8 @@ class LinearFormat(ExportFormat):
     """Which of a layer's tensors holds the codes."""
     scales: ClassVar[str]
     """Which of them holds the scales."""
+    levels: ClassVar[str] = "symmetric levels with one scale"
+    """What it holds, in words."""
 
     @abstractmethod
     def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -60,9 +62,10 @@ class LinearFormat(ExportFormat):
     def _refuse_layout(self, weight: ExportedWeight) -> str | None:
         if self.holds(weight.scheme):
             return None
+        outside = "; --model.embedding (or head) w8g32 is such a scheme" if weight.block is None else ""
         return (
-            f"{self.name} holds symmetric levels with one scale a group, and {weight.name} is {weight.scheme}; "
-            "native holds it, and gguf or mlx if it is a type of theirs"
+            f"{self.name} holds {self.levels} a group, and {weight.name} is {weight.scheme}; native holds it, and gguf "
+            f"or mlx if it is a type of theirs{outside}"
         )
 
     def refuse_values(self, run: PlannedRun) -> str | None:
