@@ -14,6 +14,7 @@ from lightning_gsq.run.recipe import FORMAT, is_whole, model_fingerprint, recipe
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import override_of, scheme_of
+from lightning_gsq.weights.scheme import QuantScheme
 
 _MODEL_SETTINGS = (
     # settings of a run that say what its weights are; the others say how they were trained
@@ -84,11 +85,15 @@ def _model_of(recipe: Mapping[str, Any], root: Path, trust_remote_code: bool) ->
     try:
         return ModelQuantization(
             scheme=scheme_of(settings["scheme"]),
-            embedding=settings.get("embedding") and scheme_of(settings["embedding"]),
-            head=settings.get("head") and scheme_of(settings["head"]),
+            embedding=_outer(settings.get("embedding")),
+            head=_outer(settings.get("head")),
             overrides={name: override_of(fields) for name, fields in overrides.items()},
             **{key: settings[key] for key in _MODEL_SETTINGS if key in settings},
             trust_remote_code=trust_remote_code,
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"run: the recipe in {root} is not one of this version: {error}") from error
+
+
+def _outer(setting: Mapping[str, Any] | str | None) -> QuantScheme | str | None:
+    return scheme_of(setting) if isinstance(setting, Mapping) else setting

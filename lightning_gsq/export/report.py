@@ -33,7 +33,7 @@ def print_loadability(console: Console, chosen: Sequence[ExportFormat], run: Pla
     for format_ in chosen:
         view = format_.view(run)
         remarks = format_.remarks(view)
-        if len(view.weights) < len(run.weights):
+        if view.outer != run.outer:
             remarks.append(unpacked(run))
         if format_.package is not None and missing(format_.package):
             remarks.append(missing(format_.package))
