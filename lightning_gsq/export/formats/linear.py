@@ -49,11 +49,15 @@ class LinearFormat(ExportFormat):
         return linear_bits(scheme)
 
     def refuse(self, run: PlannedRun) -> str | None:
-        """Refuses fused experts, transposed weights, and what :meth:`refuse_weight` names."""
+        """Refuses fused experts, transposed weights, what :meth:`refuse_weight` names, and numbers that do not fit."""
+        return self.refuse_weights(run) or self.refuse_values(run)
+
+    def refuse_weights(self, run: PlannedRun) -> str | None:
+        """All of it but the numbers."""
         weights = list(run.weights.values())
         reasons = [*map(self._refuse_layout, weights), *map(self.refuse_weight, weights)]
         reasons.append(refuse_other_than_linear(self.name, weights))
-        return next((reason for reason in reasons if reason), None) or self.refuse_values(run)
+        return next((reason for reason in reasons if reason), None)
 
     def holds(self, scheme: QuantScheme) -> bool:
         """Whether the format knows such scales and levels at all."""

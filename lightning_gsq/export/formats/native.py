@@ -53,6 +53,10 @@ class NativeFormat(ExportFormat):
 
     def refuse(self, run: PlannedRun) -> str | None:
         """Holds everything but salient parts of fused experts."""
+        return self.refuse_weights(run)
+
+    def refuse_weights(self, run: PlannedRun) -> str | None:
+        """The same."""
         for weight in run.weights.values():
             if weight.scheme.mixed and weight.site.experts:
                 return f"native has no salient weights in fused experts ({weight.name}); use dequantized"
