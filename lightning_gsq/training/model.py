@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.models import loading
-from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
+from lightning_gsq.quantizers import RTN, FromFile, GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training import settings
@@ -33,7 +33,7 @@ class ModelQuantization(LightningModule):
         fallback: Quantize rows that a preset's type does not hold as llama.cpp does: to the type that it takes instead.
             Otherwise they are refused.
         embedding: How the embedding is quantized, and with it a head that is tied to it; "auto" for 8 bits in groups of
-            32, where its rows are whole groups; null leaves it in 16 bits.
+            32, where its rows are whole groups (with the start FromFile, for the file's own); null leaves it in 16 bits.
         head: How a head with a matrix of its own is quantized; null leaves it in 16 bits.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
@@ -101,7 +101,8 @@ class ModelQuantization(LightningModule):
         schemes = {pattern: settings.override(pattern, value) for pattern, value in overrides.items()}
         self.selection = settings.Selection(scheme, include, exclude, schemes, blocks, fallback)
         self.outer = OuterOptions(
-            outer("embedding", embedding, scheme),
+            # A file that is refined keeps its own.
+            None if embedding == AUTO and isinstance(warm_start, FromFile) else outer("embedding", embedding, scheme),
             outer("head", head, scheme),
             fallback,
             automatic=embedding == AUTO,

@@ -30,7 +30,7 @@ def test_codes_and_scales_come_back(tmp_path: Path, bits: int, group_size: int) 
         assert torch.equal(own.scales_OG, tensor.scales_OG.float())
         assert float((own.position_OI - own.codes_OI).abs().max()) < 2**bits
     warm_start = {"class_path": "lightning_gsq.quantizers.FromFile", "init_args": {"file": str(file)}}
-    again = quantize(model, tmp_path / "again", bits, group_size, warm_start=warm_start)
+    again = quantize(model, tmp_path / "again", bits, group_size, warm_start=warm_start, embedding="auto")
     (tmp_path / "out").mkdir()
     GGUFFormat().write(again, tmp_path / "out", ExportOptions())
     assert (tmp_path / "out" / FILE).read_bytes() == file.read_bytes()
