@@ -33,7 +33,8 @@ class ModelQuantization(LightningModule):
         fallback: Quantize rows that a preset's type does not hold as llama.cpp does: to the type that it takes instead.
             Otherwise they are refused.
         embedding: How the embedding is quantized, and with it a head that is tied to it; "auto" for 8 bits in groups of
-            32, where its rows are whole groups (with the start FromFile, for the file's own); null leaves it in 16 bits.
+            32 where its rows are whole groups, and for the file's own with the start FromFile; null leaves it in 16
+            bits.
         head: How a head with a matrix of its own is quantized; null leaves it in 16 bits.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
