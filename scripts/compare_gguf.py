@@ -68,7 +68,6 @@ def arguments(options: argparse.Namespace) -> list[str]:
     blocks = [] if options.blocks is None else [f"--model.blocks=0:{options.blocks}"]
     return [
         f"--model.pretrained={options.model}",
-        "--model.embedding=null",
         "--model.fallback=true",
         f"--data.num_sequences={options.sequences}",
         "--evaluation.num_windows=1",  # the files are measured here
