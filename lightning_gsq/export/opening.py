@@ -90,7 +90,7 @@ def _model_of(recipe: Mapping[str, Any], root: Path, trust_remote_code: bool) ->
             embedding=None if _refines(settings) else _outer(settings.get("embedding")),
             head=_outer(settings.get("head")),
             overrides={name: override_of(fields) for name, fields in overrides.items()},
-            **{key: settings[key] for key in _MODEL_SETTINGS if key in settings},
+            **{key: settings[key] for key in _MODEL_SETTINGS if key in settings} | _address_of(recipe),
             trust_remote_code=trust_remote_code,
         )
     except (TypeError, KeyError, AttributeError) as error:
@@ -105,3 +105,10 @@ def _refines(settings: Mapping[str, Any]) -> bool:
     """Whether a run kept the embedding of the file that it started from, as ``auto`` says then."""
     start = str((settings.get("warm_start") or {}).get("class_path", "")).rpartition(".")[2]
     return settings.get("embedding") == AUTO and start == FromFile.__name__
+
+
+def _address_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Where the original was when the run started, if it still is there: the address as typed depends on the folder."""
+    addresses = recipe.get("addresses")
+    address = addresses.get("model.pretrained") if isinstance(addresses, Mapping) else None
+    return {"pretrained": address} if isinstance(address, str) and Path(address).exists() else {}
