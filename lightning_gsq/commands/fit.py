@@ -26,6 +26,8 @@ from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
 from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.end_to_end import check_end_to_end
 from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.run.imatrix_file import check_names, save_imatrix
+from lightning_gsq.run.importance import Importance, read_importance
 from lightning_gsq.run.perplexity import make_measure
 from lightning_gsq.run.phases import (
     Perplexities,
@@ -104,9 +106,9 @@ def fit(
         if not folder.rank:
             check_saving(model.network, model.tokenizer, folder.root)
         plan = make_plan(model)
-        for line in not_quantized(model, plan):
+        for line in [*not_quantized(model, plan), *filter(None, [model.outer.left(model.network)])]:
             say(line)
-        _check_plan(model, plan)
+        importance = _check_plan(model, plan)
         planned = PlannedRun(model, plan, settings["model"])
         announce(exports, planned, folder.root / "export", _bytes_to_write(model), console)
         evaluation.tokenize(model.tokenizer, model.network)
@@ -121,7 +123,7 @@ def fit(
             # Before, to refuse without starting other processes; now, because then the first may not have written it.
             open_recipe(folder, recipe)
             folder.share_progress(ranks.agree)
-            run = make_run(model, data, plan, folder, recipe, make_trainer, activations, seed, say, ranks)
+            run = make_run(model, data, plan, folder, recipe, make_trainer, activations, seed, say, ranks, importance)
             refuse_early(model, data, activations, run.width)
             room = device_bytes(run.device)
             measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks)
@@ -141,6 +143,7 @@ def _phases(
     """The phases asked for, one after another."""
     run.say(_what_is_done(run))
     perplexities.note("full_precision", None)
+    save_imatrix(run)
     outer = outer_phase(run, perplexities)
     if "init" in run.model.phases:
         warm_start_phase(run, perplexities, outer)
@@ -163,13 +166,15 @@ def _what_is_done(run: Run) -> str:
     )
 
 
-def _check_plan(model: ModelQuantization, plan: list[BlockPlan]) -> None:
-    """Verifies that every weight can have its scheme, its scales and its start."""
+def _check_plan(model: ModelQuantization, plan: list[BlockPlan]) -> Importance | None:
+    """Verifies that every weight can have its scheme, its scales and its start; returns the importance matrix."""
     model.outer.expected(model.network)
     check_layouts(plan, model.phases)
     check_scales(model, plan)
     expected = {f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()}
     model.start.warm_start.check(expected)
+    check_names(model, plan)
+    return read_importance(model, plan)
 
 
 def _check_shares(trainer: Trainer, data: CalibrationDataModule, evaluation: PerplexityData) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.layout import SCALES
-from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.quantized import QuantizedTensor, expand_groups
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -88,6 +88,8 @@ class WarmStart(ABC):
 
     needs_hessian: bool = True
     """Whether calibration inputs have to be collected at all."""
+    diagonal_only: bool = False
+    """Whether the Hessian's diagonal is all that counts, so that an importance matrix can take its place."""
 
     @abstractmethod
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
@@ -120,6 +122,24 @@ def quantized(start: Start, scheme: QuantScheme, scale_dtype: torch.dtype) -> Qu
     """The warm start as a finished weight, its scales in their stored form."""
     parts = {name: scheme.layout.stored(name, value, scale_dtype) for name, value in start.scale_parts.items()}
     return QuantizedTensor(start.codes_OI, parts.pop(SCALES), scheme, parts)
+
+
+def start_at(tensor: QuantizedTensor, w_OI: Tensor) -> Start:
+    """The start at a finished weight: its codes and scales; positions are where other weights lie on that grid.
+
+    Args:
+        tensor: The finished weight.
+        w_OI: fp32, the weights that it is to stand for.
+    """
+    tensor = tensor.map(lambda part: part.to(w_OI.device))
+    parts = {part: value.float() for part, value in tensor.scale_parts.items()}
+    layout, columns, length = tensor.scheme.layout, w_OI.shape[1], tensor.group_length
+    s_OI, o_OG = expand_groups(layout.scales(parts), columns, length), layout.offsets(parts)
+    lifted_OI = w_OI if o_OG is None else w_OI - expand_groups(o_OG, columns, length)
+    # A group of zeros has a scale of zero: its weights lie on any of its levels.
+    codes_OI = tensor.codes_OI.float()
+    position_OI = torch.where(s_OI == 0, codes_OI, tensor.scheme.grid.coordinate(lifted_OI / s_OI))
+    return Start(tensor.codes_OI, parts.pop(SCALES), position_OI, parts)
 
 
 def stack(starts: list[Start]) -> Start:

@@ -54,6 +54,7 @@ _PROGRESS: dict[str, Callable[[Any], bool]] = {
     "init_seconds": _numbers,
     "model": lambda value: value in KINDS,
     "peak_memory_bytes": _number,
+    "imatrix": lambda value: isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values()),
 }
 _SUMMARY: dict[str, Callable[[Any], bool]] = {
     "perplexity": _numbers,

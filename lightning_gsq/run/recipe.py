@@ -35,7 +35,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
         "strategy",
         "use_distributed_sampler",
     },
-    "model": {"phases"},
+    "model": {"phases", "save_imatrix"},
     "data": {"cache_folder", "retries", "retry_pause"},
     "evaluation": {"by_block"},
     "activations": {"memory_limit_gb", "folder"},
@@ -47,8 +47,9 @@ STANDING_FOR = {
     "model": {"model.pretrained", "model.revision", "model.trust_remote_code"},
     "calibration": {"data.source"},
     "start": {"model.warm_start.init_args.file"},
+    "imatrix": {"model.imatrix"},
 }
-ADDRESSES = {"pretrained", "path", "file", "folder"}
+ADDRESSES = {"pretrained", "path", "file", "folder", "imatrix"}
 """Names of settings that may be local addresses, relative to where the run was started."""
 
 
@@ -78,6 +79,10 @@ def make_recipe(
     start = _start_file(settings["model"])
     if start is not None:
         fingerprints["start"] = file_digest(start)
+    if model.start.imatrix is not None:
+        fingerprints["imatrix"] = file_digest(Path(model.start.imatrix).expanduser())
+    else:
+        kept["model"].pop("imatrix", None)
     return {
         "format": FORMAT,
         "seed": seed,

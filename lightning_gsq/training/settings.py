@@ -9,16 +9,14 @@ from typing import Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
-from lightning_gsq.models.ends import find_ends
 from lightning_gsq.models.linear_weights import LinearSite, to_quantize
 from lightning_gsq.quantizers import GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.training.target import TARGETS, Target, TargetName
-from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit_rows, override_of, scheme_of
+from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit_rows, override_of
 from lightning_gsq.weights.scheme import QuantScheme
 
 Phase = Literal["init", "blocks", "end_to_end"]
@@ -58,18 +56,6 @@ def override(pattern: str, value: SchemeOverride | str) -> SchemeOverride:
         return override_of(value)
     except ConfigurationError as error:
         raise ConfigurationError(f"model.overrides: {pattern!r}: {error}") from error
-
-
-def outer(option: str, value: QuantScheme | str | None) -> QuantScheme | None:
-    """What ``model.embedding`` or ``model.head`` says: settings, or a preset's name.
-
-    Raises:
-        ConfigurationError: it makes no sense.
-    """
-    try:
-        return None if value is None else scheme_of(value)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"model.{option}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -124,59 +110,6 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class OuterOptions:
-    """What happens to the matrices outside of the blocks.
-
-    Args:
-        embedding: Grid and groups of the embedding, and of a head that is tied to it; None leaves it as it is.
-        head: Grid and groups of a head that is a matrix of its own; None leaves it as it is.
-        fallback: Give rows that a preset does not hold the one that llama.cpp takes for them.
-    """
-
-    embedding: QuantScheme | None = None
-    head: QuantScheme | None = None
-    fallback: bool = False
-
-    def __post_init__(self) -> None:
-        for option, scheme in (("embedding", self.embedding), ("head", self.head)):
-            if scheme is not None and scheme.mixed:
-                raise ConfigurationError(
-                    f"model.{option}: salient weights and budgets are for matrices in the blocks, got {scheme}; give "
-                    "bits and group_size alone"
-                )
-
-    def expected(self, network: PreTrainedModel) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
-        """Scheme and ``(V, D)`` of each matrix to quantize, by its parameter name.
-
-        Raises:
-            ConfigurationError: the model has no such matrix, the head is the embedding, or a preset does not hold rows
-                of that many weights.
-        """
-        ends = find_ends(network)
-        if self.head is not None and ends.tied:
-            raise ConfigurationError(
-                f"model.head: the head of {type(network).__name__} is tied to its embedding, whose codes it shares; "
-                f"got {self.head}. Leave model.head out and give model.embedding, which is for both"
-            )
-        chosen = {}
-        for option, scheme, name in (
-            ("embedding", self.embedding, ends.embedding),
-            ("head", self.head, ends.head),
-        ):
-            if scheme is None:
-                continue
-            if name is None:
-                raise ConfigurationError(
-                    f"model.{option}: {type(network).__name__} has no {option} that is one matrix; "
-                    f"got {scheme}, use null"
-                )
-            rows, columns = network.get_parameter(name).shape
-            fitting = fit_rows({name: scheme}, {name: columns}, self.fallback)[name]
-            chosen[name] = (fitting, (rows, columns))
-        return chosen
-
-
-@dataclass(frozen=True)
 class StartOptions:
     """What a block's training starts from.
 
@@ -184,13 +117,29 @@ class StartOptions:
         warm_start: Gives codes and scales.
         hessian_sequences: Calibration sequences whose inputs it sees.
         saliency: How salient weights are chosen.
+        imatrix: File whose mean squares take the place of those of these inputs.
+        save_imatrix: Write those of the full-precision model.
     """
 
     warm_start: WarmStart
     hessian_sequences: int
     saliency: SettleOptions
+    imatrix: str | None = None
+    save_imatrix: bool = False
+
+    @property
+    def watches_inputs(self) -> bool:
+        """Whether calibration inputs have to be collected for it."""
+        return self.warm_start.needs_hessian and self.imatrix is None
 
     def __post_init__(self) -> None:
+        if self.imatrix is not None and not (self.warm_start.needs_hessian and self.warm_start.diagonal_only):
+            start = type(self.warm_start).__name__
+            what = "weighs no errors by inputs" if not self.warm_start.needs_hessian else "needs whole Hessians"
+            raise ConfigurationError(
+                f"model.imatrix: an importance matrix has a number a column, and --model.warm_start {start} {what} as "
+                f"it is set; got {self.imatrix}. Leave it out, or use RTN or LlamaCpp with weighted: true"
+            )
         if self.hessian_sequences <= 0:
             raise ConfigurationError(f"model.hessian_sequences must be positive, got {self.hessian_sequences}")
 
