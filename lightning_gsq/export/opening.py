@@ -14,6 +14,7 @@ from lightning_gsq.run.recipe import FORMAT, is_whole, model_fingerprint, recipe
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import override_of, scheme_of
+from lightning_gsq.widths import Choice
 
 _MODEL_SETTINGS = (
     # settings of a run that say what its weights are; the others say how they were trained
@@ -46,6 +47,9 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
     run_folder = RunFolder(root, create=False)
     run_folder.recipe = recipe_digest(recipe)
     model = _model_of(recipe, root, trust_remote_code)
+    choice = recipe.get("choice")
+    if choice is not None:
+        model.take(Choice.of_plain(choice).widths, f"mixed widths within {choice['size']}")
     try:
         model.load(model.address.source())
     except ConfigurationError as error:

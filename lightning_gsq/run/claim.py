@@ -24,7 +24,7 @@ from lightning_gsq.system.yaml_files import read_yaml
 LOCK = ".lock"
 FIRST_LINE = "run folder of lightning-gsq"
 FOLDERS = ("blocks", "calibration", "export", "model", "teacher", "tensorboard")
-FILES = ("recipe.yaml", "progress.json", "summary.json", "end_to_end.safetensors")
+FILES = ("recipe.yaml", "progress.json", "summary.json", "end_to_end.safetensors", "choice.yaml", "worth.json")
 OPTION = "trainer.default_root_dir"
 
 

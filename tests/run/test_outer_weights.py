@@ -18,7 +18,7 @@ from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.outer_weights import round_rows, visiting
 from lightning_gsq.run.substitution import outer_installed
 from lightning_gsq.training import EndToEndOptions, EndToEndQuantization, ModelQuantization
-from lightning_gsq.training.settings import OuterOptions
+from lightning_gsq.training.selection import OuterOptions
 from lightning_gsq.weights.salient_part import SalientPart
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.outer import EMBEDDING, HEAD
