@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lightning_gsq.callbacks import EndToEndProgress
 from lightning_gsq.commands.menu import make_menu
-from lightning_gsq.commands.sizing import choose, chosen_plan
+from lightning_gsq.commands.sizing import choose, chosen_plan, picture
 from lightning_gsq.commands.tables import print_choice, print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import refuse_early
@@ -126,6 +126,7 @@ def fit(
             choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, say)
             plan = chosen_plan(menu, choice)
             print_choice(console, choice, menu.parts(choice))
+            board.log_figure(trainer.loggers, "widths", picture(menu, choice))
             announce(exports, PlannedRun(model, plan, settings["model"]), root, reserved, console)
             recipe = make_recipe(settings, seed, model, data, evaluation, choice.as_plain())
         open_recipe(folder, recipe, say)

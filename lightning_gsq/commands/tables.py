@@ -89,10 +89,13 @@ def print_choice(console: Console, choice: Choice, parts: Mapping[str, tuple[str
     )
 
 
-def print_estimate(console: Console, plan: Estimate, data: CalibrationDataModule, pretrained: str) -> None:
-    """Prints model, memory, disk and time."""
+def print_estimate(
+    console: Console, plan: Estimate, data: CalibrationDataModule, pretrained: str, loaded: bool = False
+) -> None:
+    """Prints model, memory, disk and time; ``loaded`` says that the model was, for a choice of widths."""
     skeleton = plan.skeleton
-    console.print(f"Plan for {pretrained}; nothing was loaded, read or written", soft_wrap=True)
+    done = "loaded for its widths alone" if loaded else "nothing was loaded, read or written"
+    console.print(f"Plan for {pretrained}; {done}", soft_wrap=True)
     table = _table("Model", "", "")
     weights = sum(ledger.weights for ledger in plan.ledgers.values())
     packed = sum(ledger.num_bytes for ledger in plan.ledgers.values())

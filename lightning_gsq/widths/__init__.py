@@ -6,6 +6,7 @@ worth       what a matrix loses by each choice, predicted from one gradient a se
 rounding    the change that a choice makes
 ends        the same for the embedding and the head
 knapsack    the best choice within a size, exactly
+picture     widths over depth, and where the bytes go
 choice      the widths of a whole model, as a file that can be edited and given back
 """
 

@@ -96,8 +96,8 @@ def measure_worth(
     for index in reversed(range(len(blocks))):
         block = copy.deepcopy(blocks[index]).to(device, torch.float32).requires_grad_(False)
         own = list(inside.get(index, ()))
-        batches = [(inputs[n][index], _on(calls[n][index], device)) for n in range(len(ids_NT))]
-        changes = _changes(block, own, batches, device, scale_dtype, f"{prefix}.{index}")
+        batches = [(inputs[n][index], on_device(calls[n][index], device)) for n in range(len(ids_NT))]
+        changes = changes_of(block, own, batches, device, scale_dtype, f"{prefix}.{index}")
         products: dict[tuple[str, str], list[float]] = {key: [] for key in changes}
         for candidate in own:
             block.get_parameter(candidate.site.name).requires_grad_(True)
@@ -120,11 +120,12 @@ def _divergence(products: list[float], tokens: int) -> float:
     return math.fsum(value * value for value in products) / len(products) / 2 / tokens
 
 
-def _on(call: BlockCall, device: torch.device) -> BlockCall:
+def on_device(call: BlockCall, device: torch.device) -> BlockCall:
+    """A call on the device, in fp32."""
     return call.mapped(lambda _, t: t.to(device, torch.float32 if t.is_floating_point() else t.dtype))
 
 
-def _changes(
+def changes_of(
     block: nn.Module,
     candidates: Sequence[Candidate],
     batches: Sequence[tuple[Tensor, BlockCall]],
@@ -132,7 +133,19 @@ def _changes(
     scale_dtype: torch.dtype,
     where: str,
 ) -> dict[tuple[str, str], Tensor]:
-    """What rounding adds to each matrix of a block, fp32 ``O I``, by its name and that of the choice."""
+    """What rounding adds to each matrix of a block.
+
+    Args:
+        block: The block, on the device in fp32.
+        candidates: Its matrices.
+        batches: Hidden states that enter it and its call, for each calibration sequence.
+        device: The device.
+        scale_dtype: Stored dtype of scales that have none of their own.
+        where: The block's name.
+
+    Returns:
+        fp32 ``O I``, by the matrix's name in the block and the name of the choice.
+    """
     if not candidates:
         return {}
     statistics, start = InputStatistics([candidate.site for candidate in candidates], device), QuickRounding()
