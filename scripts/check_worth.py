@@ -111,7 +111,7 @@ class Replacements:
         candidate = Candidate(site, {choice: scheme_of(choice) for choice in choices})
         batches = [(own.inputs_BTD[index], on_device(own.calls[index], CPU)) for own in self.calibration]
         visitor = copy.deepcopy(block).float()
-        changes = changes_of(visitor, [candidate], batches, CPU, torch.float16, f"{self.prefix}.{index}")
+        changes = changes_of(visitor, [candidate], batches, CPU, torch.float16)
         parameter = block.get_parameter(inside)
         original, found = parameter.data, {}
         for choice in choices:

@@ -201,7 +201,8 @@ def _refuse(menu: Menu, choices: Sequence[QuantScheme]) -> None:
 
 def _megabytes(count: int) -> str:
     """A size that has room for so many bytes."""
-    return f"{math.ceil(count / 1e4) / 100:.2f}MB"
+    unit, name = (1e3, "kB") if count < 1e6 else (1e6, "MB")
+    return f"{math.ceil(100 * count / unit) / 100:.2f}{name}"
 
 
 def mixture_name(model: ModelQuantization) -> str:

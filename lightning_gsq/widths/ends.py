@@ -15,12 +15,9 @@ from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import Reached
 from lightning_gsq.models.ends import find_ends
 from lightning_gsq.models.passing import Forms, instead_of_blocks
-from lightning_gsq.quantizers.warm_start import quantized, stack
 from lightning_gsq.weights.scheme import QuantScheme
-from lightning_gsq.widths.rounding import QuickRounding
+from lightning_gsq.widths.rounding import change_of
 
-ROWS = 8192
-"""Rows that are rounded at once."""
 Changes = dict[tuple[str, str], Tensor]
 """What rounding adds to a matrix, fp32 ``V D``, by its name and that of the choice."""
 
@@ -99,11 +96,9 @@ class EndChanges:
         changes = {}
         for name, choices in self.schemes.items():
             w_VD = self.network.get_parameter(name).detach().float()
-            importance_DD = torch.diag(moments_D) if name == self.ends.head and moments_D is not None else None
-            start = QuickRounding()
+            importance_D = moments_D if name == self.ends.head else None
             for choice, scheme in choices.items():
-                rounded = stack([start(rows, importance_DD, scheme) for rows in w_VD.split(ROWS)])
-                changes[name, choice] = quantized(rounded, scheme, self.scale_dtype).dequantize() - w_VD
+                changes[name, choice] = change_of(w_VD, [importance_D], scheme, self.scale_dtype)
         return changes
 
     def _tail(self, ids_BT: Tensor, output_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

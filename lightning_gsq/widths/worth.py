@@ -31,11 +31,9 @@ from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.survey import survey
-from lightning_gsq.quantizers.statistics import InputStatistics
-from lightning_gsq.quantizers.warm_start import Matrix, quantized, start_of
 from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.widths.ends import EndChanges
-from lightning_gsq.widths.rounding import QuickRounding
+from lightning_gsq.widths.rounding import change_of, importances_of
 
 SEQUENCES, TOKENS = 64, 128
 """How many sequences are looked at, and how long: each is a sample, so that many short ones are better than few."""
@@ -97,7 +95,7 @@ def measure_worth(
         block = copy.deepcopy(blocks[index]).to(device, torch.float32).requires_grad_(False)
         own = list(inside.get(index, ()))
         batches = [(inputs[n][index], on_device(calls[n][index], device)) for n in range(len(ids_NT))]
-        changes = changes_of(block, own, batches, device, scale_dtype, f"{prefix}.{index}")
+        changes = changes_of(block, own, batches, device, scale_dtype)
         products: dict[tuple[str, str], list[float]] = {key: [] for key in changes}
         for candidate in own:
             block.get_parameter(candidate.site.name).requires_grad_(True)
@@ -131,7 +129,6 @@ def changes_of(
     batches: Sequence[tuple[Tensor, BlockCall]],
     device: torch.device,
     scale_dtype: torch.dtype,
-    where: str,
 ) -> dict[tuple[str, str], Tensor]:
     """What rounding adds to each matrix of a block.
 
@@ -141,24 +138,23 @@ def changes_of(
         batches: Hidden states that enter it and its call, for each calibration sequence.
         device: The device.
         scale_dtype: Stored dtype of scales that have none of their own.
-        where: The block's name.
 
     Returns:
         fp32 ``O I``, by the matrix's name in the block and the name of the choice.
     """
     if not candidates:
         return {}
-    statistics, start = InputStatistics([candidate.site for candidate in candidates], device), QuickRounding()
-    with torch.no_grad(), statistics.watching(block):
+
+    def run() -> None:
         for hidden_BTD, call in batches:
             run_block(block, hidden_BTD.to(device, torch.float32), call)
-    changes = {}
+
+    importances, changes = importances_of(block, [candidate.site for candidate in candidates], run), {}
     for candidate in candidates:
         site = candidate.site
         w_OI = site.to_matrix(block.get_parameter(site.name)).detach()
         for choice, scheme in candidate.schemes.items():
-            matrix = Matrix(w_OI, statistics.hessians(site), scheme, f"{where}.{site.name}")
-            changes[site.name, choice] = quantized(start_of(matrix, start), scheme, scale_dtype).dequantize() - w_OI
+            changes[site.name, choice] = change_of(w_OI, importances[site.name], scheme, scale_dtype)
     return changes
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from lightning_gsq.cli import main
 from lightning_gsq.export import open_run
 from tests.support.exported import SHAPE, quantize, save_model
+from tests.support.processes import start_process
 from tests.support.runs import block_files, write_config
 
 
@@ -104,12 +105,12 @@ def test_plan_chooses_what_fit_then_takes(
     from lightning_gsq.commands import sizing
 
     changes: dict[str, object] = {
-        "model__phases": ["init"], "model__size": "5.5bpw", "model__choices": ["w2g16", "w4g16", "w8g16"],
+        "model__phases": ["init"], "model__size": "8.5bpw", "model__choices": ["w2g16", "w4g16", "w8g16"],
         "model__overrides": {"*.v_proj": "w8g16"}, "model__exclude": ["lm_head"],
     }  # fmt: skip
     config = write_config(tiny_llama, corpus, tmp_path, **changes)
     assert main(["plan", "--config", str(config), "--probe", "false"]) == 0
-    assert "Widths for 5.5bpw as native" in capsys.readouterr().out
+    assert "Widths for 8.5bpw as native" in capsys.readouterr().out
     planned = yaml.safe_load((tmp_path / "run" / "choice.yaml").read_text())
     assert not any("v_proj" in name or "lm_head" in name for name in planned)
     monkeypatch.setattr(sizing, "measure_worth", None)  # kept in worth.json
@@ -118,18 +119,18 @@ def test_plan_chooses_what_fit_then_takes(
     assert run.recipe["choice"]["widths"] == planned
     assert run.weights["model.layers.0.self_attn.v_proj.weight"].scheme.bits == 8
     assert "lm_head.weight" not in run.weights
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["scheme"]["name"] == "mixed widths within 5.5bpw"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["scheme"]["name"] == "mixed widths within 8.5bpw"
 
 
 REFUSALS = {
     "unparsable": ({"size": "80"}, "model.size must be a number above 0 with a unit"),
     "above 16 bits": ({"size": "17bpw"}, "more than the 16 of the original"),
-    "below the least": ({"size": "20kB"}, r"the narrowest of w2g16, w4g16 take [\d,]+; give at least \d+.\d+MB"),
+    "below the least": ({"size": "12kB"}, r"the narrowest of w2g16, w4g16 take [\d,]+; give at least \d+\.\d+kB"),
     "above the most": ({"size": "15bpw"}, "the widest of w2g16, w4g16 fill"),
     "one choice": ({"choices": ["w2g16"]}, "model.choices must name two presets or more"),
     "no such preset": ({"choices": ["w2g16", "q9_k"]}, "model.choices: there is no preset 'q9_k'"),
     "rows": ({"choices": ["q2_k", "q3_k"]}, "q2_k holds rows of whole blocks of 256 weights"),
-    "a pin": ({"overrides": {"*.mlp.*": "w8g16"}, "size": "29kB"}, r"for 6 pinned matrices, such as .*\(w8g16\)"),
+    "a pin": ({"overrides": {"*.mlp.*": "w8g16"}, "size": "22kB"}, r"for 6 pinned matrices, such as .*\(w8g16\)"),
     "no size": ({"size": None}, "are for --model.size"),
     "a budget": ({"scheme": {"bits": 1, "budget": 1.5}}, "both say what matrices cost"),
     "all pinned": ({"overrides": {"*": "w4g16"}, "embedding": "w4g16", "head": "w4g16"}, "nothing is left to choose"),
@@ -151,9 +152,9 @@ def test_what_cannot_be_is_refused_before_any_work(
 def test_choices_that_the_runtime_lacks_and_exports_without_a_size_are_refused(
     model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes: dict[str, object] = {"model__size": "200kB", "model__choices": ["q4_0", "mlx2g64"]}
+    changes: dict[str, object] = {"model__size": "200kB", "model__choices": ["q4_0", "mlx6g64"]}
     assert _fit(tmp_path, model, corpus, "--export", "[gguf]", **changes) == 2
-    assert "gguf has no type that holds mlx2g64" in capsys.readouterr().err
+    assert "gguf has no type that holds mlx6g64" in capsys.readouterr().err
     assert _fit(tmp_path, model, corpus, "--export", "[dequantized]", **changes) == 2
     assert "counts the bytes of a gguf or a native file" in capsys.readouterr().err
 
@@ -164,3 +165,16 @@ def test_rows_that_a_type_does_not_hold_take_the_fallback(tiny_llama: Path, corp
     assert _fit(tmp_path, tiny_llama, corpus, model__phases=["init"], model__exclude=excluded, **changes) == 0
     widths = open_run(tmp_path / "run").recipe["choice"]["widths"]
     assert set(widths.values()) <= {"q4_0", "q8_0"}
+
+
+def test_of_several_processes_the_first_one_chooses(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    choices: dict[str, object] = {"model__size": "32kB", "model__choices": ["w2g16", "w4g16", "w8g16"]}
+    config = write_config(tiny_llama, corpus, tmp_path, model__phases=["init"], **choices)
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m lightning_gsq"
+    arguments = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    run = start_process("fit", "--config", str(config), *arguments, module=launcher)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    assert output.count("what each of") == 1, "one process alone measures"
+    widths = yaml.safe_load((tmp_path / "run" / "choice.yaml").read_text())
+    assert open_run(tmp_path / "run").recipe["choice"]["widths"] == widths
