@@ -111,7 +111,8 @@ def fit(
             say(line)
         menu = None if model.size is None else make_menu(model, plan, exports, settings["model"])
         plan = plan if menu is None else menu.plan
-        _check_plan(model, plan)
+        for own in [plan] if menu is None else [plan, menu.widest_plan]:
+            _check_plan(model, own)
         planned, root = PlannedRun(model, plan, settings["model"]), folder.root / "export"
         reserved = _bytes_to_write(model)
         if menu is None:

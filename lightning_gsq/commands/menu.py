@@ -79,6 +79,11 @@ class Menu:
         }
 
     @property
+    def widest_plan(self) -> list[BlockPlan]:
+        """The plan with the largest option of every group."""
+        return with_schemes(self.plan, self.schemes(self.extreme(largest=True)))
+
+    @property
     def weights(self) -> dict[str, int]:
         """How many weights each matrix has."""
         return {name: self.model.network.get_parameter(name).numel() for g in self.groups for name in g.members}

@@ -206,6 +206,12 @@ def worth_of(
         Candidate(LinearSite(name, 0, rows, columns, False), free[name]) for name, (rows, columns) in shapes.items()
     ]
     worth = measure_worth(network, inside, outside, ids_NT, device, scale_dtype, seed)
+    lost = next((name for name, own in worth.items() if not all(map(math.isfinite, own.values()))), None)
+    if lost is not None:
+        raise ConfigurationError(
+            f"model.size: what {lost} is worth is not finite: activations or gradients overflow "
+            "(--model.dtype float32), or the model is damaged"
+        )
     seconds = time.perf_counter() - began
     content = {"made_from": made_from, "seconds": seconds, "sequences": list(ids_NT.shape), "worth": worth}
     write_atomically(file, json.dumps(content, indent=1).encode())

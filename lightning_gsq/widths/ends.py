@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import Reached
 from lightning_gsq.models.ends import find_ends
@@ -31,6 +32,9 @@ class EndChanges:
         schemes: The choices of each of the two that has any, by parameter name and name of the choice.
         scale_dtype: Stored dtype of scales that have none of their own.
         seed: Of the labels.
+
+    Raises:
+        ConfigurationError: the model names no head, or does not call it.
     """
 
     def __init__(
@@ -43,6 +47,11 @@ class EndChanges:
     ) -> None:
         self.network, self.forms, self.schemes, self.scale_dtype = network, forms, schemes, scale_dtype
         self.ends = find_ends(network)
+        if network.get_output_embeddings() is None:
+            raise ConfigurationError(
+                f"model.size: {type(network).__name__} names no module as its head, so that what its predictions "
+                "depend on is not known; give --model.scheme"
+            )
         self.generator = torch.Generator().manual_seed(seed)
         self.changes: Changes = {}
         self._head: dict[tuple[str, str], list[Tensor]] = {}
@@ -117,6 +126,11 @@ class EndChanges:
                 logits_BTV = self.network(ids_BT, use_cache=False).logits
         finally:
             handle.remove()
+        if len(seen) != 1:
+            raise ConfigurationError(
+                f"model.size: {type(self.network).__name__} calls the module that it names as its head {len(seen)} "
+                "times in a forward pass, so that what its predictions depend on is not known; give --model.scheme"
+            )
         hidden, raw = seen[0]
         return hidden.reshape(-1, hidden.shape[-1]), raw, logits_BTV.flatten(0, -2)
 
