@@ -51,12 +51,12 @@ def out_of_date(folder: Path, mark: str, content: Mapping[str, Any]) -> str | No
 
     A file of the size and time that the mark notes is taken for the one it was; any other is read.
     """
-    known = read_mark(folder, mark)
-    if known is None:
+    marked = read_mark(folder, mark)
+    if marked is None:
         return "it is not there"
-    if any(known.get(key) != value for key, value in json.loads(json.dumps(content)).items()):
+    if any(marked.get(key) != value for key, value in json.loads(json.dumps(content)).items()):
         return "it was made from something else"
-    for name, entry in known["files"].items():
+    for name, entry in marked["files"].items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -114,8 +114,8 @@ def publish(partial: Path, folder: Path, mark: str) -> None:
 
 
 def _carry(old: Path, new: Path, mark: str) -> None:
-    known = read_mark(old, mark)
-    named = set(known["files"]) if known is not None else set()
+    marked = read_mark(old, mark)
+    named = set(marked["files"]) if marked is not None else set()
     for file in files_of(old, mark):
         name = file.relative_to(old)
         if str(name) not in named and not (new / name).exists():
