@@ -39,6 +39,8 @@ from lightning_gsq.widths.size import SLACK
 from lightning_gsq.widths.worth import Candidate, samples
 
 WORTH = "worth.json"
+TELL_SECONDS = 60.0
+"""After so many seconds a line says how far predictions are."""
 WAIT_SECONDS, PAUSE_SECONDS = 6 * 3600, 1.0
 """How long other processes wait for the first one's choice, and between two looks."""
 
@@ -205,7 +207,15 @@ def worth_of(
     outside = [
         Candidate(LinearSite(name, 0, rows, columns, False), free[name]) for name, (rows, columns) in shapes.items()
     ]
-    worth = measure_worth(network, inside, outside, ids_NT, device, scale_dtype, seed)
+    told = began
+
+    def left(count: int) -> None:
+        nonlocal told
+        if count and time.perf_counter() - told > TELL_SECONDS:
+            told = time.perf_counter()
+            say(f"  {count} blocks left, {told - began:.0f} s so far")
+
+    worth = measure_worth(network, inside, outside, ids_NT, device, scale_dtype, seed, left)
     lost = next((name for name, own in worth.items() if not all(map(math.isfinite, own.values()))), None)
     if lost is not None:
         raise ConfigurationError(

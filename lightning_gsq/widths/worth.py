@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,7 @@ def measure_worth(
     device: torch.device,
     scale_dtype: torch.dtype,
     seed: int,
+    left: Callable[[int], None] = lambda _: None,
 ) -> Worth:
     """Predicts the divergence of every choice of every matrix.
 
@@ -80,6 +81,7 @@ def measure_worth(
         device: Where blocks are computed, in fp32.
         scale_dtype: Stored dtype of scales that have none of their own.
         seed: Of the labels.
+        left: Told after each block how many are left.
 
     Returns:
         By full parameter name, then by the name of the choice.
@@ -107,6 +109,7 @@ def measure_worth(
             worth.setdefault(f"{prefix}.{index}.{name}", {})[choice] = _divergence(values, ids_NT.shape[1])
         for calls_of, inputs_of in zip(calls, inputs, strict=True):
             del calls_of[index], inputs_of[index]
+        left(index)
     ends.enter(ids_NT, gradients)
     for (name, choice), nats in ends.divergences().items():
         worth.setdefault(name, {})[choice] = nats / ids_NT.shape[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig
 
 from lightning_gsq.cli import main
@@ -46,6 +47,11 @@ def test_the_file_is_as_large_as_was_asked_for(
     assert 0.995 * choice["limit"] <= written <= choice["limit"]
     assert len(set(choice["widths"].values())) > 1
     assert set(choice["widths"]) == set(run.weights)
+    card = tmp_path / "run" / "export" / format_
+    assert (card / "widths.png").stat().st_size > 1000
+    assert "## Widths" in (card / "README.md").read_text()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert "widths" in events.Tags()["images"]
     assert {name: str(run.weights[name].scheme) for name in run.outer}.keys() >= {"model.embed_tokens.weight"}
 
 
