@@ -57,6 +57,11 @@ class EndChanges:
         self._head: dict[tuple[str, str], list[Tensor]] = {}
         self._embedding: dict[tuple[str, str], list[float]] = {}
 
+    @property
+    def wants_embedding(self) -> bool:
+        """Whether the gradient at the first block's input is needed."""
+        return self.ends.embedding in self.schemes
+
     def gradients(self, ids_NT: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The gradient at the last block's output of each sequence's ``-log p`` of labels drawn from ``p``.
 

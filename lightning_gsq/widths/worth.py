@@ -93,7 +93,9 @@ def measure_worth(
     ends = EndChanges(network, survey(network).forms, schemes, scale_dtype, seed)
     gradients = ends.gradients(ids_NT, [traced.output_BTD for traced in traces])
     worth: Worth = {}
-    for index in reversed(range(len(blocks))):
+    # Gradients go no further down than something wants them.
+    lowest = 0 if ends.wants_embedding else min((index for index, own in inside.items() if own), default=len(blocks))
+    for index in reversed(range(lowest, len(blocks))):
         block = copy.deepcopy(blocks[index]).to(device, torch.float32).requires_grad_(False)
         own = list(inside.get(index, ()))
         batches = [(inputs[n][index], on_device(calls[n][index], device)) for n in range(len(ids_NT))]
@@ -109,7 +111,7 @@ def measure_worth(
             worth.setdefault(f"{prefix}.{index}.{name}", {})[choice] = _divergence(values, ids_NT.shape[1])
         for calls_of, inputs_of in zip(calls, inputs, strict=True):
             del calls_of[index], inputs_of[index]
-        left(index)
+        left(index - lowest)
     ends.enter(ids_NT, gradients)
     for (name, choice), nats in ends.divergences().items():
         worth.setdefault(name, {})[choice] = nats / ids_NT.shape[1]
