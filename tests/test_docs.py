@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from lightning_gsq.cli import main
 from tests.support.runs import summary_of, write_config
+from tests.support.tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,6 +53,34 @@ def test_the_examples_of_extending_take_part_in_a_run(
     assert [block for block, _ in said] == ["0", "1"]
     assert all(int(moved) > 0 for _, moved in said)
     sys.modules.pop("gsq_examples", None)
+
+
+@pytest.fixture(scope="module")
+def my_model(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A folder with what the examples of docs/library.md name: ``my-model`` and ``corpus.txt``."""
+    folder = tmp_path_factory.mktemp("library")
+    config = save_tiny_model("llama", folder / "my-model") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 1024}))
+    (folder / "corpus.txt").write_text(corpus.read_text())
+    return folder
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["a model", "one block"])
+def test_the_examples_of_library_run(
+    number: int, my_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(my_model)
+    # Compiling takes longer than all else on a model of this size.
+    for module in ("run.run", "ops.gumbel_softmax.fused"):
+        monkeypatch.setattr(f"lightning_gsq.{module}.compiler_available", lambda _: False)
+    example = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)[number]
+    names: dict[str, object] = {}
+    exec(compile(example, "docs/library.md", "exec"), names)
+    if number == 0:
+        assert (my_model / "runs" / "mine" / "export" / "native" / "config.json").is_file()
+        assert "bits a weight" in capsys.readouterr().out
+    else:
+        assert len(names["tensors"]) == 7  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

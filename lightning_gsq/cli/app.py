@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from rich.console import Console
 
 from lightning_gsq.callbacks import GumbelAnnealing
 from lightning_gsq.cli.arguments import rewritten
@@ -72,9 +73,12 @@ class GSQCLI(LightningCLI):
     """
 
     trainer: Trainer
+    parser_class: type[GSQArgumentParser] = GSQArgumentParser
+    summary: dict[str, Any]
+    """What ``fit`` found."""
 
-    def __init__(self, args: list[str]) -> None:
-        self.console = make_console()
+    def __init__(self, args: list[str], console: Console | None = None) -> None:
+        self.console = console or make_console()
         self.all_help = "--help.all" in args
         args = ["--help" if argument == "--help.all" else argument for argument in args]
         # A parser of all options takes a second to build: only that of the verb, where it is one.
@@ -88,7 +92,7 @@ class GSQCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_class=GSQArgumentParser,
+            parser_class=self.parser_class,
             parser_kwargs={
                 "prog": PROGRAM,
                 "description": "Quantize large language models to 1-4 bits a weight, block by block.",
@@ -201,7 +205,7 @@ class GSQCLI(LightningCLI):
     def fit(self) -> None:
         """Quantizes the model into the run folder."""
         self._say_what_is_unusual()
-        fit(
+        self.summary = fit(
             model=self.model,
             data=self.datamodule,
             evaluation=self.objects.evaluation,
@@ -209,11 +213,18 @@ class GSQCLI(LightningCLI):
             end_to_end=self.objects.end_to_end,
             make_trainer=self.instantiate_trainer,
             make_evaluation_trainer=self.evaluation_trainer,
-            settings=as_plain(self._parser(self.subcommand), self.settings),
+            settings=self.plain_settings(),
             seed=int(self.settings.seed_everything),
             console=self.console,
             formats=self.settings.export,
         )
+
+    def plain_settings(self) -> dict[str, Any]:
+        """The resolved settings as plain data, for the recipe."""
+        plain: dict[str, Any] = yaml.safe_load(
+            self._parser(self.subcommand).dump(self.settings, skip_none=False, skip_validation=True)
+        )
+        return plain
 
     def _say_what_is_unusual(self) -> None:
         """Lines on settings that somebody may not know to have made."""
@@ -255,9 +266,3 @@ def latest_of_each_class(callbacks: list[Namespace] | None) -> list[Namespace] |
     if callbacks is None:
         return None
     return list({callback.class_path: callback for callback in callbacks}.values())
-
-
-def as_plain(parser: LightningArgumentParser, settings: Namespace) -> dict[str, Any]:
-    """The resolved settings as plain data."""
-    plain: dict[str, Any] = yaml.safe_load(parser.dump(settings, skip_none=False, skip_validation=True))
-    return plain

@@ -8,6 +8,7 @@ phases          the phases, each with its perplexity; the summary
 warm_start      the first phase
 blocks          the second: the loop over the blocks
 block_fit       the fit of one block
+one_block       a block for a Trainer of one's own
 matrices        its weights as a quantizer sees them, and as they are stored
 end_to_end      the third phase
 end_to_end_files  what it leaves, and whether it is whole

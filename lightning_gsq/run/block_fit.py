@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import GumbelQuantizer, Matrix
+from lightning_gsq.quantizers import GumbelOptions, GumbelQuantizer, Matrix, WarmStart
 from lightning_gsq.quantizers.salient import MixedQuantizer
 from lightning_gsq.quantizers.warm_start import start_of
 from lightning_gsq.run.block_files import Blocks
@@ -110,14 +110,19 @@ def _module(
     )
 
 
-@torch.no_grad()
 def _quantizer(run: Run, plan: BlockPlan, site: LinearSite, matrix: Matrix, choice: Choice | None) -> WeightQuantizer:
-    """The trainable form of a weight, from its warm start."""
-    options, generator = run.model.block.gumbel, generator_of(run.seed, plan.index, site.name, "logits")
+    generator = generator_of(run.seed, plan.index, site.name, "logits")
+    return make_quantizer(matrix, choice, run.model.start.warm_start, run.model.block.gumbel, generator)
+
+
+@torch.no_grad()
+def make_quantizer(
+    matrix: Matrix, choice: Choice | None, warm_start: WarmStart, options: GumbelOptions, generator: torch.Generator
+) -> WeightQuantizer:
+    """The trainable form of a weight, from its warm start; ``choice`` is None for a scheme without a salient part."""
     if choice is None:
-        return GumbelQuantizer(start_of(matrix, run.model.start.warm_start), matrix.scheme, options, generator)
-    start = settled_start(matrix, choice, run.model.start.warm_start)
-    return MixedQuantizer(start, choice.scheme, options, generator)
+        return GumbelQuantizer(start_of(matrix, warm_start), matrix.scheme, options, generator)
+    return MixedQuantizer(settled_start(matrix, choice, warm_start), choice.scheme, options, generator)
 
 
 def _training_batches(run: Run, plan: BlockPlan, training: ActivationDataset) -> BlockLoader:
