@@ -94,9 +94,9 @@ class Quantized:
         if not isinstance(format, str):
             raise ConfigurationError(f"format: expected a name such as 'native', got {format!r}")
         output = None if folder is None else str(folder)
-        (written,) = export(
-            str(self.folder), [format], output, overwrite, check, console=make_console(quiet=True)
-        ).values()
+        with no_foreign_bars():
+            console = make_console(quiet=True)
+            (written,) = export(str(self.folder), [format], output, overwrite, check, console=console).values()
         self.summary = RunFolder(self.folder, create=False).summary
         return written
 

@@ -22,11 +22,12 @@ from lightning_gsq.cli.help import COMMON
 from lightning_gsq.cli.messages import configuration_error
 from lightning_gsq.cli.parser import PROGRAM, GSQArgumentParser
 from lightning_gsq.cli.trainers import check_seed, check_settings, make_trainer
-from lightning_gsq.cli.verbs import SUMMARIES
+from lightning_gsq.cli.verbs import SUMMARIES, USAGE
 from lightning_gsq.commands.export import export
 from lightning_gsq.commands.fit import fit
 from lightning_gsq.commands.plan import plan
 from lightning_gsq.commands.predict import predict
+from lightning_gsq.commands.test import test
 from lightning_gsq.commands.validate import validate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -55,13 +56,14 @@ class Verb:
     trains: bool = False
 
 
-PARTS = ("model", "data", "evaluation", "activations", "end_to_end", "trainer", "console")
+PARTS = ("model", "data", "evaluation", "activations", "end_to_end", "trainer", "make_trainer", "console")
 VERBS = {
     "fit": Verb(trains=True),
-    "validate": Verb(trains=True),
+    "validate": Verb(validate, PARTS, trains=True),
     "plan": Verb(plan, PARTS, trains=True),
     "export": Verb(export, repeated=("format",), flags=("overwrite", "trust_remote_code")),
     "predict": Verb(predict, repeated=("prompt",)),
+    "test": Verb(test, repeated=("tasks",), flags=("trust_remote_code",)),
 }
 
 
@@ -120,6 +122,7 @@ class GSQCLI(LightningCLI):
             self._subcommand_parsers[name] = options
             subcommands.add_subcommand(name, options, help=SUMMARIES[name])
             options.prog = f"{parser.prog} {name}"
+            options.usage = f"{options.prog} {USAGE.get(name, 'MODEL')} [options]"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the groups that are not Lightning's."""
@@ -243,7 +246,14 @@ class GSQCLI(LightningCLI):
 
     def validate(self) -> None:
         """Prints the perplexity of a model, or of the model in a finished run folder."""
-        validate(self.model, self.objects.evaluation, self.objects.activations, self.evaluation_trainer, self.console)
+        validate(
+            self.model,
+            self.objects.evaluation,
+            self.objects.activations,
+            self.evaluation_trainer,
+            self.console,
+            against=self.settings.against,
+        )
 
     def plan(self) -> None:
         """Prints what ``fit`` would take."""

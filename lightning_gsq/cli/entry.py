@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from lightning_gsq.cli.listings import listing
 from lightning_gsq.cli.verbs import overview
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.signals import Stopped, speaks, stopping
@@ -25,6 +26,10 @@ def main(args: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     if arguments[0] in ("-h", "--help", "--version"):
         print(f"lightning-gsq {own_version()}" if arguments[0] == "--version" else overview())
+        return 0
+    text = listing(arguments)
+    if text is not None:
+        print(text, end="")
         return 0
     again = "resumes after the last finished block or phase" if "fit" in arguments else "begins anew"
     farewell = f"stopped; the same command {again}"

@@ -34,6 +34,7 @@ COMMON = {
         "seed_everything",
     ),
     "validate": (
+        "against",
         "evaluation.source",
         "evaluation.sequence_length",
         "evaluation.num_windows",

@@ -125,7 +125,7 @@ def fit(
             refuse_early(model, data, activations, run.width)
             room = device_bytes(run.device)
             measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks)
-            perplexities = Perplexities(run, measure)
+            perplexities = Perplexities(run, measure, evaluation.about(str(run.trainer.precision)))
             result = _phases(run, perplexities, kind, end_to_end, settings["end_to_end"])
             summary = save_and_summarize(run, result, source, perplexities)
         if folder.rank:

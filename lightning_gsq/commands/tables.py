@@ -12,7 +12,7 @@ from rich.text import Text
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import Estimate
 from lightning_gsq.estimate.phases import Phase
-from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
+from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, megabytes
 
 
 def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:
@@ -20,6 +20,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table = Table(title="Quantized: " + summary["scheme"]["name"], show_header=False, title_justify="left")
     for key, value in summary["perplexity"].items():
         table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
+    table.add_row("  measured on", about_text(summary["evaluation"]))
     phase = summary.get("end_to_end")
     if phase is not None:
         losses = f"{phase['start']:.4f} → {phase['final']:.4f}"

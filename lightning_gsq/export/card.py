@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from lightning_gsq.export.contract import CheckReport, ExportFormat
+from lightning_gsq.export.folders import replace_text
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
+from lightning_gsq.run.zero_shot import rows
 from lightning_gsq.weights.ledger import PARTS, Ledger
 
 PART_NOTES = {
@@ -51,6 +53,7 @@ def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: 
         ),
         "## Perplexity\n",
         _perplexity(run.summary),
+        *([zero_shot_section(run.summary["zero_shot"])] if "zero_shot" in run.summary else []),
         "## How it was made\n",
         _table(("", ""), _making(run)),
         "## Size\n",
@@ -110,6 +113,32 @@ def _perplexity(summary: Mapping[str, Any]) -> str:
     if not rows:
         return "Not measured.\n"
     return _table(("", "perplexity"), rows)
+
+
+ZERO_SHOT = "## Zero-shot\n"
+
+
+def zero_shot_section(content: Mapping[str, Any]) -> str:
+    """What tasks gave, as :func:`lightning_gsq.run.zero_shot.entry` keeps it."""
+    against = content.get("against")
+    head: tuple[str, ...] = ("task", "metric", "questions", as_text(PurePath(content["model"]).name))
+    lines: list[tuple[str, ...]] = [tuple(map(as_text, row)) for row in rows(content)]
+    if against is None:
+        lines = [line[:-1] for line in lines]
+    else:
+        head = (*head, as_text(PurePath(against["model"]).name))
+    part = "" if content["limit"] is None else f", the first {content['limit']} questions of each task"
+    note = f"{as_text(content['harness'])}, {as_text(content['dtype'])}, value ± standard error{part}."
+    return f"{ZERO_SHOT}\n{_table(head, lines)}\n{note}\n"
+
+
+def put_zero_shot(folder: Path, content: Mapping[str, Any]) -> None:
+    """Puts what tasks gave into the card of an exported folder, in place of what they gave before."""
+    folder = folder if folder.is_dir() else folder.parent
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    others = [part for part in re.split(r"(?m)^(?=## )", card) if not part.startswith(ZERO_SHOT)]
+    place = next((n for n, part in enumerate(others) if part.startswith("## How it was made")), len(others))
+    replace_text(folder, "README.md", "".join([*others[:place], zero_shot_section(content) + "\n", *others[place:]]))
 
 
 def _ledger_table(ledger: Ledger) -> str:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_gsq.system.files import write_atomically
 from lightning_gsq.system.fingerprint import file_digest
 
 try:
@@ -60,6 +61,16 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(content, dict) and content.get("version") == VERSION and isinstance(content.get("files"), dict)
     return content if whole else None
+
+
+def replace_text(folder: Path, name: str, text: str) -> None:
+    """Gives a text file of an exported folder another content, which the mark then names."""
+    mark = read_mark(folder)
+    if mark is None or name not in mark["files"]:
+        return
+    write_atomically(folder / name, text.encode())
+    mark["files"][name] = file_digest(folder / name)
+    write_atomically(folder / MARK, (json.dumps(mark, indent=1) + "\n").encode())
 
 
 def out_of_date(folder: Path, format_name: str, made_from: Mapping[str, Any], checked: bool) -> str | None:

@@ -28,5 +28,7 @@ recipe          what makes two runs the same
 recipe_file     its file: written, compared, written again
 summary         what a run found
 report          its figures and their names
+agreement       a model against another, token by token
+zero_shot       what tasks gave
 tensorboard     what a run leaves for TensorBoard
 """

@@ -58,4 +58,5 @@ _PROGRESS: dict[str, Callable[[Any], bool]] = {
 _SUMMARY: dict[str, Callable[[Any], bool]] = {
     "perplexity": _numbers,
     "exports": lambda value: isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()),
+    "zero_shot": lambda value: isinstance(value, dict) and isinstance(value.get("tasks"), dict),
 }
