@@ -154,6 +154,7 @@ class _Fit(GSQCLI):
     """The command ``fit`` with texts that are objects already."""
 
     parser_class = _Parser
+    command = "lightning_gsq.quantize"
 
     def __init__(self, arguments: list[str], sources: Mapping[str, TextSource], quiet: bool) -> None:
         self.sources = sources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,9 +79,13 @@ class GSQCLI(LightningCLI):
     parser_class: type[GSQArgumentParser] = GSQArgumentParser
     summary: dict[str, Any]
     """What ``fit`` found."""
+    command = ""
+    """The command line, for the recipe."""
 
     def __init__(self, args: list[str], console: Console | None = None) -> None:
         self.console = console or make_console()
+        if args[:1] == ["fit"] and not self.command:
+            self.command = f"lightning-gsq {shlex.join(args)}"
         self.all_help = "--help.all" in args
         args = ["--help" if argument == "--help.all" else argument for argument in args]
         # A parser of all options takes a second to build: only that of the verb, where it is one.
@@ -220,6 +225,7 @@ class GSQCLI(LightningCLI):
             seed=int(self.settings.seed_everything),
             console=self.console,
             formats=self.settings.export,
+            command=self.command,
         )
 
     def plain_settings(self) -> dict[str, Any]:

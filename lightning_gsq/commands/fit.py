@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_gsq.callbacks import EndToEndProgress
-from lightning_gsq.commands.tables import print_summary
+from lightning_gsq.commands.tables import print_next, print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
@@ -60,6 +60,7 @@ def fit(
     seed: int,
     console: Console,
     formats: Sequence[str] = (),
+    command: str = "",
 ) -> dict[str, Any]:
     """Quantizes a model into a run folder, or goes on where an earlier start of the same run stopped.
 
@@ -75,6 +76,7 @@ def fit(
         seed: Seed of everything random.
         console: Where to print.
         formats: Formats to export the finished run to.
+        command: The command line that asked for it, for the recipe; empty where there was none.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -112,9 +114,12 @@ def fit(
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
+        if command:
+            recipe["command"] = command
         open_recipe(folder, recipe, say)
         kind = kind_before_end_to_end(model, plan, folder)
         board.log_recipe(trainer.loggers, recipe)
+        board.log_guide(trainer.loggers)
         _check_shares(trainer, data, evaluation)
         with Ranks.joined(trainer) as ranks:
             ranks.wait()
@@ -132,6 +137,7 @@ def fit(
             return summary
         print_summary(console, summary, str(folder.root))
         bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+        print_next(console, str(folder.root), model.address.pretrained)
         return folder.summary
 
 

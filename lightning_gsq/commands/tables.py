@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,20 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
     table.add_row("run folder", folder)
     console.print(table)
+
+
+def print_next(console: Console, folder: str, pretrained: str) -> None:
+    """Prints what can be done with a finished run: commands to be copied, a line each."""
+    run, original = shlex.quote(folder), shlex.quote(pretrained)
+    console.print("next:")
+    for command in (
+        f"lightning-gsq export {run} --format native,gguf",
+        f"lightning-gsq predict {run} --prompt 'Why is the sky blue?'",
+        f"lightning-gsq validate {run} --against {original}",
+        f"lightning-gsq test {run} --tasks arc_easy,piqa --against {original}",
+        f"tensorboard --logdir {run}",
+    ):
+        console.print(f"  {command}", soft_wrap=True)
 
 
 def _parts(summary: Mapping[str, Any]) -> str:
