@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export import folders
+from lightning_gsq.export.folders import MARK
 from lightning_gsq.models import loading
+from lightning_gsq.system.owned_folders import read_mark
 
 
 def written_model(address: str) -> str:
@@ -32,7 +33,7 @@ def run_of(address: str) -> tuple[Path, str | None] | None:
     folder = path if path.is_dir() else path.parent
     if (folder / "recipe.yaml").is_file() and (folder / "summary.json").is_file():
         return folder, None
-    mark = folders.read_mark(folder)
+    mark = read_mark(folder, MARK)
     run = folder.parent.parent
     if mark is None or folder.parent.name != "export" or not (run / "summary.json").is_file():
         return None

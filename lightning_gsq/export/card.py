@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 
 from lightning_gsq.export.contract import CheckReport, ExportFormat
-from lightning_gsq.export.folders import replace_text
+from lightning_gsq.export.folders import MARK
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, megabytes
 from lightning_gsq.run.zero_shot import rows
+from lightning_gsq.system.owned_folders import replace_file
 from lightning_gsq.weights.ledger import PARTS, Ledger
 
 PART_NOTES = {
@@ -173,7 +174,8 @@ def put_zero_shot(folder: Path, content: Mapping[str, Any]) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     others = [part for part in re.split(r"(?m)^(?=## )", card) if not part.startswith(ZERO_SHOT)]
     place = next((n for n, part in enumerate(others) if part.startswith("## How it was made")), len(others))
-    replace_text(folder, "README.md", "".join([*others[:place], zero_shot_section(content) + "\n", *others[place:]]))
+    text = "".join([*others[:place], zero_shot_section(content) + "\n", *others[place:]])
+    replace_file(folder, MARK, "README.md", text.encode())
 
 
 def _ledger_table(ledger: Ledger) -> str:

@@ -87,8 +87,15 @@ def _model_of(recipe: Mapping[str, Any], root: Path, trust_remote_code: bool) ->
             embedding=settings.get("embedding") and scheme_of(settings["embedding"]),
             head=settings.get("head") and scheme_of(settings["head"]),
             overrides={name: override_of(fields) for name, fields in overrides.items()},
-            **{key: settings[key] for key in _MODEL_SETTINGS if key in settings},
+            **{key: settings[key] for key in _MODEL_SETTINGS if key in settings} | _address_of(recipe),
             trust_remote_code=trust_remote_code,
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"run: the recipe in {root} is not one of this version: {error}") from error
+
+
+def _address_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Where the original was when the run started, if it still is there: the address as typed depends on the folder."""
+    addresses = recipe.get("addresses")
+    address = addresses.get("model.pretrained") if isinstance(addresses, Mapping) else None
+    return {"pretrained": address} if isinstance(address, str) and Path(address).exists() else {}

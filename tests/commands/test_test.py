@@ -15,6 +15,7 @@ from lightning_gsq import Quantized, quantize
 from lightning_gsq.cli import main
 from lightning_gsq.commands.harness import automatic_batch
 from lightning_gsq.export import folders
+from lightning_gsq.system.owned_folders import read_mark
 from tests.support.tiny import FAMILIES
 
 pytest.importorskip("lm_eval")
@@ -91,7 +92,7 @@ def test_an_export_keeps_its_own_in_its_card(run: Path, task: Path, capsys: Any)
     assert "the first 4 questions of each task" in card
     assert card.index("## Zero-shot") < card.index("## How it was made")
     assert folders.foreign(folder) is None
-    mark = folders.read_mark(folder)
+    mark = read_mark(folder, folders.MARK)
     assert mark is not None
     assert folders.out_of_date(folder, "native", mark["made_from"], checked=False) is None, (
         "the mark names the new card"
