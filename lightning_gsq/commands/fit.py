@@ -13,7 +13,7 @@ from rich.console import Console
 from lightning_gsq.callbacks import EndToEndProgress
 from lightning_gsq.commands.menu import make_menu
 from lightning_gsq.commands.sizing import choose, chosen_plan, picture
-from lightning_gsq.commands.tables import print_choice, print_summary
+from lightning_gsq.commands.tables import print_choice, print_next, print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
@@ -65,6 +65,7 @@ def fit(
     seed: int,
     console: Console,
     formats: Sequence[str] = (),
+    command: str = "",
 ) -> dict[str, Any]:
     """Quantizes a model into a run folder, or goes on where an earlier start of the same run stopped.
 
@@ -80,6 +81,7 @@ def fit(
         seed: Seed of everything random.
         console: Where to print.
         formats: Formats to export the finished run to.
+        command: The command line that asked for it, for the recipe; empty where there was none.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -133,9 +135,12 @@ def fit(
             board.log_figure(trainer.loggers, "widths", picture(menu, choice))
             announce(exports, PlannedRun(model, plan, settings["model"]), root, reserved, console)
             recipe = make_recipe(settings, seed, model, data, evaluation, choice.as_plain())
+        if command:
+            recipe["command"] = command
         open_recipe(folder, recipe, say)
         kind = kind_before_end_to_end(model, plan, folder)
         board.log_recipe(trainer.loggers, recipe)
+        board.log_guide(trainer.loggers)
         _check_shares(trainer, data, evaluation)
         with Ranks.joined(trainer) as ranks:
             ranks.wait()
@@ -146,13 +151,14 @@ def fit(
             refuse_early(model, data, activations, run.width)
             room = device_bytes(run.device)
             measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks)
-            perplexities = Perplexities(run, measure)
+            perplexities = Perplexities(run, measure, evaluation.about(str(run.trainer.precision)))
             result = _phases(run, perplexities, kind, end_to_end, settings["end_to_end"])
             summary = save_and_summarize(run, result, source, perplexities)
         if folder.rank:
             return summary
         print_summary(console, summary, str(folder.root))
         bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+        print_next(console, str(folder.root), model.address.pretrained)
         return folder.summary
 
 

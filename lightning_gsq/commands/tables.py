@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from rich.text import Text
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import Estimate
 from lightning_gsq.estimate.phases import Phase
-from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
+from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, megabytes
 from lightning_gsq.widths import Choice
 
 
@@ -23,6 +24,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table = Table(title="Quantized: " + summary["scheme"]["name"], show_header=False, title_justify="left")
     for key, value in summary["perplexity"].items():
         table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
+    table.add_row("  measured on", about_text(summary["evaluation"]))
     phase = summary.get("end_to_end")
     if phase is not None:
         losses = f"{phase['start']:.4f} → {phase['final']:.4f}"
@@ -47,6 +49,20 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
     table.add_row("run folder", folder)
     console.print(table)
+
+
+def print_next(console: Console, folder: str, pretrained: str) -> None:
+    """Prints what can be done with a finished run: commands to be copied, a line each."""
+    run, original = shlex.quote(folder), shlex.quote(pretrained)
+    console.print("next:")
+    for command in (
+        f"lightning-gsq export {run} --format native,gguf",
+        f"lightning-gsq predict {run} --prompt 'Why is the sky blue?'",
+        f"lightning-gsq validate {run} --against {original}",
+        f"lightning-gsq test {run} --tasks arc_easy,piqa --against {original}",
+        f"tensorboard --logdir {run}",
+    ):
+        console.print(f"  {command}", soft_wrap=True)
 
 
 def _parts(summary: Mapping[str, Any]) -> str:

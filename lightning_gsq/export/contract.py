@@ -108,7 +108,9 @@ class CheckReport:
         if self.same_text is not None:
             parts.append("same greedy text" if self.same_text else "other greedy text")
         if self.perplexity is not None:
-            parts.append(f"perplexity {self.perplexity[0]:.4f} before and {self.perplexity[1]:.4f} after")
+            parts.append(
+                f"perplexity of a short built-in text {self.perplexity[0]:.4f} before, {self.perplexity[1]:.4f} after"
+            )
         if self.note:
             parts.append(self.note)
         return f"checked with {self.runtime}: " + ", ".join(parts)

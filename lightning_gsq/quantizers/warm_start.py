@@ -54,7 +54,7 @@ class Matrix:
         name: Its full parameter name, for warm starts that look weights up and for messages.
 
     Raises:
-        ConfigurationError: a weight, or the second moment of an input, is not finite.
+        ConfigurationError: a weight, or the second moment of an input, is not finite or of another shape.
     """
 
     w_OI: Tensor
@@ -63,6 +63,7 @@ class Matrix:
     name: str = ""
 
     def __post_init__(self) -> None:
+        self._check_shapes()
         if not bool(torch.isfinite(self.w_OI).all()):
             count = int((~torch.isfinite(self.w_OI)).sum())
             raise ConfigurationError(
@@ -74,6 +75,17 @@ class Matrix:
                 f"model: the inputs of {self.name or 'a weight'} are not finite on the calibration text: activations "
                 "overflow (--model.dtype float32 or bfloat16), or the model is damaged"
             )
+
+    def _check_shapes(self) -> None:
+        name = self.name or "a weight"
+        if self.w_OI.ndim != 2:
+            raise ConfigurationError(f"{name}: expected a matrix (O, I), got shape {tuple(self.w_OI.shape)}")
+        wanted = (self.w_OI.shape[1],) * 2
+        for part in self.hessians or ():
+            if tuple(part.shape) != wanted:
+                raise ConfigurationError(f"{name}: expected Hessians of shape {wanted}, got {tuple(part.shape)}")
+        if self.hessians is not None and (not self.hessians or len(self.w_OI) % len(self.hessians)):
+            raise ConfigurationError(f"{name}: {len(self.w_OI)} rows are not {len(self.hessians)} matrices of one size")
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Weight and Hessian of each expert's matrix."""

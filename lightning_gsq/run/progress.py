@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+ABOUT = ("text", "windows", "tokens", "starts_with_bos", "precision", "digest")
+"""What a summary says of its perplexities."""
 KINDS = ("warm_start", "block", "end_to_end")
 """Whose result a file holds."""
 
@@ -58,5 +60,7 @@ _PROGRESS: dict[str, Callable[[Any], bool]] = {
 }
 _SUMMARY: dict[str, Callable[[Any], bool]] = {
     "perplexity": _numbers,
+    "evaluation": lambda value: isinstance(value, dict) and set(ABOUT) <= set(value),
     "exports": lambda value: isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()),
+    "zero_shot": lambda value: isinstance(value, dict) and isinstance(value.get("tasks"), dict),
 }

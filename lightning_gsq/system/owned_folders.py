@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_gsq.system.files import hidden_name, sync_folder
+from lightning_gsq.system.files import hidden_name, sync_folder, write_atomically
 from lightning_gsq.system.fingerprint import file_digest
 
 
@@ -44,6 +44,16 @@ def read_mark(folder: Path, mark: str) -> dict[str, Any] | None:
         return None
     files = content.get("files")
     return content if isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values()) else None
+
+
+def replace_file(folder: Path, mark: str, name: str, content: bytes) -> None:
+    """Gives a file of such a folder another content, which the mark then names; nothing where it names none of it."""
+    marked = read_mark(folder, mark)
+    if marked is None or name not in marked["files"]:
+        return
+    write_atomically(folder / name, content)
+    marked["files"][name] = _entry(folder / name, file_digest(folder / name))
+    write_atomically(folder / mark, (json.dumps(marked, indent=1) + "\n").encode())
 
 
 def out_of_date(folder: Path, mark: str, content: Mapping[str, Any]) -> str | None:
