@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import GumbelQuantizer, Matrix
+from lightning_gsq.quantizers import Matrix
 from lightning_gsq.quantizers.salient import MixedQuantizer
+from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.quantizers.warm_start import start_of
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
@@ -115,7 +116,7 @@ def _quantizer(run: Run, plan: BlockPlan, site: LinearSite, matrix: Matrix, choi
     """The trainable form of a weight, from its warm start."""
     options, generator = run.model.block.gumbel, generator_of(run.seed, plan.index, site.name, "logits")
     if choice is None:
-        return GumbelQuantizer(start_of(matrix, run.model.start.warm_start), matrix.scheme, options, generator)
+        return quantizer_of(start_of(matrix, run.model.start.warm_start), matrix.scheme, options, generator)
     start = settled_start(matrix, choice, run.model.start.warm_start)
     return MixedQuantizer(start, choice.scheme, options, generator)
 
