@@ -14,8 +14,8 @@ levels, as a scheme with flat groups has:
 Nothing is rounded: where the group size is a multiple of the block's length (or one group covers the row), every block
 lies within one group and ``d`` is the group's scale. Q2_0 reaches from -1 to 2 and a 2-bit weight from -2 to 1, so that
 its codes and its scale change sign. A scheme with a preset of ggml's is stored in the type of that name, its numbers
-as they are (:func:`blocks_of`, :func:`tensor_of`), levels and code vectors alike; one with an offset a group, at up to 5 bits, in Q4_1 or Q5_1. Where
-no block type fits, a :func:`projection` rounds the dense weight anew.
+as they are (:func:`blocks_of`, :func:`tensor_of`), levels and code vectors alike; one with an offset a group, at up to
+5 bits, in Q4_1 or Q5_1. Where no block type fits, a :func:`projection` rounds the dense weight anew.
 """
 
 from __future__ import annotations

@@ -141,6 +141,10 @@ class GumbelQuantizer(TrainedScales):
         base_OI = self.start_codes if self.local else None
         return gumbel_softmax_weight(self.logits, s_OG, self.levels, base_OI, **settings)
 
+    def exact(self, values_OI: Tensor) -> Tensor:
+        """Nearly hard samples of the grid's values, without what is left of other candidates."""
+        return self.scheme.grid.value_of(self.scheme.grid.nearest(values_OI))
+
     def _candidate_values(self) -> list[Tensor]:
         """What each candidate of each weight is worth, fp32 ``O I``; those outside of the grid, its ends."""
         grid = self.scheme.grid

@@ -72,7 +72,9 @@ def _signed(x_RC: Tensor, grid: VectorGrid, count: int) -> Tensor:
         # Two vectors whose signs depend on each other: every pair of their nearest.
         few = math.ceil(math.sqrt(count)) + 1
         halves = [_nearest(half, codes_NC, few) for half in size_RC.split(own.length, dim=1)]
-        pair = [half.repeat_interleave(few, 1) if first else half.repeat(1, few, 1) for first, half in enumerate(halves)]
+        pair = [
+            half.repeat_interleave(few, 1) if first else half.repeat(1, few, 1) for first, half in enumerate(halves)
+        ]
         entries_RMC = torch.cat(pair, dim=-1)
     negative_RMC = (x_RC < 0)[:, None].expand_as(entries_RMC)
     cost_RMC = size_RC[:, None] * entries_RMC

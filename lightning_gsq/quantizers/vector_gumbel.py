@@ -46,6 +46,10 @@ class VectorQuantizer(GumbelQuantizer):
         )
         return (expand_groups(s_OG, codes_OI.shape[1], self.group_length) * codes_OI).to(self.logits.dtype)
 
+    def exact(self, values_OI: Tensor) -> Tensor:
+        """See :meth:`GumbelQuantizer.exact`: codes are whole numbers."""
+        return values_OI.round()
+
     @torch.no_grad()
     def codes_OI(self) -> Tensor:
         """The codes of the most probable candidates."""

@@ -115,8 +115,8 @@ class WarmStart(ABC):
         for name, (scheme, _) in weights.items():
             if isinstance(scheme.grid, VectorGrid):
                 raise ConfigurationError(
-                    f"model.warm_start: {type(self).__name__} rounds weights one by one, and those of {name} ({scheme}) "
-                    "are code vectors; use --model.warm_start LlamaCpp, or FromFile with a GGUF file that has them"
+                    f"model.warm_start: {type(self).__name__} rounds weights one by one, and {name} is {scheme}, whose "
+                    "weights are code vectors; use --model.warm_start LlamaCpp, or FromFile with a GGUF file of them"
                 )
 
 

@@ -20,6 +20,7 @@ from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.training.target import TARGETS, Target, TargetName
 from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit_rows, override_of, scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.vector_grid import VectorGrid
 
 Phase = Literal["init", "blocks", "end_to_end"]
 PHASES: tuple[Phase, ...] = ("init", "blocks", "end_to_end")
@@ -143,6 +144,11 @@ class OuterOptions:
                 raise ConfigurationError(
                     f"model.{option}: salient weights and budgets are for matrices in the blocks, got {scheme}; give "
                     "bits and group_size alone"
+                )
+            if scheme is not None and isinstance(scheme.grid, VectorGrid):
+                raise ConfigurationError(
+                    f"model.{option} is rounded weight by weight, and the weights of {scheme} are code vectors; take "
+                    "levels, such as q4_0, q6_k or q8_0"
                 )
 
     def expected(self, network: PreTrainedModel) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:

@@ -123,7 +123,7 @@ class QuantizedTensor:
         return scale_values(values_OI, layout.scales(parts), layout.offsets(parts), self.group_length).to(dtype)
 
     def pack(self) -> dict[str, Tensor]:
-        """``codes`` (int32 words; more of a vector grid), ``scales`` and the layout's other parts, as in block files."""
+        """``codes`` (int32 words; of code vectors more), ``scales`` and the layout's other parts: a block file's."""
         integers = {name: part.integers for name, part in self.scheme.parts(self.shape[1]).items()}
         packed = self.scheme.grid.pack(self.codes_OI)
         for name, value in self.scale_parts.items():

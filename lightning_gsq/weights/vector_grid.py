@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_gsq.weights.code_vectors import SIGN_GROUP, VECTORS, CodeVectors, codebook
 from lightning_gsq.weights.grid import Grid, Unpack
-from lightning_gsq.weights.packing import pack, packed_words, unpack
+from lightning_gsq.weights.packing import pack, unpack
 
 EIGHTHS = 8
 """Codes of one step of a vector where weights are shifted by an eighth."""
