@@ -1,5 +1,7 @@
 """A trainable choice of code vectors: it begins at its start, moves where the loss falls, ends on codes of the grid."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,7 +28,8 @@ def quantizer_named(name: str, **options: object) -> tuple[VectorQuantizer, Tens
     parts = {SUB_SCALES: torch.full((ROWS, scheme.num_groups(COLUMNS)), 3, dtype=torch.int16)}
     tensor = QuantizedTensor(random_codes(grid, ROWS, COLUMNS), torch.full((ROWS, 1), 0.01).half(), scheme, parts)
     s_OI = (tensor.dequantize() / tensor.codes_OI).mean()
-    w_OI = tensor.dequantize() + s_OI * grid.high / 4 * torch.randn(ROWS, COLUMNS, generator=generator)
+    step = max(high - low for low, high in itertools.pairwise(grid.levels))
+    w_OI = tensor.dequantize() + s_OI * step * torch.randn(ROWS, COLUMNS, generator=generator)
     quantizer = quantizer_of(start_at(tensor, w_OI), scheme, GumbelOptions(**options), generator)  # type: ignore[arg-type]
     assert isinstance(quantizer, VectorQuantizer)
     return quantizer, w_OI

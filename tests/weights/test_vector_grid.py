@@ -73,7 +73,9 @@ def random_tensor(scheme: QuantScheme, rows: int) -> QuantizedTensor:
 )
 def test_what_is_no_code_vector_is_refused(name: str, change: object, message: str) -> None:
     grid = grid_named(name)
-    changed: Tensor = change(random_codes(grid, 1, COLUMNS).abs() if name == "iq1_s" else random_codes(grid, 1, COLUMNS))  # type: ignore[operator]
+    changed: Tensor = change(
+        random_codes(grid, 1, COLUMNS).abs() if name == "iq1_s" else random_codes(grid, 1, COLUMNS)
+    )  # type: ignore[operator]
     with pytest.raises(ValueError, match=message):
         grid.split(changed)
     with pytest.raises(TypeError, match="not rounded one by one"):

@@ -97,6 +97,17 @@ def dequantize(raw: np.ndarray, number: int) -> Tensor:
     return torch.from_numpy(np.array(dense, np.float32))
 
 
+def scale_bits(kind: GgmlType) -> int:
+    """Bits of a block that say its scales and offsets; the others are codes."""
+    if kind.name in VECTORS:
+        own = VECTORS[kind.name]
+        return 16 + own.high.bit_length() * kind.length // own.group
+    grid = levels.GRIDS[kind.name]
+    floats = 16 * (1 + ("min" in grid.parts.split()))
+    integers = sum((high - low).bit_length() for low, high in (limits for limits in (grid.sc, grid.m) if limits))
+    return floats + (integers * kind.length // grid.group if grid.group else 0)
+
+
 def verify_finite(stored: Stored, name: str) -> None:
     """Refuses a matrix with an infinite or NaN scale, which no training can start from.
 
