@@ -55,7 +55,7 @@ class GumbelOptions:
     shifts: int = 1
     center: Literal["code", "position"] = "code"
     noise: float = 0.1
-    vectors: int = 8
+    vectors: int = 4
     backend: Backend = "auto"
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
 

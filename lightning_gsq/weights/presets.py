@@ -76,7 +76,7 @@ def _vectors(name: str) -> Preset:
 
 _FOUR, _SIX, _SIGNED_SIX, _EIGHT = Integers(0, 15), Integers(0, 63), Integers(-32, 31), Integers(-128, 127)
 _FROM_MINUS_ONE = Grid(-1, 2, storage_bits=2, origin=-1)
-_LEVELS = {
+LEVEL_TYPES = {
     preset.name: preset
     for preset in (
         _ggml("q1_0", grid_of(1), 128),
@@ -100,7 +100,7 @@ _LEVELS = {
 """The types of ggml whose weight is a scale times a level, less an offset."""
 VECTOR_TYPES = {name.lower(): _vectors(name.lower()) for name in VECTORS}
 """Those whose weights have code vectors: training goes on from codes that are there, it finds none by rounding."""
-GGML = {**_LEVELS, **VECTOR_TYPES}
+GGML = {**LEVEL_TYPES, **VECTOR_TYPES}
 """Both."""
 MLX = {
     f"mlx{bits}g{group}": Preset(f"mlx{bits}g{group}", bits, unsigned_grid(bits), group, _AFFINE, group)
