@@ -1,6 +1,6 @@
 """Attacks runs of a tiny model and counts what came of it: the table of docs/reliability.md.
 
-    OMP_NUM_THREADS=1 python scripts/attack.py --kills 100 --failures 60 --mutations 10000 --inputs 300
+    OMP_NUM_THREADS=1 python scripts/attack.py --kills 100 --ranks 12 --failures 60 --mutations 10000 --inputs 300
 
 A case is made from its number, so that one that went wrong can be repeated: ``--only kills --first 17 --kills 1``.
 """
@@ -19,15 +19,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_gsq.cli.defaults import quiet_libraries
 from tests.support.attack_cases import bad_inputs, failures, kills, mutations
+from tests.support.attack_ranks import rank_kills
 from tests.support.attack_targets import make_target
 
-KINDS = {"kills": kills, "failures": failures, "mutations": mutations, "inputs": bad_inputs}
+KINDS = {"kills": kills, "ranks": rank_kills, "failures": failures, "mutations": mutations, "inputs": bad_inputs}
+COUNTS = {"kills": 100, "ranks": 12, "failures": 60, "mutations": 10_000, "inputs": 300}
 
 
 def main() -> int:
     """Runs the attacks; 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for kind, count in (("kills", 100), ("failures", 60), ("mutations", 10_000), ("inputs", 300)):
+    for kind, count in COUNTS.items():
         parser.add_argument(f"--{kind}", type=int, default=count, help=f"how many {kind} (default {count})")
     parser.add_argument("--only", choices=KINDS, help="one kind alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COUNTS = {"kills": 4, "failures": 3, "mutations": 150, "inputs": 12}
+COUNTS = {"kills": 4, "ranks": 0, "failures": 3, "mutations": 150, "inputs": 12}
+"""Of a run on several processes, tests/run/test_distributed.py and tests/commands/test_stopping.py kill some."""
 
 
 def test_nothing_is_lost_and_nothing_is_shown_but_a_line() -> None:

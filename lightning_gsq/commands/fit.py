@@ -106,7 +106,7 @@ def fit(
         if not folder.rank:
             check_saving(model.network, model.tokenizer, folder.root)
         plan = make_plan(model)
-        for line in not_quantized(model, plan):
+        for line in [*not_quantized(model, plan), *filter(None, [model.outer.left(model.network)])]:
             say(line)
         importance = _check_plan(model, plan)
         planned = PlannedRun(model, plan, settings["model"])

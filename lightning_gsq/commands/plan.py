@@ -8,6 +8,10 @@ from rich.console import Console
 from lightning_gsq.commands.tables import print_estimate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import Estimate, estimate, limits
+from lightning_gsq.export import PlannedRun
+from lightning_gsq.export.bits_table import print_bits
+from lightning_gsq.export.registry import all_formats
+from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
 
@@ -24,7 +28,7 @@ def plan(
     host_memory_gb: float | None = None,
     device_memory_gb: float | None = None,
 ) -> Estimate:
-    """Says what ``fit`` would take with the same options: sizes, memory, disk, steps, time.
+    """Says what ``fit`` would take with the same options: sizes, memory, disk, steps, time; and what each file would.
 
     Args:
         model: The model, not loaded, and its settings.
@@ -44,5 +48,16 @@ def plan(
     host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
     planned = estimate(model, data, evaluation, activations, end_to_end, trainer, probe, host, device)
     print_estimate(console, planned, data, model.address.pretrained)
+    print_bits(console, list(all_formats().values()), _exported(model, planned), planned.skeleton.parameters)
+    left = model.outer.left(planned.skeleton.model)
+    if left is not None:
+        console.print(left, soft_wrap=True)
     limits.refuse(planned.problems)
     return planned
+
+
+def _exported(model: ModelQuantization, planned: Estimate) -> PlannedRun:
+    """The run as the formats see it; its model has no weights."""
+    model.network = planned.skeleton.model
+    blocks = [BlockPlan(index, f"{planned.skeleton.prefix}.{index}", own) for index, own in planned.plan.items()]
+    return PlannedRun(model, blocks, {})

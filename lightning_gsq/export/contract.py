@@ -157,6 +157,14 @@ class ExportFormat(ABC):
         """Bits that a weight takes in the file, scales included: for the table and for the room on the disk."""
         return weight.bits(8 * run.scale_dtype.itemsize)
 
+    def refuse_weights(self, run: PlannedRun) -> str | None:
+        """The part of :meth:`refuse` that follows from schemes and shapes alone; the model may be without weights."""
+        return None
+
+    def stored_as(self, weight: ExportedWeight) -> str:
+        """The file's own name for the type that a weight is stored in; empty for a format without types."""
+        return ""
+
     def remarks(self, run: PlannedRun) -> list[str]:
         """What a user should know before a run is trained for this format."""
         return []

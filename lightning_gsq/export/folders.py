@@ -10,17 +10,15 @@ writer left is recognised by name and free lock, and cleaned up by the next expo
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_gsq.system.fingerprint import file_digest
+from lightning_gsq.system import owned_folders
 
 try:
     import fcntl
@@ -28,7 +26,7 @@ except ImportError:  # Windows: nothing is locked, and nothing that might be in 
     fcntl = None  # type: ignore[assignment]
 
 MARK = "export.json"
-VERSION = 1
+VERSION = 2
 
 
 def write_mark(folder: Path, format_name: str, made_from: Mapping[str, Any], checked: bool) -> None:
@@ -40,26 +38,7 @@ def write_mark(folder: Path, format_name: str, made_from: Mapping[str, Any], che
         made_from: What its files follow from, as plain data.
         checked: Whether it was loaded back.
     """
-    files = {str(file.relative_to(folder)): file_digest(file) for file in _files(folder)}
-    content = {
-        "written_by": "lightning-gsq",
-        "version": VERSION,
-        "format": format_name,
-        "made_from": made_from,
-        "checked": checked,
-        "files": files,
-    }
-    (folder / MARK).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def read_mark(folder: Path) -> dict[str, Any] | None:
-    """The mark of a folder; None where there is none, or none that an export wrote."""
-    try:
-        content = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    whole = isinstance(content, dict) and content.get("version") == VERSION and isinstance(content.get("files"), dict)
-    return content if whole else None
+    owned_folders.write_mark(folder, MARK, {**_identity(format_name, made_from), "checked": checked})
 
 
 def out_of_date(folder: Path, format_name: str, made_from: Mapping[str, Any], checked: bool) -> str | None:
@@ -71,18 +50,10 @@ def out_of_date(folder: Path, format_name: str, made_from: Mapping[str, Any], ch
         made_from: What its files should follow from.
         checked: Whether it should have been loaded back.
     """
-    mark = None if folder.is_symlink() else read_mark(folder)
-    if mark is None:
-        return "it is not there"
-    if mark["format"] != format_name or mark["made_from"] != json.loads(json.dumps(made_from)):
-        return "it was made from something else"
-    if checked and not mark["checked"]:
+    reason = owned_folders.out_of_date(folder, MARK, _identity(format_name, made_from))
+    if reason is None and checked and not (owned_folders.read_mark(folder, MARK) or {}).get("checked"):
         return "it was not checked"
-    for name, digest in mark["files"].items():
-        file = folder / name
-        if not file.is_file() or file_digest(file) != digest:
-            return f"{name} is missing or damaged"
-    return None
+    return reason
 
 
 def obstacle(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> str | None:
@@ -112,10 +83,10 @@ def foreign(folder: Path) -> str | None:
     """Why a folder is not one that an export made alone; None if it is, or if it is empty."""
     if not folder.is_dir():
         return f"{folder} is not a folder"
-    files = {str(file.relative_to(folder)) for file in _files(folder)}
+    files = {str(file.relative_to(folder)) for file in owned_folders.files_of(folder, MARK)}
     if not files:
         return None
-    mark = read_mark(folder)
+    mark = owned_folders.read_mark(folder, MARK)
     if mark is None:
         return f"{folder} was not written by an export (it has no {MARK})"
     others = sorted(files - set(mark["files"]))
@@ -125,16 +96,13 @@ def foreign(folder: Path) -> str | None:
 @contextmanager
 def growing(folder: Path) -> Iterator[Path]:
     """A new, locked, hidden folder beside ``folder``; gone after the context unless :func:`publish` named it."""
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    lock = _locked(partial)
-    try:
-        yield partial
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+    with owned_folders.growing(folder) as partial:
+        lock = _locked(partial)
+        try:
+            yield partial
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def publish(partial: Path, folder: Path) -> None:
@@ -142,19 +110,7 @@ def publish(partial: Path, folder: Path) -> None:
 
     The caller has asked :func:`obstacle` just before. Everything is on the disk before any name changes.
     """
-    for file in _files(partial):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    old = partial.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    owned_folders.publish(partial, folder, MARK)
 
 
 def tidy(folder: Path) -> None:
@@ -175,13 +131,8 @@ def tidy(folder: Path) -> None:
         os.close(lock)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Every file and link below a folder except the mark, in order; no link is followed."""
-    files = []
-    for root, folders, names in os.walk(folder):
-        links = [name for name in folders if (Path(root) / name).is_symlink()]
-        files += [Path(root) / name for name in (*names, *links)]
-    return sorted(file for file in files if file != folder / MARK)
+def _identity(format_name: str, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    return {"version": VERSION, "format": format_name, "made_from": made_from}
 
 
 def _no_room_above(folder: Path) -> str | None:

@@ -62,14 +62,23 @@ def check_activations(model: PreTrainedModel, traced: Trace) -> None:
         ConfigurationError: naming the first block whose output, or input, holds a number that is not finite, and for
             half precision the dtype that has room for it.
     """
-    prefix, blocks = find_blocks(model)
     outputs = [*traced.inputs_BTD[1:], traced.output_BTD]
-    for index, (entering, leaving) in enumerate(zip(traced.inputs_BTD, outputs, strict=True)):
-        for hidden_BTD, what in ((entering, "what enters"), (leaving, "the output of")):
-            if not _is_finite(hidden_BTD):
-                raise ConfigurationError(
-                    f"model: {what} {prefix}.{index} (of {len(blocks)} blocks) is not finite{_way_out(hidden_BTD)}"
-                )
+    for index, (entering_BTD, leaving_BTD) in enumerate(zip(traced.inputs_BTD, outputs, strict=True)):
+        check_block(model, index, entering_BTD, leaving_BTD)
+
+
+def check_block(model: PreTrainedModel, index: int, entering_BTD: Tensor, leaving_BTD: Tensor) -> None:
+    """Looks at what enters and leaves one block.
+
+    Raises:
+        ConfigurationError: a number of them is not finite; as of :func:`check_activations`.
+    """
+    for hidden_BTD, what in ((entering_BTD, "what enters"), (leaving_BTD, "the output of")):
+        if not _is_finite(hidden_BTD):
+            prefix, blocks = find_blocks(model)
+            raise ConfigurationError(
+                f"model: {what} {prefix}.{index} (of {len(blocks)} blocks) is not finite{_way_out(hidden_BTD)}"
+            )
 
 
 def _way_out(hidden_BTD: Tensor) -> str:

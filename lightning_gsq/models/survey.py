@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.calls import BlockCall, Carried, Layout, leaves, with_containers
 from lightning_gsq.models.chain import check_count, find_blocks, hidden_of, run_block, running, split_hidden
+from lightning_gsq.models.finite import check_block
 from lightning_gsq.models.passing import Forms, calls_without_blocks
 from lightning_gsq.models.probe import probe_pair
 
@@ -106,8 +107,8 @@ def check_chain(model: PreTrainedModel, surveyed: Survey) -> Survey:
         output_BTD, call = _run_alone(model, block, surveyed, index)
         calls.append(call)
         wanted_BTD = surveyed.outputs_BTD[index]
-        if not bool(torch.isfinite(wanted_BTD).all()) or not bool(torch.isfinite(output_BTD).all()):
-            raise ConfigurationError(_not_finite(model, index, surveyed.inputs_BTD[index]))
+        for leaving_BTD in (wanted_BTD, output_BTD):
+            check_block(model, index, surveyed.inputs_BTD[index], leaving_BTD)
         errors = token_errors(output_BTD, wanted_BTD)
         half = wanted_BTD.dtype in (torch.float16, torch.bfloat16)
         error = float(errors.quantile(HALF_QUANTILE) if half else errors.max())
@@ -241,12 +242,3 @@ def _run_alone(model: PreTrainedModel, block: nn.Module, surveyed: Survey, index
         call = call.repeating(1)
     with running(model, f"block by block (block {index})"):
         return run_block(block, hidden_BTD, call.bind(surveyed.bound[index])), call
-
-
-def _not_finite(model: PreTrainedModel, index: int, hidden_BTD: Tensor) -> str:
-    where = f"model: block {index} of {type(model).__name__} gives values that are not finite"
-    if not bool(torch.isfinite(hidden_BTD).all()):
-        return f"{where}, as what enters it is not: the embedding of the model's first tokens overflows"
-    if hidden_BTD.dtype == torch.float16:
-        return f"{where}: it overflows in float16; load the model with --model.dtype bfloat16 or float32"
-    return f"{where} for finite hidden states and finite weights: its activations overflow in {hidden_BTD.dtype}"

@@ -8,6 +8,8 @@ types, with everything else copied from the file. Of an I-type (IQ3_XXS ...), it
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,8 +65,14 @@ class FromFile(WarmStart):
         Raises:
             ConfigurationError: it does not.
         """
+        kinds = {name: self._kind(name, shape)[1] for name, (_, shape) in weights.items()}
         for name, (scheme, shape) in weights.items():
-            self._stored(name, scheme, shape)
+            try:
+                self._stored(name, scheme, shape)
+            except ConfigurationError as error:
+                if len(set(kinds.values())) == 1:
+                    raise
+                raise ConfigurationError(f"{error}. All types of the file are {options_of(kinds)}") from None
 
     def start(self, name: str, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """The codes and scales of one weight; its position is where the full-precision weight lies on that grid."""
@@ -104,6 +112,21 @@ class FromFile(WarmStart):
         return numbers
 
     def _stored(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[list[str], GgmlType]:
+        """The tensors that hold a weight, and their type, which is the scheme's."""
+        stored_names, kind = self._kind(name, shape)
+        preset, plain = QuantScheme(preset=kind.name.lower()), SCHEMES.get(kind.number)
+        if scheme not in (preset, plain):
+            way = f"--model.scheme {preset.preset}"
+            if plain is not None:
+                way += f" (or --model.scheme.bits {plain.bits} --model.scheme.group_size {plain.group_size})"
+            raise ConfigurationError(
+                f"model.warm_start.file: {stored_names[0]} is stored as {kind.name}, the run's is {scheme}; use {way}, "
+                f'name it for some weights with --model.overrides \'{{"PATTERN": "{preset.preset}"}}\', or leave it '
+                "out with --model.exclude"
+            )
+        return stored_names, kind
+
+    def _kind(self, name: str, shape: tuple[int, int]) -> tuple[list[str], GgmlType]:
         """The tensors that hold a weight, and their type."""
         stored_names = self.names.of(name, self.file.tensors)
         try:
@@ -119,14 +142,22 @@ class FromFile(WarmStart):
                 f"this project's; those are {', '.join(other.name for other in PRESET_TYPES.values())}. Leave it out "
                 "with --model.exclude"
             )
-        preset, plain = QuantScheme(preset=kind.name.lower()), SCHEMES.get(number)
-        if scheme not in (preset, plain):
-            way = f"--model.scheme {preset.preset}"
-            if plain is not None:
-                way += f" (or --model.scheme.bits {plain.bits} --model.scheme.group_size {plain.group_size})"
-            raise ConfigurationError(
-                f"model.warm_start.file: {stored_names[0]} is stored as {kind.name}, the run's is {scheme}; use {way}, "
-                f'name it for some weights with --model.overrides \'{{"PATTERN": "{preset.preset}"}}\', or leave it '
-                "out with --model.exclude"
-            )
         return stored_names, kind
+
+
+def options_of(kinds: Mapping[str, GgmlType]) -> str:
+    """The options that name the types of weights: the most common one, and the others by patterns."""
+    names = {name: kind.name.lower() for name, kind in kinds.items()}
+    (usual, _), *_ = Counter(names.values()).most_common(1)
+    endings: dict[str, set[str]] = {}
+    for name, own in names.items():
+        endings.setdefault(_ending(name), set()).add(own)
+    overrides: dict[str, str] = {}
+    for name, own in names.items():
+        if own != usual:
+            overrides[f"*.{_ending(name)}" if len(endings[_ending(name)]) == 1 else name.removesuffix(".weight")] = own
+    return f"--model.scheme {usual} --model.overrides '{json.dumps(overrides)}'"
+
+
+def _ending(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

@@ -62,6 +62,8 @@ class GumbelOptions:
     def __post_init__(self) -> None:
         if self.sigma <= 0:
             raise ConfigurationError(f"sigma must be positive, got {self.sigma}")
+        if self.alpha is not None and self.alpha < 0:
+            raise ConfigurationError(f"alpha must not be negative, got {self.alpha}; null for the grid's own")
         if self.shifts < 1:
             raise ConfigurationError(f"shifts must be at least 1, got {self.shifts}")
         if not 2 <= self.vectors <= MAX_VECTORS:

@@ -27,7 +27,7 @@ def write_mark(folder: Path, mark: str, content: Mapping[str, Any]) -> None:
         mark: Name of the mark's file.
         content: What it says beside the files.
     """
-    files = {str(file.relative_to(folder)): _entry(file, file_digest(file)) for file in _files(folder, mark)}
+    files = {str(file.relative_to(folder)): _entry(file, file_digest(file)) for file in files_of(folder, mark)}
     text = json.dumps({"written_by": "lightning-gsq", **content, "files": files}, indent=1)
     (folder / mark).write_text(text + "\n", encoding="utf-8")
 
@@ -51,12 +51,12 @@ def out_of_date(folder: Path, mark: str, content: Mapping[str, Any]) -> str | No
 
     A file of the size and time that the mark notes is taken for the one it was; any other is read.
     """
-    known = read_mark(folder, mark)
-    if known is None:
+    marked = read_mark(folder, mark)
+    if marked is None:
         return "it is not there"
-    if any(known.get(key) != value for key, value in json.loads(json.dumps(content)).items()):
+    if any(marked.get(key) != value for key, value in json.loads(json.dumps(content)).items()):
         return "it was made from something else"
-    for name, entry in known["files"].items():
+    for name, entry in marked["files"].items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -95,7 +95,7 @@ def publish(partial: Path, folder: Path, mark: str) -> None:
 
     The caller has asked :func:`obstacle`. What the earlier one's mark does not name moves into the new one.
     """
-    for file in _files(partial, mark):
+    for file in files_of(partial, mark):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
     old = partial.with_suffix(".old")
@@ -114,16 +114,16 @@ def publish(partial: Path, folder: Path, mark: str) -> None:
 
 
 def _carry(old: Path, new: Path, mark: str) -> None:
-    known = read_mark(old, mark)
-    named = set(known["files"]) if known is not None else set()
-    for file in _files(old, mark):
+    marked = read_mark(old, mark)
+    named = set(marked["files"]) if marked is not None else set()
+    for file in files_of(old, mark):
         name = file.relative_to(old)
         if str(name) not in named and not (new / name).exists():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             file.rename(new / name)
 
 
-def _files(folder: Path, mark: str) -> list[Path]:
+def files_of(folder: Path, mark: str) -> list[Path]:
     """Every file and link below a folder except the mark, in order; no link is followed."""
     files = []
     for root, folders, names in os.walk(folder):

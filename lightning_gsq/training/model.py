@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.models import loading
-from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
+from lightning_gsq.quantizers import RTN, FromFile, GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training import settings
 from lightning_gsq.training.losses import LOSS_POSITIONS, loss_mean, refuse_non_finite
+from lightning_gsq.training.outer_options import AUTO, OuterOptions, outer
 from lightning_gsq.training.target import TargetName
 from lightning_gsq.weights.assignment import SchemeOverride
 from lightning_gsq.weights.scheme import QuantScheme
@@ -31,7 +32,9 @@ class ModelQuantization(LightningModule):
         overrides: Presets, or single settings, for the weights that a pattern names.
         fallback: Quantize rows that a preset's type does not hold as llama.cpp does: to the type that it takes instead.
             Otherwise they are refused.
-        embedding: How the embedding is quantized, and with it a head that is tied to it; null leaves it in 16 bits.
+        embedding: How the embedding is quantized, and with it a head that is tied to it; "auto" for 8 bits in groups of
+            32 where its rows are whole groups, and for the file's own with the start FromFile; null leaves it in 16
+            bits.
         head: How a head with a matrix of its own is quantized; null leaves it in 16 bits.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
@@ -98,8 +101,12 @@ class ModelQuantization(LightningModule):
         self.address = settings.Address(pretrained, revision, trust_remote_code, dtype)
         schemes = {pattern: settings.override(pattern, value) for pattern, value in overrides.items()}
         self.selection = settings.Selection(scheme, include, exclude, schemes, blocks, fallback)
-        self.outer = settings.OuterOptions(
-            settings.outer("embedding", embedding), settings.outer("head", head), fallback
+        self.outer = OuterOptions(
+            # A file that is refined keeps its own.
+            None if embedding == AUTO and isinstance(warm_start, FromFile) else outer("embedding", embedding, scheme),
+            outer("head", head, scheme),
+            fallback,
+            automatic=embedding == AUTO,
         )
         self.start = settings.StartOptions(
             warm_start or RTN(weighted=True), hessian_sequences, saliency, imatrix, save_imatrix

@@ -9,18 +9,15 @@ from typing import Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
-from lightning_gsq.models.ends import find_ends
 from lightning_gsq.models.linear_weights import LinearSite, to_quantize
 from lightning_gsq.quantizers import GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.training.target import TARGETS, Target, TargetName
-from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit_rows, override_of, scheme_of
+from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit_rows, override_of
 from lightning_gsq.weights.scheme import QuantScheme
-from lightning_gsq.weights.vector_grid import VectorGrid
 
 Phase = Literal["init", "blocks", "end_to_end"]
 PHASES: tuple[Phase, ...] = ("init", "blocks", "end_to_end")
@@ -59,18 +56,6 @@ def override(pattern: str, value: SchemeOverride | str) -> SchemeOverride:
         return override_of(value)
     except ConfigurationError as error:
         raise ConfigurationError(f"model.overrides: {pattern!r}: {error}") from error
-
-
-def outer(option: str, value: QuantScheme | str | None) -> QuantScheme | None:
-    """What ``model.embedding`` or ``model.head`` says: settings, or a preset's name.
-
-    Raises:
-        ConfigurationError: it makes no sense.
-    """
-    try:
-        return None if value is None else scheme_of(value)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"model.{option}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -122,64 +107,6 @@ class Selection:
         if not 0 <= start < stop <= count:
             raise ConfigurationError(f"model.blocks: {self.blocks} is not a range within the model's {count} blocks")
         return range(start, stop)
-
-
-@dataclass(frozen=True)
-class OuterOptions:
-    """What happens to the matrices outside of the blocks.
-
-    Args:
-        embedding: Grid and groups of the embedding, and of a head that is tied to it; None leaves it as it is.
-        head: Grid and groups of a head that is a matrix of its own; None leaves it as it is.
-        fallback: Give rows that a preset does not hold the one that llama.cpp takes for them.
-    """
-
-    embedding: QuantScheme | None = None
-    head: QuantScheme | None = None
-    fallback: bool = False
-
-    def __post_init__(self) -> None:
-        for option, scheme in (("embedding", self.embedding), ("head", self.head)):
-            if scheme is not None and scheme.mixed:
-                raise ConfigurationError(
-                    f"model.{option}: salient weights and budgets are for matrices in the blocks, got {scheme}; give "
-                    "bits and group_size alone"
-                )
-            if scheme is not None and isinstance(scheme.grid, VectorGrid):
-                raise ConfigurationError(
-                    f"model.{option} is rounded weight by weight, and the weights of {scheme} are code vectors; take "
-                    "levels, such as q4_0, q6_k or q8_0"
-                )
-
-    def expected(self, network: PreTrainedModel) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
-        """Scheme and ``(V, D)`` of each matrix to quantize, by its parameter name.
-
-        Raises:
-            ConfigurationError: the model has no such matrix, the head is the embedding, or a preset does not hold rows
-                of that many weights.
-        """
-        ends = find_ends(network)
-        if self.head is not None and ends.tied:
-            raise ConfigurationError(
-                f"model.head: the head of {type(network).__name__} is tied to its embedding, whose codes it shares; "
-                f"got {self.head}. Leave model.head out and give model.embedding, which is for both"
-            )
-        chosen = {}
-        for option, scheme, name in (
-            ("embedding", self.embedding, ends.embedding),
-            ("head", self.head, ends.head),
-        ):
-            if scheme is None:
-                continue
-            if name is None:
-                raise ConfigurationError(
-                    f"model.{option}: {type(network).__name__} has no {option} that is one matrix; "
-                    f"got {scheme}, use null"
-                )
-            rows, columns = network.get_parameter(name).shape
-            fitting = fit_rows({name: scheme}, {name: columns}, self.fallback)[name]
-            chosen[name] = (fitting, (rows, columns))
-        return chosen
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def test_an_export_is_current_while_its_sources_and_files_are_the_same(tmp_path:
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[3] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    assert folders.out_of_date(folder, "native", SOURCE, True) == "model.safetensors is missing or damaged"
+    assert folders.out_of_date(folder, "native", SOURCE, True) == "model.safetensors is damaged"
     (folder / "inside" / "code.py").unlink()
     assert "inside/code.py" in (folders.out_of_date(folder, "native", SOURCE, True) or "")
     unchecked = exported(tmp_path / "unchecked", checked=False)

@@ -105,6 +105,11 @@ class GGUFFormat(ExportFormat):
         """Those of the block type."""
         return Storage.of(weight.scheme, weight.site.in_features, "Q8_0").bits
 
+    def stored_as(self, weight: ExportedWeight) -> str:
+        """The block type."""
+        storage = Storage.of(weight.scheme, weight.site.in_features, "Q8_0")
+        return storage.name if storage.exact else f"{storage.name}, rounded anew"
+
     def remarks(self, run: PlannedRun) -> list[str]:
         """Says of each scheme that fills its block type badly which schemes fit it, and the next smaller one."""
         remarks = {}

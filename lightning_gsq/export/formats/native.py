@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare_model
 from lightning_gsq.export.companions import file_names, write_companions
-from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Runtime
+from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Run, Runtime
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
@@ -45,15 +45,19 @@ class NativeFormat(ExportFormat):
     salient: ClassVar[bool] = True
     outer: ClassVar[bool] = True
 
+    def view(self, run: Run) -> Run:
+        """Without embedding and head where one is a module that does more than to look rows up, or to multiply."""
+        owners = [run.network.get_submodule(name.rpartition(".")[0]) for name in run.outer]
+        packable = all(type(owner) is nn.Linear or is_packable_embedding(owner) for owner in owners)
+        return run if packable else run.within_blocks
+
     def refuse(self, run: PlannedRun) -> str | None:
-        """Holds everything but salient parts of fused experts, and embeddings that do more than to look rows up."""
+        """Holds everything but salient parts of fused experts."""
+        return self.refuse_weights(run)
+
+    def refuse_weights(self, run: PlannedRun) -> str | None:
+        """The same."""
         for weight in run.weights.values():
-            owner = run.network.get_submodule(weight.name.rpartition(".")[0])
-            if weight.block is None and not (type(owner) is nn.Linear or is_packable_embedding(owner)):
-                return (
-                    f"native has no packed form of {weight.name}, a {type(owner).__name__}; use dequantized, or "
-                    "--model.embedding null"
-                )
             if weight.scheme.mixed and weight.site.experts:
                 return f"native has no salient weights in fused experts ({weight.name}); use dequantized"
         return None
