@@ -54,7 +54,18 @@ class Verb:
     trains: bool = False
 
 
-PARTS = ("model", "data", "evaluation", "activations", "end_to_end", "trainer", "console")
+PARTS = (
+    "model",
+    "data",
+    "evaluation",
+    "activations",
+    "end_to_end",
+    "trainer",
+    "settings",
+    "seed",
+    "formats",
+    "console",
+)
 VERBS = {
     "fit": Verb(trains=True),
     "validate": Verb(trains=True),
@@ -243,6 +254,9 @@ class GSQCLI(LightningCLI):
             self.objects.activations,
             self.objects.end_to_end,
             self.evaluation_trainer(),
+            as_plain(self._parser(self.subcommand), self.settings),
+            int(self.settings.seed_everything),
+            self.settings.export,
             self.console,
             probe=self.settings.probe,
             host_memory_gb=self.settings.host_memory_gb,

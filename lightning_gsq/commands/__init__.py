@@ -6,5 +6,7 @@ plan       what fit would take
 export     writes a finished run as files for other programs
 predict    text from prompts
 addresses  what other verbs wrote
+menu       what a size is divided among
+sizing     a size becomes widths
 tables     plans, summaries and ledgers as tables
 """

@@ -11,13 +11,16 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_gsq.callbacks import EndToEndProgress
-from lightning_gsq.commands.tables import print_summary
+from lightning_gsq.commands.menu import make_menu
+from lightning_gsq.commands.sizing import choose, chosen_plan, picture
+from lightning_gsq.commands.tables import print_choice, print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
 from lightning_gsq.export import FinishedRun, PlannedRun, format_of
 from lightning_gsq.export.engine import announce, bring_up_to_date
 from lightning_gsq.export.folders import tidy
+from lightning_gsq.export.preflight import refuse_exports
 from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
@@ -108,12 +111,28 @@ def fit(
         plan = make_plan(model)
         for line in [*not_quantized(model, plan), *filter(None, [model.outer.left(model.network)])]:
             say(line)
+        menu = None if model.size is None else make_menu(model, plan, exports, settings["model"])
+        plan = plan if menu is None else menu.plan
         importance = _check_plan(model, plan)
-        planned = PlannedRun(model, plan, settings["model"])
-        announce(exports, planned, folder.root / "export", _bytes_to_write(model), console)
+        if menu is not None:
+            _check_plan(model, menu.widest_plan)
+        planned, root = PlannedRun(model, plan, settings["model"]), folder.root / "export"
+        reserved = _bytes_to_write(model)
+        if menu is None:
+            announce(exports, planned, root, reserved, console)
+        else:
+            refuse_exports(exports, planned, root, reserved)
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
+        if menu is not None:
+            device = trainer.strategy.root_device
+            choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, say)
+            plan = chosen_plan(menu, choice)
+            print_choice(console, choice, menu.parts(choice))
+            board.log_figure(trainer.loggers, "widths", picture(menu, choice))
+            announce(exports, PlannedRun(model, plan, settings["model"]), root, reserved, console)
+            recipe = make_recipe(settings, seed, model, data, evaluation, choice.as_plain())
         open_recipe(folder, recipe, say)
         kind = kind_before_end_to_end(model, plan, folder)
         board.log_recipe(trainer.loggers, recipe)
@@ -160,7 +179,7 @@ def _what_is_done(run: Run) -> str:
     processes = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
     return (
         f"{run.model.address.pretrained}: {len(run.plan)} blocks, {weights:,} weights to quantize "
-        f"({run.model.selection.scheme}), "
+        f"({run.model.selection}), "
         f"{run.data.num_sequences} calibration sequences of {run.data.sequence_length} tokens, "
         f"{run.trainer.precision}, {run.device.type}{processes}"
     )

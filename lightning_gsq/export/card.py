@@ -57,9 +57,20 @@ def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: 
         _ledger_table(ledger),
         "![where the bytes go](ledger.png)\n",
     ]
+    if run.recipe.get("choice") is not None:
+        parts.append(_widths(run))
     if report is not None:
         parts.append(f"## Checked\n\n{as_text(report.describe())}\n")
     return "\n".join(parts)
+
+
+def _widths(run: FinishedRun) -> str:
+    choice = run.recipe["choice"]
+    return (
+        f"## Widths\n\nChosen so that a {as_text(str(choice['runtime']))} file has at most "
+        f"{as_text(str(choice['size']))}: {choice['num_bytes']:,} of {choice['limit']:,} bytes.\n\n"
+        "![width of each matrix over depth, and where the bytes go](widths.png)\n"
+    )
 
 
 def _front_matter(run: FinishedRun, schemes: list[str]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import yaml
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.models.saving import save_tokenizer
 
 CONFIG = "config.json"
 
 
-def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def file_names(run: PlannedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters under the names, and in the pieces, that the model's family uses in files.
 
     In memory some families differ from their files, for example by fusing experts into one parameter.

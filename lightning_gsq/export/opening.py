@@ -17,6 +17,7 @@ from lightning_gsq.training import ModelQuantization
 from lightning_gsq.training.outer_options import AUTO
 from lightning_gsq.weights.assignment import override_of, scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.widths import Choice
 
 _MODEL_SETTINGS = (
     # settings of a run that say what its weights are; the others say how they were trained
@@ -49,6 +50,9 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
     run_folder = RunFolder(root, create=False)
     run_folder.recipe = recipe_digest(recipe)
     model = _model_of(recipe, root, trust_remote_code)
+    choice = recipe.get("choice")
+    if choice is not None:
+        model.take(Choice.of_plain(choice).widths, f"mixed widths within {choice['size']}")
     try:
         model.load(model.address.source())
     except ConfigurationError as error:

@@ -1,6 +1,7 @@
 """The folder of one run: recipe, finished blocks, progress, summary. Everything a resumed run needs.
 
 recipe.yaml            the resolved settings, fingerprints of model and text, versions
+choice.yaml            the width of each matrix, where a size was asked for; worth.json what that was decided by
 progress.json          perplexities and seconds so far, replaced atomically
 blocks/block-003.safetensors   packed codes and scales of a finished block
 blocks/rounded-outer.safetensors   the same of embedding and head, where these are quantized

@@ -29,9 +29,10 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         ConfigurationError: transformers refuses to write the configuration or the tokenizer.
     """
     with growing(folder / "trial") as trial:
+        generation = model.generation_config
         for what, write in (
             ("config.json", model.config.save_pretrained),
-            ("generation_config.json", model.generation_config and model.generation_config.save_pretrained),
+            ("generation_config.json", None if generation is None else generation.save_pretrained),
             ("tokenizer", functools.partial(save_tokenizer, tokenizer)),
         ):
             try:

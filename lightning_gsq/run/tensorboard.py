@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 HYPERPARAMETERS = {
     # columns of the hyperparameter table -> where they stand in the recipe's settings
@@ -33,6 +35,14 @@ def log_recipe(loggers: Iterable[Logger], recipe: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
     for logger in _boards(loggers):
         logger.experiment.add_text("recipe", "".join(f"    {line}\n" for line in text.splitlines()))
+        logger.save()
+
+
+def log_figure(loggers: Iterable[Logger], name: str, figure: Figure) -> None:
+    """Shows a figure under Images."""
+    for logger in _boards(loggers):
+        FigureCanvasAgg(figure)
+        logger.experiment.add_figure(name, figure)
         logger.save()
 
 

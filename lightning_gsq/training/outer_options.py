@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.ends import find_ends
-from lightning_gsq.weights.assignment import fit_rows, scheme_of
+from lightning_gsq.training.selection import Selection
+from lightning_gsq.weights.assignment import applied, fit_rows, names_it, scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.weights.vector_grid import VectorGrid
 
@@ -46,12 +47,14 @@ class OuterOptions:
         head: Grid and groups of a head that is a matrix of its own; None leaves it as it is.
         fallback: Give rows that a preset does not hold the one that llama.cpp takes for them.
         automatic: Nobody asked for the embedding's scheme: where the model has no use for it, it stays as it is.
+        selection: What patterns say, and what was chosen; those that name one of these matrices count for it.
     """
 
     embedding: QuantScheme | None = None
     head: QuantScheme | None = None
     fallback: bool = False
     automatic: bool = False
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         for option, scheme in (("embedding", self.embedding), ("head", self.head)):
@@ -95,9 +98,12 @@ class OuterOptions:
         chosen = {}
         for option, scheme, name in (
             ("embedding", self.embedding, ends.embedding),
-            ("head", self.head, ends.head),
+            ("head", self.head, None if ends.tied else ends.head),
         ):
-            if scheme is None or (option == "embedding" and self.left(network) is not None):
+            if option == "embedding" and self.left(network) is not None:
+                scheme = None
+            scheme = self._named(scheme, name)
+            if scheme is None:
                 continue
             if name is None:
                 raise ConfigurationError(
@@ -108,3 +114,22 @@ class OuterOptions:
             fitting = fit_rows({name: scheme}, {name: columns}, self.fallback)[name]
             chosen[name] = (fitting, (rows, columns))
         return chosen
+
+    def _named(self, scheme: QuantScheme | None, name: str | None) -> QuantScheme | None:
+        """The scheme of a matrix after what patterns and the choice of widths say of it."""
+        selection = self.selection
+        if selection is None or name is None:
+            return scheme
+        if any(names_it(pattern, name, outside=True) for pattern in selection.exclude):
+            return None
+        if name in selection.chosen:
+            return scheme_of(selection.chosen[name])
+        for pattern, override in selection.overrides.items():
+            if names_it(pattern, name, outside=True):
+                scheme = applied(pattern, override, scheme or selection.scheme)
+        if scheme is not None and scheme.mixed:
+            raise ConfigurationError(
+                f"model.overrides: {name} is outside of the blocks, whose matrices alone have salient weights and "
+                f"budgets, got {scheme}; give a preset, or bits and group_size"
+            )
+        return scheme

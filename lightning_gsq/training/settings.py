@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,12 +11,12 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
-from lightning_gsq.models.linear_weights import LinearSite, to_quantize
-from lightning_gsq.quantizers import GumbelOptions, WarmStart
+from lightning_gsq.quantizers import FromFile, GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.training.target import TARGETS, Target, TargetName
-from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit_rows, override_of
+from lightning_gsq.weights.assignment import SchemeOverride, override_of, scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.widths.size import Size
 
 Phase = Literal["init", "blocks", "end_to_end"]
 PHASES: tuple[Phase, ...] = ("init", "blocks", "end_to_end")
@@ -59,54 +58,49 @@ def override(pattern: str, value: SchemeOverride | str) -> SchemeOverride:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which weights are quantized, and to what.
+class SizeOptions:
+    """A size in place of a width.
 
     Args:
-        scheme: Grid and groups of every one.
-        include: Patterns of the weights to quantize.
-        exclude: Patterns of weights to leave as they are.
-        overrides: Other schemes for the weights that a pattern names.
-        blocks: Range of blocks, such as ``0:4``; None for all.
-        fallback: Give rows that a preset does not hold the one that llama.cpp takes for them.
+        size: Of the whole file.
+        choices: Names of presets that matrices may take; empty for those that the file's format is known for.
     """
 
-    scheme: QuantScheme
-    include: Sequence[str]
-    exclude: Sequence[str]
-    overrides: Mapping[str, SchemeOverride]
-    blocks: str | None
-    fallback: bool = False
+    size: Size
+    choices: tuple[str, ...] = ()
 
-    def schemes(self, sites: Mapping[str, LinearSite]) -> dict[str, QuantScheme]:
-        """The weights to quantize, of these, and the scheme of each.
 
-        Args:
-            sites: Linear weights by their full names; one with a role is taken only if a pattern names it.
+def size_of(
+    size: str | None, choices: Sequence[str] | None, scheme: QuantScheme, warm_start: WarmStart
+) -> SizeOptions | None:
+    """What ``model.size`` and ``model.choices`` say.
 
-        Raises:
-            ConfigurationError: a pattern matches no weight, nothing is left, or a scheme does not hold a weight's rows.
-        """
-        names = to_quantize(sites, self.include)
-        in_features = {name: sites[name].in_features for name in names}
-        schemes = assign_schemes(in_features, self.scheme, self.include, self.exclude, self.overrides)
-        return fit_rows(schemes, in_features, self.fallback)
-
-    def indices(self, count: int) -> range:
-        """The numbers of the blocks to quantize, of ``count``.
-
-        Raises:
-            ConfigurationError: ``blocks`` is no range, or an empty one.
-        """
-        if self.blocks is None:
-            return range(count)
-        match = re.fullmatch(r"(\d*):(\d*)", self.blocks)
-        if not match:
-            raise ConfigurationError(f"model.blocks must be a range such as 0:4, got {self.blocks!r}")
-        start, stop = int(match[1] or 0), int(match[2] or count)
-        if not 0 <= start < stop <= count:
-            raise ConfigurationError(f"model.blocks: {self.blocks} is not a range within the model's {count} blocks")
-        return range(start, stop)
+    Raises:
+        ConfigurationError: it makes no sense, or does not go with the other settings.
+    """
+    if size is None:
+        if choices is not None:
+            raise ConfigurationError(f"model.choices: {list(choices)} are for --model.size, which is not given")
+        return None
+    if choices is not None and len(set(choices)) < 2:
+        raise ConfigurationError(
+            f"model.choices must name two presets or more, got {list(choices)}; with one width use --model.scheme"
+        )
+    for name in choices or ():
+        try:
+            scheme_of(str(name))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"model.choices: {error}") from error
+    if scheme.mixed:
+        raise ConfigurationError(
+            f"model.size: a size and {scheme} both say what matrices cost; leave out --model.scheme.budget and "
+            "--model.scheme.salient, or --model.size"
+        )
+    if isinstance(warm_start, FromFile):
+        raise ConfigurationError(
+            "model.size: the warm start takes widths from its file; leave --model.size out, or use another warm start"
+        )
+    return SizeOptions(Size(size), tuple(choices or ()))
 
 
 @dataclass(frozen=True)

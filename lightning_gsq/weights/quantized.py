@@ -186,6 +186,19 @@ def stored_scale_bits(scheme: QuantScheme, rows: int, columns: int, float_bits: 
     return rows * sum(sizes)
 
 
+def packed_like(scheme: QuantScheme, rows: int, columns: int, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What :meth:`QuantizedTensor.pack` gives for such a matrix, on the meta device: shapes and dtypes alone."""
+    codes = torch.empty(rows, packed_words(columns, scheme.storage_bits), dtype=torch.int32, device="meta")
+    tensors = {"codes": codes}
+    for name, part in scheme.parts(columns).items():
+        dtype = scheme.layout.dtype or scale_dtype
+        width = part.columns
+        if part.integers is not None:
+            dtype, width = torch.int32, packed_words(part.columns, part.integers.bits)
+        tensors[name] = torch.empty(rows, width, dtype=dtype, device="meta")
+    return tensors
+
+
 @dataclass(frozen=True)
 class BitsLedger:
     """What quantized weights cost, in bits; sums with ``+``.
