@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_gsq.data import CalibrationDataModule
-from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates, scale_numbers
+from lightning_gsq.estimate.quantities import Surroundings, Weights, num_logits, scale_numbers
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.perplexity import FP32
@@ -68,7 +68,7 @@ def _trained(
     if "head" in options.train:
         count += skeleton.vocabulary * skeleton.width
     if "logits" in options.train:
-        count += sum(candidates(q, model.block.gumbel.shifts) * s.rows * s.in_features for s, q in pairs)
+        count += num_logits(pairs, model.block.gumbel)
     return count
 
 

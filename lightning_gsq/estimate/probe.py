@@ -17,7 +17,8 @@ from lightning_gsq.estimate.simulate import longer
 from lightning_gsq.estimate.skeleton import BlockSkeleton
 from lightning_gsq.models.chain import BlockRunner
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import GumbelQuantizer, Start
+from lightning_gsq.quantizers import Start
+from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.training import BlockQuantization, ModelQuantization
 from lightning_gsq.weights.layout import SCALES
@@ -109,7 +110,7 @@ def _block(
         stored = scheme.parts(site.in_features).items()
         parts = {name: torch.full((site.rows, part.columns), 0.02, device=device) for name, part in stored}
         generator = generator_of("probe", site.name)
-        quantizers[site] = GumbelQuantizer(
+        quantizers[site] = quantizer_of(
             Start(codes, parts.pop(SCALES), codes, parts), scheme, model.block.gumbel, generator
         )
     module = BlockQuantization(full, longer(block.call, tokens).to(device), quantizers, model.block.optimizer, run=run)

@@ -69,7 +69,7 @@ class ExportedWeight:
         if self.scheme.budget is not None:
             return self.scheme.budget
         columns = self.site.in_features
-        bits = self.scheme.storage_bits + stored_scale_bits(self.scheme, 1, columns, scale_bits) / columns
+        bits = (self.scheme.grid.row_bits(columns) + stored_scale_bits(self.scheme, 1, columns, scale_bits)) / columns
         salient = self.scheme.salient
         if salient is None:
             return bits

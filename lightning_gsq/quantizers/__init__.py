@@ -10,6 +10,8 @@ from_file      codes and scales of a GGUF file
 llama_cpp      codes and scales that llama.cpp's own quantizers find
 trained_scales scales that train as they are stored
 gumbel         a trainable choice of levels
+vector_gumbel  a trainable choice of code vectors
+near_vectors   which of these are near
 salient_start  warm start of a matrix with salient columns
 salient        both parts of such a matrix as trainable choices
 statistics     second moments of the inputs of linear weights

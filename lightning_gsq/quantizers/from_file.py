@@ -3,7 +3,7 @@
 A file that people deploy already has a grid and a layout of scales: Q4_0 is -8 ... 7 in groups of 32, Q4_K 0 ... 15
 with two-level scales and offsets, and so on. With this start, the block phase moves codes to neighbouring levels and
 trains the scales against the full-precision model that ``--model.pretrained`` names; the export then writes the same
-types, with everything else copied from the file.
+types, with everything else copied from the file. Of an I-type (IQ3_XXS ...), it moves code vectors to near ones.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lightning_gsq.gguf.rows import Place, places_in_file, to_model, verify_shap
 from lightning_gsq.gguf.types.codec import decode, verify_finite
 from lightning_gsq.gguf.types.levels import LevelBlocks
 from lightning_gsq.gguf.types.table import TYPES, GgmlType
+from lightning_gsq.gguf.types.vectors import VectorBlocks
 from lightning_gsq.quantizers.warm_start import Start, WarmStart, start_at
 from lightning_gsq.weights.presets import GGML
 from lightning_gsq.weights.quantized import QuantizedTensor
@@ -37,7 +38,7 @@ SCHEMES = {
     Q8_0.number: QuantScheme(8, 32),
 }
 """The scheme whose grid and groups a block type has, by the type's number; its preset is another."""
-LEVEL_TYPES = {TYPES[preset.ggml].number: TYPES[preset.ggml] for preset in GGML.values() if preset.ggml is not None}
+PRESET_TYPES = {TYPES[preset.ggml].number: TYPES[preset.ggml] for preset in GGML.values() if preset.ggml is not None}
 """Types that have a preset, by number."""
 
 
@@ -86,7 +87,7 @@ class FromFile(WarmStart):
         stored = []
         for name, place in zip(stored_names, places, strict=True):
             blocks = decode(self.file.raw(place.name), kind)
-            assert isinstance(blocks, LevelBlocks)
+            assert isinstance(blocks, LevelBlocks | VectorBlocks)
             verify_finite(blocks, f"model.warm_start.file: {self.file.path}: {name}")
             stored.append(tensor_of(blocks))
         codes_OI, scales_OG = (
@@ -134,11 +135,11 @@ class FromFile(WarmStart):
             raise ConfigurationError(f"model.warm_start.file: {error}") from None
         numbers = {self.file.tensors[stored].number for stored in stored_names}
         number = numbers.pop()
-        kind = LEVEL_TYPES.get(number)
+        kind = PRESET_TYPES.get(number)
         if kind is None or numbers:
             raise ConfigurationError(
                 f"model.warm_start.file: {stored_names[0]} is stored in ggml's type {number}, whose grid is not one of "
-                f"this project's; those are {', '.join(other.name for other in LEVEL_TYPES.values())}. Leave it out "
+                f"this project's; those are {', '.join(other.name for other in PRESET_TYPES.values())}. Leave it out "
                 "with --model.exclude"
             )
         return stored_names, kind

@@ -16,6 +16,7 @@ from lightning_gsq.gguf.quantizer import library_path, quantize_with_llama_cpp
 from lightning_gsq.gguf.types.codec import decode
 from lightning_gsq.gguf.types.levels import LevelBlocks
 from lightning_gsq.gguf.types.table import TYPES, GgmlType
+from lightning_gsq.gguf.types.vectors import VectorBlocks
 from lightning_gsq.quantizers.warm_start import Start, WarmStart, start_at
 from lightning_gsq.weights.presets import GGML, preset_named
 from lightning_gsq.weights.scheme import QuantScheme
@@ -42,7 +43,12 @@ class LlamaCpp(WarmStart):
         """
         library_path()
         for name, (scheme, (_, columns)) in weights.items():
-            _type_of(scheme, columns, name)
+            kind = _type_of(scheme, columns, name)
+            if kind.needs_importance and not self.weighted:
+                raise ConfigurationError(
+                    f"model.warm_start.weighted: llama.cpp makes no {kind.name} ({name}) without an importance of "
+                    "every input, got false; use true"
+                )
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`.
@@ -54,8 +60,10 @@ class LlamaCpp(WarmStart):
         importance_I = None if hessian_II is None or not self.weighted else hessian_II.diagonal() / 2  # of 2 x xᵀ
         if importance_I is not None and not bool(importance_I.any()):  # no token came here
             importance_I = None
+        if importance_I is None and kind.needs_importance:
+            importance_I = w_OI.new_ones(w_OI.shape[1])
         blocks = decode(quantize_with_llama_cpp(w_OI, kind, importance_I), kind)
-        assert isinstance(blocks, LevelBlocks)  # as every type that has a preset is
+        assert isinstance(blocks, LevelBlocks | VectorBlocks)  # as every type that has a preset is
         return start_at(tensor_of(blocks), w_OI)
 
 

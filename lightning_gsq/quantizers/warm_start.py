@@ -18,6 +18,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.layout import SCALES
 from lightning_gsq.weights.quantized import QuantizedTensor, expand_groups
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.vector_grid import VectorGrid
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,18 @@ class WarmStart(ABC):
         """The start of the weight of that name in the model; by default the name does not matter."""
         return self(w_OI, hessian_II, scheme)
 
-    def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:  # noqa: B027 - a default
+    def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:
         """Verifies, before anything long, that every weight can be started; given scheme and ``(O, I)`` by name.
 
         Raises:
-            ConfigurationError: one cannot.
+            ConfigurationError: one cannot; by default, one with code vectors.
         """
+        for name, (scheme, _) in weights.items():
+            if isinstance(scheme.grid, VectorGrid):
+                raise ConfigurationError(
+                    f"model.warm_start: {type(self).__name__} rounds weights one by one, and {name} is {scheme}, whose "
+                    "weights are code vectors; use --model.warm_start LlamaCpp, or FromFile with a GGUF file of them"
+                )
 
 
 def start_of(matrix: Matrix, warm_start: WarmStart) -> Start:

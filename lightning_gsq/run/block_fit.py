@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import GumbelOptions, GumbelQuantizer, Matrix, WarmStart
+from lightning_gsq.quantizers import GumbelOptions, Matrix, WarmStart
 from lightning_gsq.quantizers.salient import MixedQuantizer
+from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.quantizers.warm_start import start_of
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
@@ -125,7 +126,7 @@ def make_quantizer(
 ) -> WeightQuantizer:
     """The trainable form of a weight, from its warm start; ``choice`` is None for a scheme without a salient part."""
     if choice is None:
-        return GumbelQuantizer(start_of(matrix, warm_start), matrix.scheme, options, generator)
+        return quantizer_of(start_of(matrix, warm_start), matrix.scheme, options, generator)
     return MixedQuantizer(settled_start(matrix, choice, warm_start), choice.scheme, options, generator)
 
 

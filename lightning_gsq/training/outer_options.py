@@ -11,6 +11,7 @@ from lightning_gsq.models.ends import find_ends
 from lightning_gsq.training.selection import Selection
 from lightning_gsq.weights.assignment import applied, fit_rows, names_it, scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.vector_grid import VectorGrid
 
 AUTO = "auto"
 EIGHT_BITS = QuantScheme(8, 32)
@@ -61,6 +62,11 @@ class OuterOptions:
                 raise ConfigurationError(
                     f"model.{option}: salient weights and budgets are for matrices in the blocks, got {scheme}; give "
                     "bits and group_size alone"
+                )
+            if scheme is not None and isinstance(scheme.grid, VectorGrid):
+                raise ConfigurationError(
+                    f"model.{option} is rounded weight by weight, and the weights of {scheme} are code vectors; take "
+                    "levels, such as q4_0, q6_k or q8_0"
                 )
 
     def left(self, network: PreTrainedModel) -> str | None:

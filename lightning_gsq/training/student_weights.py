@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.ops.scaled_codes import scaled_codes
-from lightning_gsq.quantizers import GumbelOptions, GumbelQuantizer, Start
+from lightning_gsq.quantizers import GumbelOptions, Start
 from lightning_gsq.quantizers.salient_start import mixed_tensor
 from lightning_gsq.quantizers.trained_scales import TrainedScales
+from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.system.seeding import seed_of
 from lightning_gsq.weights.layout import SCALES
 from lightning_gsq.weights.mixed import MixedTensor, merge_order
@@ -103,7 +104,7 @@ class SampledWeight(nn.Module):
         others = {name: value.float() for name, value in tensor.others.items()}
         start = Start(tensor.codes_OI, tensor.scales_OG.float(), tensor.codes_OI.float(), others)
         self.scale_dtype = tensor.scales_OG.dtype
-        self.quantizer = GumbelQuantizer(start, tensor.scheme, options, generator)
+        self.quantizer = quantizer_of(start, tensor.scheme, options, generator)
         for name, buffer in list(self.quantizer.named_buffers()):  # for the same reason as in ScaledWeight
             setattr(self.quantizer, name, nn.Parameter(buffer, requires_grad=False))
 
@@ -112,12 +113,12 @@ class SampledWeight(nn.Module):
         quantizer = self.quantizer
         if not self.training:
             return self.tensor().dequantize(dtype)
-        grid, layout, parts = quantizer.scheme.grid, quantizer.scheme.layout, quantizer.scale_parts()
+        layout, parts = quantizer.scheme.layout, quantizer.scale_parts()
         s_OG, o_OG = layout.scales(parts), layout.offsets(parts)
         ones_OG, seed = torch.ones_like(s_OG), seed_of(*key)
         soft_OI = quantizer.sample(ones_OG, quantizer.logit_scale, quantizer.temperature, seed)
         with torch.no_grad():
-            hard_OI = grid.value_of(grid.nearest(quantizer.sample(ones_OG, quantizer.logit_scale, NEARLY_HARD, seed)))
+            hard_OI = quantizer.exact(quantizer.sample(ones_OG, quantizer.logit_scale, NEARLY_HARD, seed))
         through_OI = soft_OI + (hard_OI - soft_OI).detach()
         return scale_values(through_OI, s_OG, o_OG, quantizer.group_length).to(dtype)
 

@@ -18,11 +18,13 @@ from lightning_gsq.gguf.quantizer import quantize_with_llama_cpp
 from lightning_gsq.gguf.types.table import TYPES
 from lightning_gsq.quantizers import LlamaCpp
 from lightning_gsq.quantizers.warm_start import Matrix, quantized, start_of
-from lightning_gsq.weights.presets import GGML
+from lightning_gsq.weights.presets import GGML, VECTOR_TYPES
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import SHAPE, quantize, save_model
 
-LEVELS = [name for name, preset in GGML.items() if preset.ggml in TYPES]
+SLOW = ("iq1_s", "iq1_m", "iq2_s", "iq2_xs")
+"""Types for which llama.cpp first makes a table that takes seconds."""
+PRESETS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in GGML]
 
 
 def random_weight(rows: int, columns: int) -> torch.Tensor:
@@ -33,18 +35,20 @@ def importance_of(columns: int, scale: float = 1.0) -> torch.Tensor:
     return torch.rand(columns, generator=torch.Generator().manual_seed(1)) * scale + 0.01
 
 
-@pytest.mark.parametrize("preset", LEVELS)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_bytes_are_those_of_llama_cpp(preset: str, weighted: bool) -> None:
-    scheme, w_OI = QuantScheme(preset=preset), random_weight(6, 512)
-    kind, importance_I = TYPES[preset.upper()], importance_of(512)
+    columns = 256 if preset in VECTOR_TYPES else 512  # whose search takes its time
+    scheme, w_OI = QuantScheme(preset=preset), random_weight(6, columns)
+    kind, importance_I = TYPES[preset.upper()], importance_of(columns)
     hessian_II = torch.diag(2 * importance_I)
     start = LlamaCpp(weighted)(w_OI, hessian_II, scheme)
     tensor = quantized(start, scheme, torch.float16)
-    expected = quantize_with_llama_cpp(w_OI, kind, importance_I if weighted else None)
+    alike = torch.ones(columns) if kind.needs_importance else None
+    expected = quantize_with_llama_cpp(w_OI, kind, importance_I if weighted else alike)
     assert np.array_equal(encode(tensor, kind), expected)
-    plain = quantize_with_llama_cpp(w_OI, kind)
     if preset in ("q4_0", "q4_k", "iq4_nl"):
+        plain = quantize_with_llama_cpp(w_OI, kind)
         assert weighted != np.array_equal(expected, plain)
     on_grid = scheme.grid.value_of(start.codes_OI.float())
     assert bool(torch.isfinite(start.position_OI).all()) and on_grid.shape == start.position_OI.shape
@@ -62,7 +66,9 @@ def test_every_expert_has_an_importance_of_its_own() -> None:
 
 def test_other_schemes_are_refused_before_the_run() -> None:
     shape, start = (4, 256), LlamaCpp()
-    start.check({"a": (QuantScheme(preset="q3_k"), shape), "b": (QuantScheme(preset="iq4_xs"), shape)})
+    start.check({name: (QuantScheme(preset=name), shape) for name in ("q3_k", "iq4_xs", "iq2_xxs")})
+    with pytest.raises(ConfigurationError, match=r"makes no IQ2_XXS \(a\) without an importance.*got false; use true"):
+        LlamaCpp(weighted=False).check({"a": (QuantScheme(preset="iq2_xxs"), shape)})
     with pytest.raises(ConfigurationError, match=r"a is 3 bit, groups of 64; choose a scheme.*q4_0 is.*RTN"):
         start.check({"a": (QuantScheme(3, 64), shape)})
     with pytest.raises(ConfigurationError, match="a is mlx4g32; choose a scheme"):

@@ -23,8 +23,7 @@ from lightning_gsq.gguf.blocks import BLOCK_TYPES, encode, projection
 from lightning_gsq.gguf.file import GGUFFile, StoredTensor
 from lightning_gsq.gguf.layout import EMBEDDINGS, Stored
 from lightning_gsq.gguf.rows import Place
-from lightning_gsq.gguf.types.codec import dequantize
-from lightning_gsq.gguf.types.levels import scale_bits
+from lightning_gsq.gguf.types.codec import dequantize, scale_bits
 from lightning_gsq.gguf.types.table import BY_NUMBER
 from lightning_gsq.gguf.write import NewTensor
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
