@@ -12,6 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gsq.training import BlockQuantization
 
+FEWEST = 5
+"""Points that the curve of a block has at least, where it has as many steps."""
 HISTOGRAM_SAMPLE = 1 << 16
 """Weights of a matrix that a histogram is made of: enough to see its shape."""
 
@@ -29,7 +31,7 @@ class QuantizationMonitor(Callback):
 
     Args:
         every_n_steps: Steps between two measurements of the rounded weights' loss, each one forward pass more;
-            0 for none.
+            fewer where a block has less than five times as many; 0 for none.
         histograms: Log histograms and the figure at the end of each block.
     """
 
@@ -45,7 +47,9 @@ class QuantizationMonitor(Callback):
         """Logs scalars."""
         if not isinstance(pl_module, BlockQuantization) or not self.every_n_steps:
             return
-        if trainer.global_step % self.every_n_steps:
+        # A block of few steps has a curve as well.
+        every = min(self.every_n_steps, max(1, int(trainer.estimated_stepping_batches) // FEWEST))
+        if trainer.global_step % every:
             return
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             figures = {"block/loss_hard": float(pl_module.loss(batch, pl_module.hard_weights()))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +23,8 @@ from lightning_gsq.training import BlockQuantization
 class BlockProgress(Callback):
     """A bar over the blocks, with the inner steps, the current loss and an estimate of the time left.
 
-    On a terminal it is a live bar; elsewhere (a log file, CI) one line a block.
+    On a terminal it is a live bar; there and elsewhere (a log file, CI) each block leaves a line. *Error* is the
+    squared error of the block's output on held-out sequences, over the mean square of what it should be.
 
     Example::
 
@@ -89,12 +91,29 @@ class BlockProgress(Callback):
             self._bar.update(self._task, completed=position + 1)
             if position + 1 == total:
                 self.close()
-            return
-        elapsed = time.perf_counter() - self._began
-        left = elapsed / self._blocks_here * (total - position - 1)
-        hard = trainer.callback_metrics.get("block/val_loss_hard")
-        error = "" if hard is None else f"  error {float(hard):.4f}"
-        self.console.print(f"block {position + 1}/{total}  {pl_module.name}{error}  about {left / 60:.0f} min left")
+        if not pl_module.measured_afterwards:
+            hard = trainer.callback_metrics.get("block/val_loss_hard")
+            self._line(pl_module, "" if hard is None else f"  error {float(hard):.4f}")
+
+    def on_block_measured(self, module: BlockQuantization, measures: Mapping[str, float]) -> None:
+        """Leaves a line of a block of a run, in a terminal and in a log.
+
+        Args:
+            module: The block.
+            measures: Held-out errors ``start`` and ``final``, ``flip_rate``, ``seconds``.
+        """
+        figures = f"  error {measures['start']:.4f} -> {measures['final']:.4f}"
+        figures += f"  codes moved {measures['flip_rate']:.1%}  {measures['seconds']:.1f} s"
+        self._line(module, figures)
+
+    def _line(self, module: BlockQuantization, figures: str) -> None:
+        position, total = module.position
+        line = f"block {position + 1}/{total}  {module.name}{figures}"
+        if not self.console.is_terminal:  # where the bar says it
+            elapsed = time.perf_counter() - self._began
+            left = elapsed / max(1, self._blocks_here) * (total - position - 1)
+            line += f"  about {left / 60:.0f} min left"
+        self.console.print(line, soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves the terminal clean."""

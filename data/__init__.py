@@ -5,6 +5,7 @@ text_files    local text files
 local_shards  local shards: Parquet, JSON lines, Arrow
 shards        data sets of the Hugging Face hub; what sharded sources share
 samples       text that the model itself writes
+texts         text in memory
 mixture       several sources
 documents     what counts as a document
 files         encodings, JSON lines, addresses
@@ -23,6 +24,7 @@ from lightning_gsq.data.samples import ModelSamples
 from lightning_gsq.data.shards import HuggingFaceDataset
 from lightning_gsq.data.sources import PythonDocumentation, TextSource
 from lightning_gsq.data.text_files import TextFile
+from lightning_gsq.data.texts import Texts
 
 __all__ = [
     "CalibrationDataModule",
@@ -34,4 +36,5 @@ __all__ = [
     "PythonDocumentation",
     "TextFile",
     "TextSource",
+    "Texts",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.system.digests import tensors_digest
 
 ByBlock = bool | Literal["auto"]
 CHARACTERS = 16
@@ -127,6 +128,22 @@ class PerplexityData(LightningDataModule):
             if (ended and cut == len(text)) or (needed is not None and len(ids) >= needed + MARGIN):
                 return ids
             characters *= 4
+
+    def about(self, precision: str) -> dict[str, Any]:
+        """What a perplexity of these windows is one of, as plain data.
+
+        Args:
+            precision: Of the arithmetic, as a Trainer names it.
+        """
+        windows, tokens = self.ids_NT.shape
+        return {
+            "text": self.source.label,
+            "windows": windows,
+            "tokens": tokens,
+            "starts_with_bos": self.start is not None,
+            "precision": precision,
+            "digest": tensors_digest({"ids": self.ids_NT}),
+        }
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Windows of token ids, ``1 T``."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from importlib import import_module
 from itertools import islice
+from pathlib import PurePath
 from typing import Any, Final
 
 from lightning_gsq.data.documents import Document, accept
@@ -77,6 +78,12 @@ class TextSource(ABC):
     def reader(self, position: Position | None = None) -> DocumentReader:
         """The documents from a position on; None for the beginning."""
         return CountingReader(self._placed(), position)
+
+    @property
+    def label(self) -> str:
+        """What the text is, in a few words, without the folders of this machine."""
+        path = getattr(self, "path", None)
+        return f"{type(self).__name__} {PurePath(path).name}" if isinstance(path, str) else type(self).__name__
 
     def identity(self) -> dict[str, Any] | None:
         """What the text depends on, as plain data: equal identities mean equal text. None if that cannot be said."""
@@ -166,6 +173,11 @@ class PythonDocumentation(TextSource):
         if part not in {"calibration", "evaluation", "all"}:
             raise ConfigurationError(f"part must be 'calibration', 'evaluation' or 'all', got {part!r}")
         self.part = part
+
+    @property
+    def label(self) -> str:
+        """See :attr:`TextSource.label`."""
+        return f"PythonDocumentation ({self.part})"
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`TextSource.identity`."""

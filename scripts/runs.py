@@ -14,6 +14,8 @@ CONFIG = Path(__file__).parents[1] / "cli.yaml"
 def summary_of(folder: Path, arguments: list[str], result: str) -> dict[str, Any]:
     """The summary of a run, which is made, or goes on, if it has no such perplexity yet.
 
+    Weights in the blocks are compared: the embedding stays as it is, unless the arguments say otherwise.
+
     Args:
         folder: The run folder.
         arguments: Of ``fit``, beside ``cli.yaml`` and the folder.
@@ -22,7 +24,9 @@ def summary_of(folder: Path, arguments: list[str], result: str) -> dict[str, Any
     file = folder / "summary.json"
     if not file.exists() or result not in json.loads(file.read_text())["perplexity"]:
         command = [sys.executable, "-m", "lightning_gsq", "fit", "--config", str(CONFIG)]
-        subprocess.run([*command, f"--trainer.default_root_dir={folder}", *arguments], check=True)
+        subprocess.run(
+            [*command, f"--trainer.default_root_dir={folder}", "--model.embedding=null", *arguments], check=True
+        )
     return dict(json.loads(file.read_text()))
 
 

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Environment, linter, type checker, tests. Further arguments go to pytest.
+# With --only-pytest first, the tests alone: bash scripts/test.sh --only-pytest tests/cli -k help
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 ensure_environment test
+if [ "${1:-}" = --only-pytest ]; then
+  shift
+  OMP_NUM_THREADS=1 exec .venv/bin/pytest --numprocesses auto --dist worksteal "$@"
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # On an installed copy, as a user of its types sees it: mypy does not follow editable installs.

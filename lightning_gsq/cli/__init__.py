@@ -9,6 +9,7 @@ classes    classes by their short names
 configs    the recipe without options; what a file may not hold
 parser     the parser of a verb
 messages   its errors in one line, with the nearest name
+listings   the same without the libraries
 help       the options that are used first
 trainers   Trainers from settings
 defaults   what every verb shares

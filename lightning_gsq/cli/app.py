@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from rich.console import Console
 
 from lightning_gsq.callbacks import GumbelAnnealing
 from lightning_gsq.cli.arguments import rewritten
@@ -21,11 +23,12 @@ from lightning_gsq.cli.help import COMMON
 from lightning_gsq.cli.messages import configuration_error
 from lightning_gsq.cli.parser import PROGRAM, GSQArgumentParser
 from lightning_gsq.cli.trainers import check_seed, check_settings, make_trainer
-from lightning_gsq.cli.verbs import SUMMARIES
+from lightning_gsq.cli.verbs import SUMMARIES, USAGE
 from lightning_gsq.commands.export import export
 from lightning_gsq.commands.fit import fit
 from lightning_gsq.commands.plan import plan
 from lightning_gsq.commands.predict import predict
+from lightning_gsq.commands.test import test
 from lightning_gsq.commands.validate import validate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -54,13 +57,26 @@ class Verb:
     trains: bool = False
 
 
-PARTS = ("model", "data", "evaluation", "activations", "end_to_end", "trainer", "console")
+PARTS = (
+    "model",
+    "data",
+    "evaluation",
+    "activations",
+    "end_to_end",
+    "trainer",
+    "settings",
+    "seed",
+    "formats",
+    "make_trainer",
+    "console",
+)
 VERBS = {
     "fit": Verb(trains=True),
-    "validate": Verb(trains=True),
+    "validate": Verb(validate, PARTS, trains=True),
     "plan": Verb(plan, PARTS, trains=True),
     "export": Verb(export, repeated=("format",), flags=("overwrite", "trust_remote_code")),
     "predict": Verb(predict, repeated=("prompt",)),
+    "test": Verb(test, repeated=("tasks",), flags=("trust_remote_code",)),
 }
 
 
@@ -72,9 +88,16 @@ class GSQCLI(LightningCLI):
     """
 
     trainer: Trainer
+    parser_class: type[GSQArgumentParser] = GSQArgumentParser
+    summary: dict[str, Any]
+    """What ``fit`` found."""
+    command = ""
+    """The command line, for the recipe."""
 
-    def __init__(self, args: list[str]) -> None:
-        self.console = make_console()
+    def __init__(self, args: list[str], console: Console | None = None) -> None:
+        self.console = console or make_console()
+        if args[:1] == ["fit"] and not self.command:
+            self.command = f"lightning-gsq {shlex.join(args)}"
         self.all_help = "--help.all" in args
         args = ["--help" if argument == "--help.all" else argument for argument in args]
         # A parser of all options takes a second to build: only that of the verb, where it is one.
@@ -88,7 +111,7 @@ class GSQCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_class=GSQArgumentParser,
+            parser_class=self.parser_class,
             parser_kwargs={
                 "prog": PROGRAM,
                 "description": "Quantize large language models to 1-4 bits a weight, block by block.",
@@ -116,6 +139,7 @@ class GSQCLI(LightningCLI):
             self._subcommand_parsers[name] = options
             subcommands.add_subcommand(name, options, help=SUMMARIES[name])
             options.prog = f"{parser.prog} {name}"
+            options.usage = f"{options.prog} {USAGE.get(name, 'MODEL')} [options]"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the groups that are not Lightning's."""
@@ -201,7 +225,7 @@ class GSQCLI(LightningCLI):
     def fit(self) -> None:
         """Quantizes the model into the run folder."""
         self._say_what_is_unusual()
-        fit(
+        self.summary = fit(
             model=self.model,
             data=self.datamodule,
             evaluation=self.objects.evaluation,
@@ -209,11 +233,19 @@ class GSQCLI(LightningCLI):
             end_to_end=self.objects.end_to_end,
             make_trainer=self.instantiate_trainer,
             make_evaluation_trainer=self.evaluation_trainer,
-            settings=as_plain(self._parser(self.subcommand), self.settings),
+            settings=self.plain_settings(),
             seed=int(self.settings.seed_everything),
             console=self.console,
             formats=self.settings.export,
+            command=self.command,
         )
+
+    def plain_settings(self) -> dict[str, Any]:
+        """The resolved settings as plain data, for the recipe."""
+        plain: dict[str, Any] = yaml.safe_load(
+            self._parser(self.subcommand).dump(self.settings, skip_none=False, skip_validation=True)
+        )
+        return plain
 
     def _say_what_is_unusual(self) -> None:
         """Lines on settings that somebody may not know to have made."""
@@ -232,7 +264,14 @@ class GSQCLI(LightningCLI):
 
     def validate(self) -> None:
         """Prints the perplexity of a model, or of the model in a finished run folder."""
-        validate(self.model, self.objects.evaluation, self.objects.activations, self.evaluation_trainer, self.console)
+        validate(
+            self.model,
+            self.objects.evaluation,
+            self.objects.activations,
+            self.evaluation_trainer,
+            self.console,
+            against=self.settings.against,
+        )
 
     def plan(self) -> None:
         """Prints what ``fit`` would take."""
@@ -243,6 +282,9 @@ class GSQCLI(LightningCLI):
             self.objects.activations,
             self.objects.end_to_end,
             self.evaluation_trainer(),
+            self.plain_settings(),
+            int(self.settings.seed_everything),
+            self.settings.export,
             self.console,
             probe=self.settings.probe,
             host_memory_gb=self.settings.host_memory_gb,
@@ -255,9 +297,3 @@ def latest_of_each_class(callbacks: list[Namespace] | None) -> list[Namespace] |
     if callbacks is None:
         return None
     return list({callback.class_path: callback for callback in callbacks}.values())
-
-
-def as_plain(parser: LightningArgumentParser, settings: Namespace) -> dict[str, Any]:
-    """The resolved settings as plain data."""
-    plain: dict[str, Any] = yaml.safe_load(parser.dump(settings, skip_none=False, skip_validation=True))
-    return plain

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_gsq.cli.classes import class_path, refuse_moved
-from lightning_gsq.cli.configs import check_config
+from lightning_gsq.cli.configs import check_config, config_file
 from lightning_gsq.cli.verbs import SUMMARIES
 
-NAMED = {"export": "--run", "predict": "--model"}
+NAMED = {"export": "--run", "predict": "--model", "test": "--model"}
 """What the first argument without a name is; ``--model.pretrained`` for the other verbs."""
 
+SEVERAL = {"--format", "--tasks"}
 LISTS = {"export", "model.include", "model.exclude", "model.phases", "end_to_end.train"}
 SOURCES = {"data": "data.source", "evaluation": "evaluation.source"}
 TEXT_SUFFIXES = {".txt", ".md", ".text", ".raw", ".jsonl", ".json", ".csv", ".tsv"}
@@ -37,20 +38,21 @@ def rewritten(arguments: list[str]) -> list[str]:
     verb, *rest = arguments
     if verb in NAMED:
         named = [NAMED[verb]] if rest and not rest[0].startswith("-") else []
-        return [verb, *named, *_formats(rest)]
+        return [verb, *named, *_apart(rest)]
     return [verb, *(part for option in _options(rest) for part in _option(*option))]
 
 
-def _formats(arguments: list[str]) -> Iterator[str]:
-    """The values of ``--format`` apart: gguf,gptq are two."""
-    formats = False
+def _apart(arguments: list[str]) -> Iterator[str]:
+    """The values of options that take several apart: ``--format gguf,gptq`` are two."""
+    several = False
     for argument in arguments:
-        if argument.startswith("--format="):
-            yield "--format"
-            argument, formats = argument.removeprefix("--format="), True
+        option, sign, value = argument.partition("=")
+        if sign and option in SEVERAL:
+            yield option
+            argument, several = value, True
         elif argument.startswith("-"):
-            formats = argument == "--format"
-        yield from filter(None, argument.strip("[]").replace(" ", "").split(",")) if formats else [argument]
+            several = argument in SEVERAL
+        yield from filter(None, argument.strip("[]").replace(" ", "").split(",")) if several else [argument]
 
 
 def _options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -75,6 +77,7 @@ def _option(name: str, value: str | None) -> list[str]:
         return [f"--{name}"]
     refuse_moved(value)
     if name in ("c", "config"):
+        value = config_file(value)
         check_config(value)
         return ["--config", value]
     if name == "model" and not _is_settings(value):

@@ -12,8 +12,20 @@ from lightning_gsq.cli.classes import refuse_moved
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.system.yaml_files import MAX_BYTES, parse_yaml
 
-DEFAULTS = str(files("lightning_gsq") / "configs" / "default.yaml")
+FOLDER = Path(str(files("lightning_gsq") / "configs"))
+DEFAULTS = str(FOLDER / "default.yaml")
 """The recipe that holds without any option: cli.yaml without its model and run folder."""
+
+
+def config_file(name: str) -> str:
+    """The file of a packaged configuration, such as quickstart; any other name as it is."""
+    packaged = FOLDER / f"{name}.yaml"
+    return str(packaged) if name in packaged_configs() and not Path(name).is_file() else name
+
+
+def packaged_configs() -> list[str]:
+    """Names of the configurations in the package."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
 def check_config(name: str) -> None:
@@ -41,7 +53,8 @@ def _content(name: str) -> Any:
     path = Path(name).expanduser()
     try:
         if not path.is_file():
-            raise ConfigurationError(f"config: there is no file {name}")
+            names = ", ".join(packaged_configs())
+            raise ConfigurationError(f"config: there is no file {name}; those of the package are {names}")
         octets = path.read_bytes()[: MAX_BYTES + 1]
         if len(octets) > MAX_BYTES:
             raise ConfigurationError(f"config: {name} is larger than the {MAX_BYTES:,} bytes that are read")

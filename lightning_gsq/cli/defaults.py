@@ -59,6 +59,7 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach ends in one line of ours
 
 
 def _one_line(

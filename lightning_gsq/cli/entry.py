@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 
-from lightning_gsq import __version__
+from lightning_gsq.cli.listings import listing
 from lightning_gsq.cli.verbs import overview
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.signals import Stopped, speaks, stopping
+from lightning_gsq.system.versions import own_version
 
 
 def console() -> None:
@@ -24,7 +25,11 @@ def main(args: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     if arguments[0] in ("-h", "--help", "--version"):
-        print(f"lightning-gsq {__version__}" if arguments[0] == "--version" else overview())
+        print(f"lightning-gsq {own_version()}" if arguments[0] == "--version" else overview())
+        return 0
+    text = listing(arguments)
+    if text is not None:
+        print(text, end="")
         return 0
     again = "resumes after the last finished block or phase" if "fit" in arguments else "begins anew"
     farewell = f"stopped; the same command {again}"

@@ -6,6 +6,7 @@ Every error that a user can cause ends here. Anything else is a mistake of this 
 from __future__ import annotations
 
 import errno
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -35,9 +36,10 @@ LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
         EXIT_FAILURE,
         lambda error: f"this machine has too little memory: {str(error) or 'plan says how much is needed'}",
     ),
-    OSError: (EXIT_FAILURE, lambda error: ": ".join(str(x) for x in (error.strerror or error, error.filename) if x)),
+    OSError: (EXIT_FAILURE, lambda error: _of_the_system(error)),
 }
 """Exit code and line of the errors that are told in one; the first that fits."""
+DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EIO}
 
 
 def run(arguments: list[str], debug: bool) -> int:
@@ -48,6 +50,7 @@ def run(arguments: list[str], debug: bool) -> int:
         debug: Show the traceback of errors that are told in one line, too.
     """
     quiet_libraries()
+    threading.excepthook = _in_the_background
     try:
         with no_foreign_bars():
             GSQCLI(arguments)
@@ -58,6 +61,24 @@ def run(arguments: list[str], debug: bool) -> int:
         make_console(stderr=True).print(f"error: {line}", soft_wrap=True)
         return code
     return 0
+
+
+def _of_the_system(error: OSError) -> str:
+    text = str(error.strerror or error)
+    if error.filename:
+        return f"{text}: {error.filename}"
+    if error.errno in DISK:
+        return f"{text}: what was finished is kept, and the same command goes on when the disk takes files again"
+    return text
+
+
+def _in_the_background(arguments: threading.ExceptHookArgs) -> None:
+    """An exception that ends a thread: of TensorBoard's writer, where the disk fails, one line is enough."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
+        return
+    what = arguments.exc_value.strerror or arguments.exc_value
+    make_console(stderr=True).print(f"TensorBoard's events cannot be written: {what}", soft_wrap=True)
 
 
 def line_of(error: Exception) -> tuple[int, str]:

@@ -34,6 +34,7 @@ COMMON = {
         "seed_everything",
     ),
     "validate": (
+        "against",
         "evaluation.source",
         "evaluation.sequence_length",
         "evaluation.num_windows",
@@ -48,7 +49,7 @@ COMMON = {
 }
 COMMON["plan"] = ("probe", "host_memory_gb", "device_memory_gb", *COMMON["fit"][:-3])
 TEXTS = {
-    "config": "A YAML file of settings; options on the command line win.",
+    "config": "A YAML file of settings, or quickstart, trial or ternary; options on the command line win.",
     "seed_everything": "Seed of everything random.",
     "trainer.default_root_dir": "The run folder. The same command resumes what it holds.",
     "trainer.max_epochs": "Passes over the calibration sequences, for each block.",

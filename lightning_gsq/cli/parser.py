@@ -21,6 +21,8 @@ from lightning_gsq.cli.defaults import EXIT_USAGE
 from lightning_gsq.cli.help import common_help
 from lightning_gsq.cli.messages import configuration_error, one_line
 
+DEFAULTS_NOTE = re.compile(r"default config file locations:.*?(?=\n\n|\Z)", re.DOTALL)
+SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*")
 PROGRAM = "python -m lightning_gsq"
 
 
@@ -55,7 +57,10 @@ class GSQArgumentParser(LightningArgumentParser):
         # Lightning's own group is the longest, and comes last.
         trainer = (self.groups or {}).get("trainer")
         self._action_groups = sorted(self._action_groups, key=lambda group: group is trainer)
-        return super().format_help(formatter)
+        text = super().format_help(formatter)
+        # A path of this machine says nothing to anybody; which subclasses are known depends on what was imported.
+        text = DEFAULTS_NOTE.sub("Defaults are those of the recipe in cli.yaml.", text)
+        return SUBCLASSES.sub("", text)
 
     def add_signature(
         self, function: Callable[..., Any], skip: set[str], repeated: tuple[str, ...] = (), flags: tuple[str, ...] = ()

@@ -6,9 +6,10 @@ SUMMARIES = {
     "plan": "Say what fit would take with the same options, without doing it.",
     "export": "Write a finished run as files that other programs load.",
     "predict": "Write text from prompts.",
+    "test": "Measure a model on zero-shot tasks of lm-eval.",
 }
 
-USAGE = {"export": "RUN --format FORMAT", "predict": "MODEL --prompt TEXT"}
+USAGE = {"export": "RUN --format FORMAT", "predict": "MODEL --prompt TEXT", "test": "MODEL --tasks TASKS"}
 
 
 def overview() -> str:

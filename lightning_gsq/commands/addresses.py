@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.folders import MARK
 from lightning_gsq.models import loading
+from lightning_gsq.system.owned_folders import read_mark
 
 
 def written_model(address: str) -> str:
@@ -23,3 +25,16 @@ def written_model(address: str) -> str:
             f"model.pretrained: {folder} holds {len(files)} GGUF files; give one of them, such as {files[0]}"
         )
     return str(files[0]) if files else loading.finished_model(address)
+
+
+def run_of(address: str) -> tuple[Path, str | None] | None:
+    """The run folder that a model belongs to, and the format if it is an export inside of it; None for other models."""
+    path = Path(address).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if (folder / "recipe.yaml").is_file() and (folder / "summary.json").is_file():
+        return folder, None
+    mark = read_mark(folder, MARK)
+    run = folder.parent.parent
+    if mark is None or folder.parent.name != "export" or not (run / "summary.json").is_file():
+        return None
+    return run, str(mark["format"])

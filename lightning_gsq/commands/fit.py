@@ -11,13 +11,16 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_gsq.callbacks import EndToEndProgress
-from lightning_gsq.commands.tables import print_summary
+from lightning_gsq.commands.menu import make_menu
+from lightning_gsq.commands.sizing import choose, chosen_plan, picture
+from lightning_gsq.commands.tables import print_choice, print_next, print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import refuse_early
 from lightning_gsq.estimate.limits import device_bytes
 from lightning_gsq.export import FinishedRun, PlannedRun, format_of
 from lightning_gsq.export.engine import announce, bring_up_to_date
 from lightning_gsq.export.folders import tidy
+from lightning_gsq.export.preflight import refuse_exports
 from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
@@ -26,6 +29,8 @@ from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
 from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.end_to_end import check_end_to_end
 from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.run.imatrix_file import check_names, save_imatrix
+from lightning_gsq.run.importance import Importance, read_importance
 from lightning_gsq.run.perplexity import make_measure
 from lightning_gsq.run.phases import (
     Perplexities,
@@ -60,6 +65,7 @@ def fit(
     seed: int,
     console: Console,
     formats: Sequence[str] = (),
+    command: str = "",
 ) -> dict[str, Any]:
     """Quantizes a model into a run folder, or goes on where an earlier start of the same run stopped.
 
@@ -75,6 +81,7 @@ def fit(
         seed: Seed of everything random.
         console: Where to print.
         formats: Formats to export the finished run to.
+        command: The command line that asked for it, for the recipe; empty where there was none.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -104,34 +111,54 @@ def fit(
         if not folder.rank:
             check_saving(model.network, model.tokenizer, folder.root)
         plan = make_plan(model)
-        for line in not_quantized(model, plan):
+        for line in [*not_quantized(model, plan), *filter(None, [model.outer.left(model.network)])]:
             say(line)
-        _check_plan(model, plan)
-        planned = PlannedRun(model, plan, settings["model"])
-        announce(exports, planned, folder.root / "export", _bytes_to_write(model), console)
+        menu = None if model.size is None else make_menu(model, plan, exports, settings["model"])
+        plan = plan if menu is None else menu.plan
+        importance = _check_plan(model, plan, end_to_end)
+        if menu is not None:
+            _check_plan(model, menu.widest_plan, end_to_end)
+        planned, root = PlannedRun(model, plan, settings["model"]), folder.root / "export"
+        reserved = _bytes_to_write(model)
+        if menu is None:
+            announce(exports, planned, root, reserved, console)
+        else:
+            refuse_exports(exports, planned, root, reserved)
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
+        if menu is not None:
+            device = trainer.strategy.root_device
+            choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, say)
+            plan = chosen_plan(menu, choice)
+            print_choice(console, choice, menu.parts(choice))
+            board.log_figure(trainer.loggers, "widths", picture(menu, choice))
+            announce(exports, PlannedRun(model, plan, settings["model"]), root, reserved, console)
+            recipe = make_recipe(settings, seed, model, data, evaluation, choice.as_plain())
+        if command:
+            recipe["command"] = command
         open_recipe(folder, recipe, say)
         kind = kind_before_end_to_end(model, plan, folder)
         board.log_recipe(trainer.loggers, recipe)
+        board.log_guide(trainer.loggers)
         _check_shares(trainer, data, evaluation)
         with Ranks.joined(trainer) as ranks:
             ranks.wait()
             # Before, to refuse without starting other processes; now, because then the first may not have written it.
             open_recipe(folder, recipe)
             folder.share_progress(ranks.agree)
-            run = make_run(model, data, plan, folder, recipe, make_trainer, activations, seed, say, ranks)
+            run = make_run(model, data, plan, folder, recipe, make_trainer, activations, seed, say, ranks, importance)
             refuse_early(model, data, activations, run.width)
             room = device_bytes(run.device)
             measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks)
-            perplexities = Perplexities(run, measure)
+            perplexities = Perplexities(run, measure, evaluation.about(str(run.trainer.precision)))
             result = _phases(run, perplexities, kind, end_to_end, settings["end_to_end"])
             summary = save_and_summarize(run, result, source, perplexities)
         if folder.rank:
             return summary
         print_summary(console, summary, str(folder.root))
         bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
+        print_next(console, str(folder.root), model.address.pretrained)
         return folder.summary
 
 
@@ -141,6 +168,7 @@ def _phases(
     """The phases asked for, one after another."""
     run.say(_what_is_done(run))
     perplexities.note("full_precision", None)
+    save_imatrix(run)
     outer = outer_phase(run, perplexities)
     if "init" in run.model.phases:
         warm_start_phase(run, perplexities, outer)
@@ -157,19 +185,21 @@ def _what_is_done(run: Run) -> str:
     processes = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
     return (
         f"{run.model.address.pretrained}: {len(run.plan)} blocks, {weights:,} weights to quantize "
-        f"({run.model.selection.scheme}), "
+        f"({run.model.selection}), "
         f"{run.data.num_sequences} calibration sequences of {run.data.sequence_length} tokens, "
         f"{run.trainer.precision}, {run.device.type}{processes}"
     )
 
 
-def _check_plan(model: ModelQuantization, plan: list[BlockPlan]) -> None:
-    """Verifies that every weight can have its scheme, its scales and its start."""
+def _check_plan(model: ModelQuantization, plan: list[BlockPlan], end_to_end: EndToEndOptions) -> Importance | None:
+    """Verifies that every weight can have its scheme, its scales and its start; returns the importance matrix."""
     model.outer.expected(model.network)
-    check_layouts(plan, model.phases)
+    check_layouts(plan, model.phases, end_to_end.train)
     check_scales(model, plan)
     expected = {f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()}
     model.start.warm_start.check(expected)
+    check_names(model, plan)
+    return read_importance(model, plan)
 
 
 def _check_shares(trainer: Trainer, data: CalibrationDataModule, evaluation: PerplexityData) -> None:

@@ -67,7 +67,7 @@ def predict(
         raise ConfigurationError(f"top_p must lie between 0 and 1, got {top_p}")
     if not 0 <= seed < 2**32:
         raise ConfigurationError(f"seed must be a number from 0 to {2**32 - 1}, got {seed}")
-    place = _device(device)
+    place = device_of(device)
     prompts = _prompts(prompt, file)
     source = loading.resolve(written_model(model), revision, trust_remote_code)
     tokenizer = loading.load_tokenizer(source)
@@ -138,7 +138,12 @@ def _lines(lines: Iterable[str]) -> Iterator[str]:
     return (without_surrogates(line.strip()) for line in lines if line.strip())
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; None for the GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigurationError: it cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

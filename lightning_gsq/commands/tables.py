@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +15,8 @@ from rich.text import Text
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import Estimate
 from lightning_gsq.estimate.phases import Phase
-from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
+from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, megabytes
+from lightning_gsq.widths import Choice
 
 
 def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> None:
@@ -20,6 +24,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table = Table(title="Quantized: " + summary["scheme"]["name"], show_header=False, title_justify="left")
     for key, value in summary["perplexity"].items():
         table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
+    table.add_row("  measured on", about_text(summary["evaluation"]))
     phase = summary.get("end_to_end")
     if phase is not None:
         losses = f"{phase['start']:.4f} → {phase['final']:.4f}"
@@ -46,6 +51,20 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     console.print(table)
 
 
+def print_next(console: Console, folder: str, pretrained: str) -> None:
+    """Prints what can be done with a finished run: commands to be copied, a line each."""
+    run, original = shlex.quote(folder), shlex.quote(pretrained)
+    console.print("next:")
+    for command in (
+        f"lightning-gsq export {run} --format native,gguf",
+        f"lightning-gsq predict {run} --prompt 'Why is the sky blue?'",
+        f"lightning-gsq validate {run} --against {original}",
+        f"lightning-gsq test {run} --tasks arc_easy,piqa --against {original}",
+        f"tensorboard --logdir {run}",
+    ):
+        console.print(f"  {command}", soft_wrap=True)
+
+
 def _parts(summary: Mapping[str, Any]) -> str:
     """Where the bytes of the result are, in words."""
     sizes = summary["bytes"]
@@ -59,10 +78,40 @@ def _parts(summary: Mapping[str, Any]) -> str:
     return " + ".join(parts)
 
 
-def print_estimate(console: Console, plan: Estimate, data: CalibrationDataModule, pretrained: str) -> None:
-    """Prints model, memory, disk and time."""
+def print_choice(console: Console, choice: Choice, parts: Mapping[str, tuple[str, int, int]]) -> None:
+    """Prints the widths of all matrices, those of one kind together.
+
+    Args:
+        console: Where to print.
+        choice: The choice.
+        parts: What each matrix takes, its weights and its bytes, by name.
+    """
+    table = Table(title=f"Widths for {choice.size} as {choice.runtime}", title_justify="left")
+    kinds: dict[str, list[tuple[str, int, int]]] = {}
+    for name, part in parts.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name).removesuffix(".weight"), []).append(part)
+    for column in ("matrices", "widths", "bits a weight", "size"):
+        table.add_column(column)
+    for kind, own in kinds.items():
+        counts = Counter(width for width, _, _ in own)
+        widths = ", ".join(width if count == len(own) else f"{count} × {width}" for width, count in counts.items())
+        weights, size = sum(part[1] for part in own), sum(part[2] for part in own)
+        table.add_row(kind, widths, f"{8 * size / weights:.2f}", _size(size))
+    console.print(table)
+    console.print(
+        f"file of {choice.num_bytes:,} bytes, {choice.num_bytes / choice.limit:.2%} of {choice.limit:,}; predicted "
+        f"divergence {choice.cost:.4g} nats a token before training",
+        soft_wrap=True,
+    )
+
+
+def print_estimate(
+    console: Console, plan: Estimate, data: CalibrationDataModule, pretrained: str, loaded: bool = False
+) -> None:
+    """Prints model, memory, disk and time; ``loaded`` says that the model was, for a choice of widths."""
     skeleton = plan.skeleton
-    console.print(f"Plan for {pretrained}; nothing was loaded, read or written", soft_wrap=True)
+    done = "loaded for its widths alone" if loaded else "nothing was loaded, read or written"
+    console.print(f"Plan for {pretrained}; {done}", soft_wrap=True)
     table = _table("Model", "", "")
     weights = sum(ledger.weights for ledger in plan.ledgers.values())
     packed = sum(ledger.num_bytes for ledger in plan.ledgers.values())

@@ -11,10 +11,13 @@ from rich.console import Console
 
 from lightning_gsq.commands.addresses import written_model
 from lightning_gsq.data import PerplexityData
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import limits
 from lightning_gsq.models import loading
+from lightning_gsq.run.agreement import compare
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import make_measure
+from lightning_gsq.run.report import about_text
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.processes import Ranks, check_shares
 from lightning_gsq.training import ModelQuantization
@@ -26,6 +29,7 @@ def validate(
     activations: ActivationOptions,
     make_trainer: Callable[[], Trainer],
     console: Console,
+    against: str | None = None,
 ) -> float:
     """Measures and prints the perplexity of a model, or of the model in a finished run folder.
 
@@ -35,6 +39,7 @@ def validate(
         activations: How hidden states are kept, where the model passes block by block.
         make_trainer: Makes a Trainer that only evaluates.
         console: Where to print.
+        against: Another model, such as the original, to compare next tokens with: mean divergence, same first choice.
 
     Raises:
         ConfigurationError: the model cannot be loaded, or the text is too short.
@@ -42,6 +47,7 @@ def validate(
     finished = written_model(model.address.pretrained)
     source = dataclasses.replace(model.address, pretrained=finished).source()
     evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
+    reference = None if against is None else _reference(against, evaluation)
     model.load(source, quantized=True)
     evaluation.tokenize(model.tokenizer, model.network)
     trainer = make_trainer()
@@ -52,7 +58,23 @@ def validate(
     say = functools.partial(console.print, soft_wrap=True)
     with Ranks.joined(trainer) as ranks:
         perplexity = make_measure(model, evaluation, activations, make_trainer, room, say, ranks)()
-    windows, length = evaluation.ids_NT.shape
-    started = "" if evaluation.start is None else ", the first of them BOS"
-    console.print(f"perplexity {perplexity:.3f}  ({windows} windows of {length} tokens{started})")
+    say(f"perplexity {perplexity:.3f}  ({about_text(evaluation.about(str(trainer.precision)))})")
+    if reference is not None:
+        other = loading.load_model(reference, model.address.dtype, quantized=True)
+        with Ranks.joined(trainer) as ranks:
+            found = compare(model.network, other, evaluation.ids_NT, trainer, ranks)
+        say(
+            f"against {against}: mean KL divergence {found.divergence:.4f} nats a token, the same first choice for "
+            f"{found.same_choice:.2%} of {found.tokens:,} tokens, perplexity there {found.perplexity:.3f}"
+        )
     return perplexity
+
+
+def _reference(against: str, evaluation: PerplexityData) -> loading.ModelSource:
+    """The model to compare with; refused where whole models do not fit."""
+    if evaluation.by_block is True:
+        raise ConfigurationError("against: two models are compared as a whole; leave evaluation.by_block out")
+    try:
+        return loading.resolve(written_model(against))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"against: {str(error).removeprefix('model.pretrained: ')}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_gsq.data import CalibrationDataModule
-from lightning_gsq.estimate.quantities import Surroundings, Weights, candidates, scale_numbers
+from lightning_gsq.estimate.quantities import Surroundings, Weights, candidate_bytes, num_logits, scale_numbers
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import BlockSkeleton, Skeleton
 from lightning_gsq.quantizers import GPTQ
@@ -97,15 +97,16 @@ def _training_terms(
 ) -> dict[str, int]:
     count = sum(site.rows * site.in_features for site in weights)
     groups = scale_numbers(weights.items())
-    logits = sum(
-        candidates(scheme, model.block.gumbel.shifts) * site.rows * site.in_features for site, scheme in weights.items()
-    )
+    logits = num_logits(weights.items(), model.block.gumbel)
     trained = FP32 * (logits + groups)
     terms = {
         f"logits (fp32, {logits / count:.3g} a weight) and scales": trained,
         "their gradients": trained,
         "optimizer state": round(optimizer_state * trained),
     }
+    vectors = candidate_bytes(weights.items(), model.block.gumbel)
+    if vectors:
+        terms["code vectors to choose from (int8)"] = vectors
     # A step holds one sample of the weights and what its backward pass needs; a validation pass, two sets of weights.
     if FP32 * count + backward >= 2 * FP32 * count + forward:
         return terms | {"sampled weights": FP32 * count, "activations of a step": backward}

@@ -27,6 +27,7 @@ from lightning_gsq.estimate.quantities import (
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
+from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -191,7 +192,7 @@ def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
         for site in skeleton.blocks[index].sites
     }
     plan: dict[int, Weights] = defaultdict(dict)
-    schemes = model.selection.schemes({name: site for name, (_, site) in sites.items()})
+    schemes = model.selection.schemes({name: site for name, (_, site) in sites.items()}, end_names(skeleton.model))
     refuse_shared(skeleton.model, schemes)
     for name, scheme in schemes.items():
         index, site = sites[name]

@@ -75,7 +75,7 @@ def phases_of(
     results = {"codes and scales of all blocks": quantized + ledger.scale_bits // 8}
     installed = {"quantized weights beside the originals": (quantized + outer.weights) * skeleton.dtype.itemsize}
     stream = stream_bytes(data, options, skeleton.width)
-    hessian = min(model.start.hessian_sequences, data.num_sequences) if model.start.warm_start.needs_hessian else 0
+    hessian = min(model.start.hessian_sequences, data.num_sequences) if model.start.watches_inputs else 0
     worst = worst_block(model, data, skeleton, plan, around)
     way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, around)
 

@@ -17,7 +17,8 @@ from lightning_gsq.estimate.simulate import longer
 from lightning_gsq.estimate.skeleton import BlockSkeleton
 from lightning_gsq.models.chain import BlockRunner
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import GumbelQuantizer, Start
+from lightning_gsq.quantizers import Start
+from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.training import BlockQuantization, ModelQuantization
 from lightning_gsq.weights.layout import SCALES
@@ -42,7 +43,7 @@ class Timing:
     def block(self, model: ModelQuantization, data: CalibrationDataModule, steps: int) -> float:
         """Seconds of a block in the blocks phase."""
         batches = data.wanted / data.batch_size
-        hessian = model.start.hessian_sequences / data.batch_size if model.start.warm_start.needs_hessian else 0
+        hessian = model.start.hessian_sequences / data.batch_size if model.start.watches_inputs else 0
         # Both streams (or the target alone, for "local") and the inputs of the Hessians; validation: two passes at the
         # end of every epoch, two more over the finished block.
         passes = 2 * batches + hessian + 4 * data.num_validation_sequences / data.batch_size
@@ -50,7 +51,7 @@ class Timing:
 
     def warm_start(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the warm-start phase."""
-        hessian = model.start.hessian_sequences / data.batch_size if model.start.warm_start.needs_hessian else 0
+        hessian = model.start.hessian_sequences / data.batch_size if model.start.watches_inputs else 0
         return 2 * hessian * self.forward + self.rounding
 
 
@@ -109,7 +110,7 @@ def _block(
         stored = scheme.parts(site.in_features).items()
         parts = {name: torch.full((site.rows, part.columns), 0.02, device=device) for name, part in stored}
         generator = generator_of("probe", site.name)
-        quantizers[site] = GumbelQuantizer(
+        quantizers[site] = quantizer_of(
             Start(codes, parts.pop(SCALES), codes, parts), scheme, model.block.gumbel, generator
         )
     module = BlockQuantization(full, longer(block.call, tokens).to(device), quantizers, model.block.optimizer, run=run)

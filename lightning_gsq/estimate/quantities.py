@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.quantizers import GumbelOptions
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.saliency.budget import planned_ledger
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.packing import packed_words
 from lightning_gsq.weights.quantized import BitsLedger, stored_scale_bits
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.vector_grid import VectorGrid
 
 Weights = dict[LinearSite, QuantScheme]
 """The weights of a block that are quantized, with their schemes."""
@@ -60,9 +61,20 @@ def window_bytes(evaluation: PerplexityData, options: ActivationOptions, width: 
     return count * evaluation.sequence_length * width * getattr(torch, options.dtype).itemsize
 
 
-def candidates(scheme: QuantScheme, shifts: int) -> int:
-    """Logits of one weight, ``L``."""
-    return scheme.grid.candidates(shifts).logits
+def num_logits(weights: Iterable[tuple[LinearSite, QuantScheme]], options: GumbelOptions) -> int:
+    """Logits of these weights."""
+    counts = (
+        site.rows * site.in_features * scheme.grid.logits_per_weight(options.shifts, options.vectors)
+        for site, scheme in weights
+    )
+    return round(sum(counts))
+
+
+def candidate_bytes(weights: Iterable[tuple[LinearSite, QuantScheme]], options: GumbelOptions) -> int:
+    """Bytes of the code vectors that these weights choose from, int8."""
+    return options.vectors * sum(
+        site.rows * site.in_features for site, scheme in weights if isinstance(scheme.grid, VectorGrid)
+    )
 
 
 def optimizer_state(model: ModelQuantization) -> float:
@@ -91,7 +103,7 @@ def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_bytes: in
         if scheme.mixed:
             total += planned_ledger(site.rows, site.in_features, scheme, 8 * scale_bytes)
             continue
-        words = site.rows * packed_words(site.in_features, scheme.storage_bits)
+        words = site.rows * sum(scheme.grid.words(site.in_features).values())
         scales = stored_scale_bits(scheme, site.rows, site.in_features, 8 * scale_bytes)
         total += BitsLedger(site.rows * site.in_features, 32 * words, scales)
     return total

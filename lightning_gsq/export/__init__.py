@@ -14,6 +14,7 @@ preflight    can these formats be written at all?
 folders      which folders are an export's own, and their names
 engine       writes, checks and replaces folders
 report       what is printed
+bits_table   how many bits a weight takes in each file
 card, figure  model card and figure of a folder
 hub          uploads it
 """

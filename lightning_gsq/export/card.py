@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from contextlib import suppress
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from lightning_gsq.export.contract import CheckReport, ExportFormat
+from lightning_gsq.export.folders import MARK
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.run.report import PERPLEXITY_NAMES, megabytes
+from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, megabytes
+from lightning_gsq.run.zero_shot import rows
+from lightning_gsq.system.owned_folders import replace_file
 from lightning_gsq.weights.ledger import PARTS, Ledger
 
 PART_NOTES = {
@@ -22,6 +27,8 @@ PART_NOTES = {
     "unquantized": "embedding, norms, head",
 }
 ARXIV = "2604.18556"
+INSTALL = """`pip install lightning-gsq`, and `import lightning_gsq` before transformers loads it.
+"""
 
 
 def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: CheckReport | None) -> str:
@@ -42,6 +49,7 @@ def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: 
         f"{len(weights)} weight matrices of [{name}](#how-it-was-made) quantized with "
         f"[lightning-gsq](https://arxiv.org/abs/{ARXIV}), in the `{format_.name}` format.\n",
         "## How to load it\n",
+        *([INSTALL] if format_.name == "native" else []),
         _table(
             ("runtime", "weights", "how"),
             [
@@ -51,21 +59,36 @@ def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: 
         ),
         "## Perplexity\n",
         _perplexity(run.summary),
+        *([zero_shot_section(run.summary["zero_shot"])] if "zero_shot" in run.summary else []),
         "## How it was made\n",
         _table(("", ""), _making(run)),
         "## Size\n",
         _ledger_table(ledger),
         "![where the bytes go](ledger.png)\n",
     ]
+    if run.recipe.get("choice") is not None:
+        parts.append(_widths(run))
     if report is not None:
         parts.append(f"## Checked\n\n{as_text(report.describe())}\n")
     return "\n".join(parts)
+
+
+def _widths(run: FinishedRun) -> str:
+    choice = run.recipe["choice"]
+    return (
+        f"## Widths\n\nChosen so that a {as_text(str(choice['runtime']))} file has at most "
+        f"{as_text(str(choice['size']))}: {choice['num_bytes']:,} of {choice['limit']:,} bytes.\n\n"
+        "![width of each matrix over depth, and where the bytes go](widths.png)\n"
+    )
 
 
 def _front_matter(run: FinishedRun, schemes: list[str]) -> dict[str, Any]:
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", run.address):
         matter |= {"base_model": run.address, "base_model_relation": "quantized"}
+    licence = licence_of(run)
+    if licence is not None:
+        matter["license"] = licence
     bits = sorted({str(weight.scheme.bits) for weight in run.weights.values() if weight.block is not None})
     matter["tags"] = ["lightning-gsq", "gsq", "quantized", *(b if b == "ternary" else f"{b}-bit" for b in bits)]
     matter["quantization"] = {
@@ -74,6 +97,27 @@ def _front_matter(run: FinishedRun, schemes: list[str]) -> dict[str, Any]:
         "scale_dtype": str(run.scale_dtype).removeprefix("torch."),
     }
     return matter
+
+
+def licence_of(run: FinishedRun) -> str | None:
+    """What the original model's card, or its GGUF file, says of its licence; None where it says nothing plain."""
+    source = run.model.address.source(need_weights=False)
+    said: Any = None
+    card = Path(source.path) / "README.md"
+    if source.gguf_file and source.files:
+        field = GGUFFile(source.files[0]).fields.get("general.license")
+        said = None if field is None else field.value
+    elif card.is_file():
+        _, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+        with suppress(yaml.YAMLError):
+            front = yaml.safe_load(rest.partition("\n---")[0])
+            said = front.get("license") if isinstance(front, Mapping) else None
+    return said if isinstance(said, str) and re.fullmatch(r"[\w.-]+", said) else None
+
+
+def without_folders(command: str) -> str:
+    """A command line whose absolute paths are shortened to their names: the folders are those of another machine."""
+    return re.sub(r"(?<![\w.:/-])[/~][^\s'\"]*/(?=[^\s'\"/]+)", "", command)
 
 
 def _making(run: FinishedRun) -> list[tuple[str, str]]:
@@ -96,6 +140,8 @@ def _making(run: FinishedRun) -> list[tuple[str, str]]:
         )
     versions = run.recipe.get("versions", {})
     rows.append(("versions", as_text(", ".join(f"{name} {number}" for name, number in versions.items()))))
+    if isinstance(run.recipe.get("command"), str):
+        rows.append(("command", as_text(without_folders(run.recipe["command"]))))
     rows.append(("everything else", "`recipe.yaml`"))
     return rows
 
@@ -109,7 +155,38 @@ def _perplexity(summary: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return "Not measured.\n"
-    return _table(("", "perplexity"), rows)
+    about = summary.get("evaluation")
+    if not isinstance(about, Mapping):
+        return _table(("", "perplexity"), rows)
+    note = f"On {as_text(about_text(about))}; digest of the tokens {as_text(str(about['digest']))}."
+    return _table(("", "perplexity"), rows) + f"\n{note}\n"
+
+
+ZERO_SHOT = "## Zero-shot\n"
+
+
+def zero_shot_section(content: Mapping[str, Any]) -> str:
+    """What tasks gave, as :func:`lightning_gsq.run.zero_shot.entry` keeps it."""
+    against = content.get("against")
+    head: tuple[str, ...] = ("task", "metric", "questions", as_text(PurePath(content["model"]).name))
+    lines: list[tuple[str, ...]] = [tuple(map(as_text, row)) for row in rows(content)]
+    if against is None:
+        lines = [line[:-1] for line in lines]
+    else:
+        head = (*head, as_text(PurePath(against["model"]).name))
+    part = "" if content["limit"] is None else f", the first {content['limit']} questions of each task"
+    note = f"{as_text(content['harness'])}, {as_text(content['dtype'])}, value ± standard error{part}."
+    return f"{ZERO_SHOT}\n{_table(head, lines)}\n{note}\n"
+
+
+def put_zero_shot(folder: Path, content: Mapping[str, Any]) -> None:
+    """Puts what tasks gave into the card of an exported folder, in place of what they gave before."""
+    folder = folder if folder.is_dir() else folder.parent
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    others = [part for part in re.split(r"(?m)^(?=## )", card) if not part.startswith(ZERO_SHOT)]
+    place = next((n for n, part in enumerate(others) if part.startswith("## How it was made")), len(others))
+    text = "".join([*others[:place], zero_shot_section(content) + "\n", *others[place:]])
+    replace_file(folder, MARK, "README.md", text.encode())
 
 
 def _ledger_table(ledger: Ledger) -> str:

@@ -12,12 +12,14 @@ import yaml
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.models.saving import save_tokenizer
 
 CONFIG = "config.json"
 
 
-def file_names(run: FinishedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def file_names(run: PlannedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters under the names, and in the pieces, that the model's family uses in files.
 
     In memory some families differ from their files, for example by fusing experts into one parameter.
@@ -58,5 +60,5 @@ def write_companions(
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if run.generation_config is not None:
         run.generation_config.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
+    save_tokenizer(run.tokenizer, folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -18,6 +18,7 @@ from lightning_gsq.errors import WorkFailedError
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.weights.ledger import Ledger
+from lightning_gsq.weights.scheme import QuantScheme
 
 Run = TypeVar("Run", bound=PlannedRun)
 
@@ -60,6 +61,19 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class FileSizes:
+    """What the weight files of a run will have, to the byte, before there are any.
+
+    Args:
+        weight: Bytes that one quantized weight takes, by its name and scheme.
+        total: Bytes of all weight files, headers included, by the scheme of each quantized weight.
+    """
+
+    weight: Callable[[str, QuantScheme], int]
+    total: Callable[[Mapping[str, QuantScheme]], int]
+
+
+@dataclass(frozen=True)
 class CheckReport:
     """What loading an export back showed.
 
@@ -94,7 +108,9 @@ class CheckReport:
         if self.same_text is not None:
             parts.append("same greedy text" if self.same_text else "other greedy text")
         if self.perplexity is not None:
-            parts.append(f"perplexity {self.perplexity[0]:.4f} before and {self.perplexity[1]:.4f} after")
+            parts.append(
+                f"perplexity of a short built-in text {self.perplexity[0]:.4f} before, {self.perplexity[1]:.4f} after"
+            )
         if self.note:
             parts.append(self.note)
         return f"checked with {self.runtime}: " + ", ".join(parts)
@@ -156,6 +172,22 @@ class ExportFormat(ABC):
     def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
         """Bits that a weight takes in the file, scales included: for the table and for the room on the disk."""
         return weight.bits(8 * run.scale_dtype.itemsize)
+
+    def refuse_weights(self, run: PlannedRun) -> str | None:
+        """The part of :meth:`refuse` that follows from schemes and shapes alone; the model may be without weights."""
+        return None
+
+    def stored_as(self, weight: ExportedWeight) -> str:
+        """The file's own name for the type that a weight is stored in; empty for a format without types."""
+        return ""
+
+    def sizes(self, run: PlannedRun) -> FileSizes | None:
+        """How large the weight files of a run become with other schemes; None for a format that does not say."""
+        return None
+
+    def holds_exactly(self, scheme: QuantScheme, in_features: int) -> bool:
+        """Whether a file has a form for rows of a scheme that rounds nothing; asked where :meth:`sizes` are known."""
+        return True
 
     def remarks(self, run: PlannedRun) -> list[str]:
         """What a user should know before a run is trained for this format."""

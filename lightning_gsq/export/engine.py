@@ -26,6 +26,7 @@ from lightning_gsq.export.preflight import describe, folder_obstacle, inputs_of,
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.system.progress_bars import no_foreign_bars
 from lightning_gsq.weights.ledger import Ledger
+from lightning_gsq.widths.picture import draw_widths
 
 
 @dataclass
@@ -159,6 +160,10 @@ def _write(
         content = {"format": format_.name, "ledger": ledger.as_dict(), "check": _plain(findings)}
         (partial / "ledger.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         draw_ledger(ledger, partial / "ledger.png")
+        if run.recipe.get("choice") is not None:
+            parts = {e.name: (e.weights, e.bits / 8) for e in ledger.entries if e.quantized}
+            rest = ledger.num_bytes - sum(size for _, size in parts.values())
+            draw_widths(parts, rest).savefig(partial / "widths.png", dpi=120)
         (partial / "README.md").write_text(model_card(run, format_, ledger, findings), encoding="utf-8")
         folders.write_mark(partial, format_.name, made_of(run, options), findings is not None)
         reason = folder_obstacle(folder, overwrite, inputs_of(run))  # the writing may have taken hours

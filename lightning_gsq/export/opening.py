@@ -8,12 +8,16 @@ from typing import Any
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.quantizers import FromFile
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import FORMAT, is_whole, model_fingerprint, recipe_digest
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
+from lightning_gsq.training.outer_options import AUTO
 from lightning_gsq.weights.assignment import override_of, scheme_of
+from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.widths import Choice
 
 _MODEL_SETTINGS = (
     # settings of a run that say what its weights are; the others say how they were trained
@@ -46,6 +50,9 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
     run_folder = RunFolder(root, create=False)
     run_folder.recipe = recipe_digest(recipe)
     model = _model_of(recipe, root, trust_remote_code)
+    choice = recipe.get("choice")
+    if choice is not None:
+        model.take(Choice.of_plain(choice).widths, f"mixed widths within {choice['size']}")
     try:
         model.load(model.address.source())
     except ConfigurationError as error:
@@ -84,14 +91,24 @@ def _model_of(recipe: Mapping[str, Any], root: Path, trust_remote_code: bool) ->
     try:
         return ModelQuantization(
             scheme=scheme_of(settings["scheme"]),
-            embedding=settings.get("embedding") and scheme_of(settings["embedding"]),
-            head=settings.get("head") and scheme_of(settings["head"]),
+            embedding=None if _refines(settings) else _outer(settings.get("embedding")),
+            head=_outer(settings.get("head")),
             overrides={name: override_of(fields) for name, fields in overrides.items()},
             **{key: settings[key] for key in _MODEL_SETTINGS if key in settings} | _address_of(recipe),
             trust_remote_code=trust_remote_code,
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"run: the recipe in {root} is not one of this version: {error}") from error
+
+
+def _outer(setting: Mapping[str, Any] | str | None) -> QuantScheme | str | None:
+    return scheme_of(setting) if isinstance(setting, Mapping) else setting
+
+
+def _refines(settings: Mapping[str, Any]) -> bool:
+    """Whether a run kept the embedding of the file that it started from, as ``auto`` says then."""
+    start = str((settings.get("warm_start") or {}).get("class_path", "")).rpartition(".")[2]
+    return settings.get("embedding") == AUTO and start == FromFile.__name__
 
 
 def _address_of(recipe: Mapping[str, Any]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
@@ -68,7 +69,7 @@ class ExportedWeight:
         if self.scheme.budget is not None:
             return self.scheme.budget
         columns = self.site.in_features
-        bits = self.scheme.storage_bits + stored_scale_bits(self.scheme, 1, columns, scale_bits) / columns
+        bits = (self.scheme.grid.row_bits(columns) + stored_scale_bits(self.scheme, 1, columns, scale_bits)) / columns
         salient = self.scheme.salient
         if salient is None:
             return bits
@@ -136,6 +137,32 @@ class PlannedRun:
                 names.append(name)
             seen.add(key)
         return names
+
+    def units(self) -> Iterator[list[str]]:
+        """All stored names, in parts that are written together: one a block, one for each parameter outside of them."""
+        others, quantized = self.other_names(), list(self.weights)
+        prefix, blocks = find_blocks(self.network)
+        inside: dict[int, list[str]] = {index: [] for index in range(len(blocks))}
+        for name in others:
+            if name.startswith(f"{prefix}."):
+                inside[int(name.removeprefix(f"{prefix}.").partition(".")[0])].append(name)
+            else:
+                yield [name]
+        for name in quantized:
+            block = self.weights[name].block
+            if block is None:
+                yield [name]
+            else:
+                inside[block].append(name)
+        yield from (names for names in inside.values() if names)
+
+    def with_schemes(self, schemes: Mapping[str, QuantScheme]) -> Self:
+        """The same with other schemes; those of weights that are not named stay."""
+        other = copy.copy(self)
+        other.weights = {
+            name: replace(weight, scheme=schemes.get(name, weight.scheme)) for name, weight in self.weights.items()
+        }
+        return other
 
     def parameter(self, name: str) -> Tensor:
         """A parameter or buffer that is not quantized, as a file stores it: floating point in :attr:`dtype`.

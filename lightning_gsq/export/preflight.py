@@ -56,10 +56,15 @@ def obstacles(
 
 def model_obstacle(format_: ExportFormat, run: PlannedRun) -> str | None:
     """Why a format cannot hold the run's model and weights."""
+    return weights_obstacle(format_, run) or format_.refuse(format_.view(run))
+
+
+def weights_obstacle(format_: ExportFormat, run: PlannedRun) -> str | None:
+    """Why it cannot hold the weights, as far as schemes and shapes say; the model may be without weights."""
     mixed = next((weight.name for weight in run.weights.values() if weight.scheme.mixed), None)
     if mixed is not None and not format_.salient:
         return f"{mixed} has salient weights of other bits, which {format_.name} cannot hold; use native or dequantized"
-    return format_.refuse(format_.view(run))
+    return format_.refuse_weights(format_.view(run))
 
 
 def folder_obstacle(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> str | None:

@@ -8,32 +8,29 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lightning_gsq.export.bits_table import print_bits
 from lightning_gsq.export.contract import ExportFormat
 from lightning_gsq.export.planned import PlannedRun
-from lightning_gsq.export.preflight import COMPANIONS, num_bytes
 from lightning_gsq.export.readers.packages import missing
-from lightning_gsq.run.report import megabytes
 from lightning_gsq.weights.ledger import PARTS, Ledger
 
 
 def print_loadability(console: Console, chosen: Sequence[ExportFormat], run: PlannedRun) -> None:
-    """Prints which program loads each format, how exactly, how large it is, and what a user should know of it."""
+    """Prints which program loads each format, how exactly, what it takes, and what a user should know of it."""
     schemes = " and ".join(sorted({str(weight.scheme) for weight in run.weights.values()}))
-    table = Table("format", "bits in file", "size", "runtime", "weights", title=f"What loads {schemes}")
+    table = Table("format", "runtime", "weights", title=f"What loads {schemes}")
     table.title_justify = "left"
     for format_ in chosen:
-        weights = list(format_.view(run).weights.values())
-        total = sum(weight.count for weight in weights)
-        bits = sum(weight.count * format_.stored_bits(weight, run) for weight in weights) / total
-        cells = [format_.name, f"{bits:.4g}", f"about {megabytes(num_bytes(format_, run) - COMPANIONS)}"]
-        for runtime in format_.runtimes(weights):
-            table.add_row(*cells, runtime.name, runtime.exactness)
-            cells = ["", "", ""]
+        name = format_.name
+        for runtime in format_.runtimes(list(format_.view(run).weights.values())):
+            table.add_row(name, runtime.name, runtime.exactness)
+            name = ""
     console.print(table)
+    print_bits(console, chosen, run, sum(parameter.numel() for parameter in run.network.parameters()))
     for format_ in chosen:
         view = format_.view(run)
         remarks = format_.remarks(view)
-        if len(view.weights) < len(run.weights):
+        if view.outer != run.outer:
             remarks.append(unpacked(run))
         if format_.package is not None and missing(format_.package):
             remarks.append(missing(format_.package))

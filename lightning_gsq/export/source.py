@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -22,7 +21,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.planned import PlannedRun
-from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.run.block_files import OUTER
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import RunFolder
@@ -181,21 +179,3 @@ class FinishedRun(PlannedRun):
         for name in self.weights:
             model.get_parameter(name).copy_(self.dense(name, weight_dtype))
         return model
-
-    def units(self) -> Iterator[list[str]]:
-        """All stored names, in parts that are written together: one a block, one for each parameter outside of them."""
-        others, quantized = self.other_names(), list(self.weights)
-        prefix, blocks = find_blocks(self.network)
-        inside: dict[int, list[str]] = {index: [] for index in range(len(blocks))}
-        for name in others:
-            if name.startswith(f"{prefix}."):
-                inside[int(name.removeprefix(f"{prefix}.").partition(".")[0])].append(name)
-            else:
-                yield [name]
-        for name in quantized:
-            block = self.weights[name].block
-            if block is None:
-                yield [name]
-            else:
-                inside[block].append(name)
-        yield from (names for names in inside.values() if names)

@@ -13,8 +13,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_gsq.system.safetensors_headers import header_bytes
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 
+METADATA = {"format": "pt"}
+"""Tells transformers which framework wrote a file; it refuses files without."""
 SINGLE, SHARD, INDEX = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors", "model.safetensors.index.json"
 
 
@@ -77,12 +80,42 @@ class ShardWriter:
         if not self._pending:
             return
         path = self.folder / f".shard-{len(self._shards)}.safetensors"
-        # "format" tells transformers which framework wrote the file; it refuses files without.
-        save_file(self._pending, path, {"format": "pt"})
+        save_file(self._pending, path, METADATA)
         path.chmod(0o666 & ~_umask())  # safetensors leaves it to the owner alone
         self._shards.append((path, list(self._pending), self._pending_bytes))
         self._total += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
+
+
+class PlannedShards:
+    """The bytes of what a :class:`ShardWriter` would write, from tensors of which only shape and dtype count.
+
+    Args:
+        shard_size: As there.
+    """
+
+    def __init__(self, shard_size: int) -> None:
+        self.shard_size = shard_size
+        self._shards: list[dict[str, Tensor]] = [{}]
+        self._pending = 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Adds the tensors that store one parameter."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._pending and self._pending + size > self.shard_size:
+            self._shards.append({})
+            self._pending = 0
+        self._shards[-1] |= tensors
+        self._pending += size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files, headers included."""
+        return sum(
+            header_bytes(shard, METADATA) + sum(tensor.nbytes for tensor in shard.values())
+            for shard in self._shards
+            if shard
+        )
 
 
 def _umask() -> int:

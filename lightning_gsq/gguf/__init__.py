@@ -7,6 +7,7 @@ blocks             which type holds one of this project's schemes exactly
 quantizer          llama.cpp's own quantizers
 quantizer_process  the process that they run in
 imatrix            importance matrices
+imatrix_dat        their older form
 fields             key-values from Python's numbers and texts
 metadata           those of a model and its tokenizer
 architectures      what llama.cpp wants to know of each architecture

@@ -14,8 +14,8 @@ levels, as a scheme with flat groups has:
 Nothing is rounded: where the group size is a multiple of the block's length (or one group covers the row), every block
 lies within one group and ``d`` is the group's scale. Q2_0 reaches from -1 to 2 and a 2-bit weight from -2 to 1, so that
 its codes and its scale change sign. A scheme with a preset of ggml's is stored in the type of that name, its numbers
-as they are (:func:`blocks_of`, :func:`tensor_of`); one with an offset a group, at up to 5 bits, in Q4_1 or Q5_1. Where
-no block type fits, a :func:`projection` rounds the dense weight anew.
+as they are (:func:`blocks_of`, :func:`tensor_of`), levels and code vectors alike; one with an offset a group, at up to
+5 bits, in Q4_1 or Q5_1. Where no block type fits, a :func:`projection` rounds the dense weight anew.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.types.codec import decode as decode_stored
+from lightning_gsq.gguf.types.codec import encode as encode_stored
 from lightning_gsq.gguf.types.level_bytes import encode_levels
 from lightning_gsq.gguf.types.levels import GRIDS, LevelBlocks
 from lightning_gsq.gguf.types.table import TYPES, GgmlType
+from lightning_gsq.gguf.types.vectors import VectorBlocks
 from lightning_gsq.weights.layout import FLOATS, OFFSETS, SCALES, SUB_OFFSETS, SUB_SCALES
 from lightning_gsq.weights.presets import Preset, preset_named
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.vector_grid import VectorGrid
 
 Q1_0, Q2_0, Q4_0, Q5_0, Q8_0 = (TYPES[name] for name in ("Q1_0", "Q2_0", "Q4_0", "Q5_0", "Q8_0"))
 BLOCK_TYPES = {kind.name: kind for kind in (Q1_0, Q2_0, Q4_0, Q5_0, Q8_0)}
@@ -73,7 +76,7 @@ def encode(tensor: QuantizedTensor, kind: GgmlType) -> np.ndarray:
     """
     columns = tensor.shape[1]
     if tensor.scheme.preset is not None:
-        return encode_levels(blocks_of(tensor, kind))
+        return encode_stored(blocks_of(tensor, kind))
     if exact_type(tensor.scheme, columns) is None or columns % kind.length:
         raise ValueError(f"{kind.name} does not hold rows of {columns} weights at {tensor.scheme}")
     codes_OI, scales_OG = tensor.codes_OI.cpu().to(torch.int16), fp16_scales(tensor.scales_OG)
@@ -87,7 +90,7 @@ def encode(tensor: QuantizedTensor, kind: GgmlType) -> np.ndarray:
     return encode_levels(LevelBlocks(kind, (codes_OI - low) // step, d_OB))
 
 
-def blocks_of(tensor: QuantizedTensor, kind: GgmlType) -> LevelBlocks:
+def blocks_of(tensor: QuantizedTensor, kind: GgmlType) -> LevelBlocks | VectorBlocks:
     """A weight with a preset as the blocks of a type that holds it exactly.
 
     Args:
@@ -101,6 +104,12 @@ def blocks_of(tensor: QuantizedTensor, kind: GgmlType) -> LevelBlocks:
     if exact_type(tensor.scheme, columns) is not kind:
         raise ValueError(f"{kind.name} does not hold rows of {columns} weights at {tensor.scheme}")
     grid, parts = tensor.scheme.grid, tensor.scale_parts
+    if isinstance(grid, VectorGrid):
+        index_OV, marks = grid.split(tensor.codes_OI)
+        d_OB = fp16_scales(parts[SCALES])
+        if grid.vectors.shift_group:
+            return VectorBlocks(kind, index_OV, d_OB, parts[SUB_SCALES], down_OS=marks)
+        return VectorBlocks(kind, index_OV, d_OB, parts[SUB_SCALES], negative_OI=marks)
     groups = 1 if SUB_SCALES in parts else tensor.scheme.group_length(columns) // kind.length
     floats = {name: fp16_scales(parts[name]).repeat_interleave(groups, dim=1) for name in FLOATS if name in parts}
     codes_OI = (tensor.codes_OI.to(torch.int16) - grid.low) // grid.step
@@ -109,10 +118,16 @@ def blocks_of(tensor: QuantizedTensor, kind: GgmlType) -> LevelBlocks:
     return LevelBlocks(kind, codes_OI, floats[SCALES], parts.get(SUB_SCALES), dmin_OB, parts.get(SUB_OFFSETS))
 
 
-def tensor_of(blocks: LevelBlocks) -> QuantizedTensor:
+def tensor_of(blocks: LevelBlocks | VectorBlocks) -> QuantizedTensor:
     """Inverse of :func:`blocks_of`: the blocks as a weight with the preset of their type."""
     scheme = QuantScheme(preset=blocks.kind.name.lower())
     grid = scheme.grid
+    if isinstance(blocks, VectorBlocks):
+        assert isinstance(grid, VectorGrid)
+        marks = blocks.negative_OI if blocks.down_OS is None else blocks.down_OS
+        assert marks is not None
+        codes_OI = grid.join(blocks.index_OV, marks)
+        return QuantizedTensor(codes_OI, blocks.d_OB, scheme, {SUB_SCALES: blocks.s_OG.to(torch.int16)})
     codes_OI = (grid.step * blocks.codes_OI.to(torch.int16) + grid.low).to(grid.code_dtype)
     integers = {SUB_SCALES: blocks.sc_OG, SUB_OFFSETS: blocks.m_OG}
     others = {name: value.to(torch.int16) for name, value in integers.items() if value is not None}

@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrices, in their GGUF form: read and written.
+"""llama.cpp's importance matrices: read, and written in their GGUF form.
 
 Such a file has ``general.type`` = ``imatrix``, the names of the texts, the number of chunks and the tokens of a chunk,
 and for each weight matrix ``blk.0.ffn_down.weight`` two fp32 tensors: ``….in_sum2``, the sum of the squared inputs
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.file import Field, GGUFFile
+from lightning_gsq.gguf.imatrix_dat import read_dat
 from lightning_gsq.gguf.types.table import TYPES
 from lightning_gsq.gguf.write import NewTensor, write_gguf
 
@@ -70,16 +71,22 @@ class ImportanceMatrix:
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
-    """Reads a file.
+    """Reads a file in either form.
+
+    In the older one (:mod:`lightning_gsq.gguf.imatrix_dat`) fused experts are one row of all their columns.
 
     Raises:
-        ConfigurationError: it is damaged, or no importance matrix in GGUF form.
+        ConfigurationError: it is damaged, or no importance matrix.
     """
+    if _begins_otherwise(path):
+        entries, text, chunks = read_dat(path.read_bytes(), path)
+        found = {name: InputSquares(sums[None], torch.tensor([calls])) for name, (sums, calls) in entries.items()}
+        return ImportanceMatrix(found, (text,) if text else (), chunks, 0)
     file = GGUFFile(path)
     if _value(file, KIND, str) != "imatrix":
         raise ConfigurationError(
             f"{path} is a GGUF file of the type {_value(file, KIND, str)!r}, not 'imatrix'; make an importance matrix "
-            f"with llama-imatrix -o {path.name} (an old .dat file becomes one with --in-file)"
+            f"with llama-imatrix -o {path.name}"
         )
     names = [name.removesuffix(SUMS) for name in file.tensors if name.endswith(SUMS)]
     alone = {name.removesuffix(COUNTS) for name in file.tensors if name.endswith(COUNTS)} ^ set(names)
@@ -93,6 +100,15 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         _value(file, CHUNK_COUNT, int) or 0,
         _value(file, CHUNK_SIZE, int) or 0,
     )
+
+
+def _begins_otherwise(path: Path) -> bool:
+    """Whether a file is there and not in GGUF form."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) != b"GGUF"
+    except OSError:
+        return False  # the reader of GGUF files says why
 
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:

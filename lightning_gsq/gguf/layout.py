@@ -159,10 +159,10 @@ def places_in_folder(
         shift = architecture.shift if parameter.endswith("norm.weight") else 0.0
         if len(stored) > 1:
             orders = parts_of_experts(count, config.num_experts, len(stored))
-            own = tuple(Place(name, order) for name, order in zip(stored, orders, strict=True))
+            placed = tuple(Place(name, order) for name, order in zip(stored, orders, strict=True))
         else:
-            own = (Place(stored[0], _order(architecture, config, stored[0], count)),)
-        places[parameter] = Stored(own, shift)
+            placed = (Place(stored[0], _order(architecture, config, stored[0], count)),)
+        places[parameter] = Stored(placed, shift)
     return places
 
 

@@ -20,9 +20,9 @@ QUANTIZATION_VERSION = 2
 def storage_fields(type_name: str) -> dict[str, Field]:
     """What says how weights are stored: the most common type, where the ``gguf`` package has a number for it."""
     fields = {"general.quantization_version": uint(QUANTIZATION_VERSION)}
-    known = getattr(LlamaFileType, f"MOSTLY_{type_name}", None)
-    if known is not None:
-        fields["general.file_type"] = uint(int(known))
+    file_type = getattr(LlamaFileType, f"MOSTLY_{type_name}", None)
+    if file_type is not None:
+        fields["general.file_type"] = uint(int(file_type))
     return fields
 
 
@@ -48,7 +48,7 @@ def fields_of_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
         "general.type": text("model"),
         "general.name": text(name),
     }
-    own = architecture.fields(config) | {"vocab_size": uint(config.vocab_size)}
-    fields |= {f"{architecture.name}.{key}": value for key, value in own.items()}
+    entries = architecture.fields(config) | {"vocab_size": uint(config.vocab_size)}
+    fields |= {f"{architecture.name}.{key}": value for key, value in entries.items()}
     text_fields = tokenizer_fields(config.vocab_size, tokenizer)
     return fields | {f"tokenizer.{key}": value for key, value in text_fields.items()}

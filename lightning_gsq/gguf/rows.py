@@ -100,9 +100,9 @@ def places_in_file(file: GGUFFile, names: Sequence[str], w_OI: Tensor, heads: It
         best = max(places, key=lambda place: _likeness(file, place, w_OI, same))
         if _likeness(file, best, w_OI, same) > ALIKE:
             return [best]
-        found = _matched(file, names[0], w_OI) if same else None
-        if found is not None:
-            return [Place(names[0], found)]
+        order = _matched(file, names[0], w_OI) if same else None
+        if order is not None:
+            return [Place(names[0], order)]
     raise ConfigurationError(
         f"{file.path} holds {' and '.join(names)} with other values than the model, or with its rows in an order that "
         "is not known; export to native or dequantized"
@@ -139,8 +139,8 @@ def verify_shapes(file: GGUFFile, names: Sequence[str], shape: tuple[int, int]) 
     """
     lacking = [name for name in names if name not in file.tensors]
     stored = [file.tensors[name].shape for name in names if name not in lacking]
-    rows = sum(math.prod(own[:-1]) for own in stored)
-    if lacking or rows != shape[0] or any(own[-1] != shape[1] for own in stored):
+    rows = sum(math.prod(part[:-1]) for part in stored)
+    if lacking or rows != shape[0] or any(part[-1] != shape[1] for part in stored):
         shapes = f"{' and '.join(names)} in the shape {' and '.join(map(str, stored))}"
         what = f"no tensor {lacking[0]}" if lacking else shapes
         raise ConfigurationError(

@@ -46,6 +46,11 @@ class NewTensor:
         length, size = BLOCK_SIZES[self.number]
         return math.prod(self.shape) // length * size
 
+    @property
+    def padded_bytes(self) -> int:
+        """The same with what lies before the next tensor."""
+        return self.num_bytes + -self.num_bytes % ALIGNMENT
+
 
 def write_gguf(path: Path, fields: Mapping[str, Field], tensors: Iterable[NewTensor]) -> None:
     """Writes a file.
@@ -67,6 +72,12 @@ def write_gguf(path: Path, fields: Mapping[str, Field], tensors: Iterable[NewTen
                 raise ValueError(f"{tensor.name} takes {tensor.num_bytes} bytes in the file, got {content.nbytes}")
             file.write(content.reshape(-1).view(np.uint8).data)
             file.write(bytes(-tensor.num_bytes % ALIGNMENT))
+
+
+def file_size(fields: Mapping[str, Field], tensors: Iterable[NewTensor]) -> int:
+    """Bytes of the file that :func:`write_gguf` writes; no content is made."""
+    tensors = list(tensors)
+    return len(_padded(header(fields, tensors))) + sum(tensor.padded_bytes for tensor in tensors)
 
 
 def header(fields: Mapping[str, Field], tensors: Iterable[NewTensor]) -> bytes:

@@ -154,11 +154,11 @@ def _check_architecture(file: Path, header: GGUFFile) -> None:
     """
     field = header.fields.get("general.architecture")
     name = field.value if field is not None and isinstance(field.value, str) else ""
-    known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - NO_DECODERS)
-    if _plain(name) not in {_plain(own) for own in known}:
+    readable = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - NO_DECODERS)
+    if _plain(name) not in {_plain(other) for other in readable}:
         raise ConfigurationError(
             f"model.pretrained: {file} is of the architecture {name!r}, which transformers reads no GGUF files of; it "
-            f"reads {', '.join(known)}. Start from the model's Hugging Face folder"
+            f"reads {', '.join(readable)}. Start from the model's Hugging Face folder"
         )
 
 

@@ -33,6 +33,12 @@ def find_ends(model: PreTrainedModel) -> Ends:
     return Ends(embedding and embedding[0], head and head[0], tied)
 
 
+def end_names(model: PreTrainedModel) -> list[str]:
+    """Parameter names of the embedding and of a head of its own, as far as there are any."""
+    ends = find_ends(model)
+    return [name for name in dict.fromkeys((ends.embedding, None if ends.tied else ends.head)) if name is not None]
+
+
 def _matrix(model: PreTrainedModel, module: nn.Module | None) -> tuple[str, Tensor] | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:

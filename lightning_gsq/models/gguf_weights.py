@@ -40,7 +40,7 @@ def compare_gguf(header: GGUFFile, model: PreTrainedModel) -> tuple[list[str], l
     missing = [
         name
         for name, _ in model.named_parameters()  # a tied one once
-        if name in sources and not (all if _fused(sources[name]) else any)(own in tensors for own in sources[name])
+        if name in sources and not (all if _fused(sources[name]) else any)(part in tensors for part in sources[name])
     ]
     unnamed = [name for name in header.tensors if name not in names and _stem(name) not in names]
     belonging = [name for name in unnamed if _belongs(name, names) and COMPUTED not in name]

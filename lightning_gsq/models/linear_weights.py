@@ -152,7 +152,7 @@ def _apart(products: list[Product]) -> bool:
 
 def _siblings(block: nn.Module, sites: Mapping[str, LinearSite]) -> dict[str, LinearSite]:
     """Weights that no product was seen of, in modules of a list whose like has a linear weight in their place."""
-    found: dict[str, LinearSite] = {}
+    siblings: dict[str, LinearSite] = {}
     for prefix, modules in block.named_modules():
         if not isinstance(modules, nn.ModuleList):
             continue
@@ -168,8 +168,8 @@ def _siblings(block: nn.Module, sites: Mapping[str, LinearSite]) -> dict[str, Li
             stem = f"{prefix}.{index}." if prefix else f"{index}."
             for name, site in of_form[form].items():
                 if stem + name not in sites:
-                    found[stem + name] = replace(site, name=stem + name)
-    return found
+                    siblings[stem + name] = replace(site, name=stem + name)
+    return siblings
 
 
 def _with_roles(sites: Mapping[str, LinearSite], roles: Mapping[str, str]) -> dict[str, LinearSite]:
@@ -183,8 +183,8 @@ def _with_roles(sites: Mapping[str, LinearSite], roles: Mapping[str, str]) -> di
             continue
         # Time steps and decays have a partner of the same shape beside them, which no softplus gives away.
         owner, site = name.rpartition(".")[0].rpartition(".")[0], sites[name]
-        for other, own in sites.items():
+        for other, twin in sites.items():
             beside = other.rpartition(".")[0].rpartition(".")[0] == owner
-            if beside and not of[other] and (own.rows, own.in_features) == (site.rows, site.in_features):
+            if beside and not of[other] and (twin.rows, twin.in_features) == (site.rows, site.in_features):
                 of[other] = STATE
     return {name: replace(site, role=of[name]) for name, site in sites.items()}

@@ -43,6 +43,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         ConfigurationError: there is none, or it cannot be read.
     """
+    if not source.files:
+        load_config(source, quantized=True)  # a hub name that nobody has is no model without a tokenizer
     with as_refusals(f"model.pretrained: {source.shown} has no readable tokenizer", source.trust_remote_code):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     return tokenizer

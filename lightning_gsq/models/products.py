@@ -116,25 +116,25 @@ _PRODUCTS: dict[Any, tuple[Callable[..., Iterator[Pair]], tuple[str, ...]]] = {
 }
 
 
-def products_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Parameters) -> list[Product]:
+def products_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: Parameters) -> list[Product]:
     """The products with a known parameter in one call of a function."""
     if func is torch.einsum or func is torch.functional.einsum:
-        return _of_einsum(args, known)
+        return _of_einsum(args, parameters)
     if func not in _PRODUCTS:
         return []
     form, names = _PRODUCTS[func]
     operands = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
     if not all(isinstance(operand, Tensor) for operand in operands[-2:]):
         return []
-    found: list[Product] = []
+    products: list[Product] = []
     for inputs, matrix, rows_are_outputs in form(*operands):
-        found += _single(inputs, matrix, rows_are_outputs, known)
-    return found
+        products += _single(inputs, matrix, rows_are_outputs, parameters)
+    return products
 
 
-def _single(inputs: Tensor, matrix: Tensor, rows_are_outputs: bool, known: Parameters) -> list[Product]:
+def _single(inputs: Tensor, matrix: Tensor, rows_are_outputs: bool, parameters: Parameters) -> list[Product]:
     """A product, one matrix at a time."""
-    place = known.place(matrix) if matrix.ndim in (2, 3) else None
+    place = parameters.place(matrix) if matrix.ndim in (2, 3) else None
     if place is None:
         return []
     if matrix.ndim == 2:
@@ -154,7 +154,7 @@ def _single(inputs: Tensor, matrix: Tensor, rows_are_outputs: bool, known: Param
     ]
 
 
-def _of_einsum(args: tuple[Any, ...], known: Parameters) -> list[Product]:
+def _of_einsum(args: tuple[Any, ...], parameters: Parameters) -> list[Product]:
     """Products written as ``einsum`` of two operands, one of them a parameter."""
     equation, operands = args[0], args[1:]
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
@@ -165,7 +165,7 @@ def _of_einsum(args: tuple[Any, ...], known: Parameters) -> list[Product]:
     for weight, inputs, of_weight, of_inputs in zip(
         operands, operands[::-1], terms.split(","), terms.split(",")[::-1], strict=True
     ):
-        place = known.place(weight)
+        place = parameters.place(weight)
         if place is not None and "..." not in of_weight:
             return _canonical(place, weight, inputs, of_weight, of_inputs, result)
     return []
@@ -187,14 +187,14 @@ def _canonical(
     first, last = ([position[x] for x in letters] for letters in (batch, summed))
     between = [d for d in range(inputs.ndim) if d not in (*first, *last)]
     vectors = inputs.permute(*first, *between, *last).flatten(-len(last))
-    found = []
+    products = []
     for number, part in enumerate(parts if batch else parts[None]):
         matrix = part.flatten(0, len(outputs) - 1).flatten(1)
         if matrix.data_ptr() != part.data_ptr():
             return []  # a copy: the parameter's order is that of no matrix
         offset = place[1] + number * (parts.stride(0) if batch else 0)
-        found.append(Product(place[0], offset, matrix, vectors[number] if batch else vectors, True))
-    return found
+        products.append(Product(place[0], offset, matrix, vectors[number] if batch else vectors, True))
+    return products
 
 
 class WatchProducts(TorchFunctionMode):
@@ -213,15 +213,15 @@ class WatchProducts(TorchFunctionMode):
         ran: Callable[[Any, tuple[Any, ...], Mapping[str, Any], Any, list[Product]], None] | None = None,
     ) -> None:
         super().__init__()
-        self.seen, self.ran, self.known = seen, ran, Parameters(parameters)
+        self.seen, self.ran, self.parameters = seen, ran, Parameters(parameters)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = products_of(func, args, kwargs or {}, self.known)
-        for product in found:
+        products = products_of(func, args, kwargs or {}, self.parameters)
+        for product in products:
             self.seen(product)
         output = func(*args, **(kwargs or {}))
         if self.ran is not None:
-            self.ran(func, args, kwargs or {}, output, found)
+            self.ran(func, args, kwargs or {}, output, products)
         return output

@@ -45,7 +45,7 @@ class Roles:
         """For each weight, those whose products its inputs are a part of."""
 
     def ran(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, found: list[Product]
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, products: list[Product]
     ) -> None:
         """Takes one function call."""
         tensors = list(_tensors((args, tuple(kwargs.values()))))
@@ -60,20 +60,20 @@ class Roles:
                     self._positions[tensor] = behind
         elif func in _TIME_STEPS and tensors:
             self._note([name for name in behind if tensors[0].numel() >= _HALF * self._sizes[name]], STATE)
-        if found:
-            behind = self._after_products(found, behind, output)
+        if products:
+            behind = self._after_products(products, behind, output)
         if behind:
             for tensor in _tensors((output,)):
                 self._behind[tensor] = behind
 
-    def _after_products(self, found: list[Product], behind: frozenset[str], output: Any) -> frozenset[str]:
+    def _after_products(self, products: list[Product], behind: frozenset[str], output: Any) -> frozenset[str]:
         """What is behind the result of products with weights: these alone."""
-        for product in found:
+        for product in products:
             narrow = {name for name in behind if product.inputs.numel() < self._sizes[name]}
             self._narrowed.setdefault(product.name, set()).update(narrow)
             if isinstance(output, Tensor):
                 self._sizes[product.name] = output.numel()
-        return frozenset(product.name for product in found)
+        return frozenset(product.name for product in products)
 
     def _note(self, names: Any, role: str) -> None:
         for name in names:

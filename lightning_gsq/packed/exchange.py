@@ -47,9 +47,9 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
             )
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        known = type(owner) in (nn.Linear, Conv1D) and attribute == "weight"
+        is_linear = type(owner) in (nn.Linear, Conv1D) and attribute == "weight"
         bias = getattr(owner, "bias", None) is not None
-        if scheme.salient is not None and known:
+        if scheme.salient is not None and is_linear:
             parts = _stored_parts(owner_name, of_owner.get(owner_name, {}), parameter.device)
             model.set_submodule(owner_name, SageLinear(scheme, site, parts, bias, parameter.dtype))
             continue
@@ -62,7 +62,7 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
             delattr(owner, attribute)
             setattr(owner, attribute, PackedExperts(scheme, site, **settings))
             _select_eager_experts(model)
-        elif known:
+        elif is_linear:
             model.set_submodule(owner_name, QuantLinear(scheme, site, bias, **settings))
         elif isinstance(owner, nn.Embedding) and is_packable_embedding(owner) and not site.transposed:
             model.set_submodule(owner_name, QuantEmbedding(scheme, site, owner, **settings))
@@ -83,24 +83,24 @@ def check_stored(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight):
             for part, wanted in module.parts.items():
-                found = stored.get(f"{name}.{part}")
-                if found is None:
+                stored_part = stored.get(f"{name}.{part}")
+                if stored_part is None:
                     raise ConfigurationError(f"model: no file holds {name}.{part}")
-                if found.shape != tuple(wanted.shape) or _torch_dtype(found) != wanted.dtype:
+                if stored_part.shape != tuple(wanted.shape) or _torch_dtype(stored_part) != wanted.dtype:
                     raise ConfigurationError(
-                        f"model: {name}.{part} is {found.dtype} {found.shape} in {found.file.name}, expected "
-                        f"{wanted.dtype} {tuple(wanted.shape)}"
+                        f"model: {name}.{part} is {stored_part.dtype} {stored_part.shape} in {stored_part.file.name}, "
+                        f"expected {wanted.dtype} {tuple(wanted.shape)}"
                     )
 
 
-def _stored_parts(stem: str, own: Mapping[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
+def _stored_parts(stem: str, infos: Mapping[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
     """The parts of a weight with salient columns or elements as tensors without values; they are checked when loaded.
 
     Raises:
         ConfigurationError: there are none, or one has a dtype that its kind never has.
     """
     parts = {}
-    for part, info in own.items():
+    for part, info in infos.items():
         if not is_part(part):
             continue
         allowed = SCALE_DTYPES if part in SCALES else {"I32": torch.int32}
@@ -114,12 +114,14 @@ def _stored_parts(stem: str, own: Mapping[str, TensorInfo], device: torch.device
 
 def _scale_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:
     stem = name.removesuffix(".weight")
-    found = stored.get(f"{stem}.scales")
-    if found is None:
+    stored_part = stored.get(f"{stem}.scales")
+    if stored_part is None:
         raise ConfigurationError(f"model: no file holds {stem}.scales")
-    if found.dtype not in SCALE_DTYPES:
-        raise ConfigurationError(f"model: {stem}.scales is {found.dtype}, expected one of {', '.join(SCALE_DTYPES)}")
-    return SCALE_DTYPES[found.dtype]
+    if stored_part.dtype not in SCALE_DTYPES:
+        raise ConfigurationError(
+            f"model: {stem}.scales is {stored_part.dtype}, expected one of {', '.join(SCALE_DTYPES)}"
+        )
+    return SCALE_DTYPES[stored_part.dtype]
 
 
 def _torch_dtype(info: TensorInfo) -> torch.dtype | None:

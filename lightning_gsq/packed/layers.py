@@ -21,7 +21,7 @@ from lightning_gsq.weights.scheme import QuantScheme
 
 
 class PackedWeight(nn.Module):
-    """A quantized weight: ``codes`` (int32 words ``O W``), ``scales`` and what else its layout stores, all buffers.
+    """A quantized weight: ``codes`` (int32 words ``O W``), ``scales`` and what else is stored of it, all buffers.
 
     Casting the module (``.to(torch.bfloat16)``, ``.half()``) leaves the scales in their stored dtype: they are data,
     and another dtype would change the weights.
@@ -48,8 +48,9 @@ class PackedWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme, self.site = scheme, site
-        words = packed_words(site.in_features, scheme.storage_bits)
-        self.register_buffer("codes", torch.zeros(site.rows, words, dtype=torch.int32, device=device))
+        self.code_words = scheme.grid.words(site.in_features)
+        for name, words in self.code_words.items():
+            self.register_buffer(name, torch.zeros(site.rows, words, dtype=torch.int32, device=device))
         self.scale_parts = scheme.parts(site.in_features)
         for name, part in self.scale_parts.items():
             width = part.columns if part.integers is None else packed_words(part.columns, part.integers.bits)
@@ -67,7 +68,7 @@ class PackedWeight(nn.Module):
     @property
     def parts(self) -> dict[str, Tensor]:
         """What a file holds of it, by name."""
-        return {name: self.get_buffer(name) for name in ("codes", *self.scale_parts)}
+        return {name: self.get_buffer(name) for name in (*self.code_words, *self.scale_parts)}
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class PackedWeight(nn.Module):
         scheme, columns = self.scheme, self.site.in_features
         if scheme.plain_symmetric:
             return dequantize_packed(parts["codes"], parts["scales"], **self.layout, dtype=dtype)
-        codes_OI = scheme.grid.codes_of(unpack_values(parts["codes"], scheme.storage_bits, columns))
+        codes_OI = scheme.grid.unpack(parts, columns, unpack_values)
         stored = {}
         for name, part in self.scale_parts.items():
             value = parts[name]

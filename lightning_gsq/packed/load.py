@@ -58,10 +58,10 @@ def load(
         )
     GSQConfig(**quantization)
     weight_files(root)
-    found: dict[str, Any]
+    report: dict[str, Any]
     loaded: PreTrainedModel
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(
             root,
             dtype=dtype,
             local_files_only=True,
@@ -74,9 +74,9 @@ def load(
     except Exception as error:  # transformers raises a dozen unrelated types
         raise ConfigurationError(f"model: cannot load {root}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[problem]:
+        if report[problem]:
             raise ConfigurationError(
                 f"model: the files in {root} do not fit the model: {problem.replace('_', ' ')} "
-                f"{', '.join(str(key) for key in sorted(found[problem], key=str)[:3])}"
+                f"{', '.join(str(key) for key in sorted(report[problem], key=str)[:3])}"
             )
     return nn.Module.to(loaded, device) if device is not None else loaded

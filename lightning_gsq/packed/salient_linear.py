@@ -175,9 +175,9 @@ class SageLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        kept = {name: part for name, part in self.parts.items() if part.is_floating_point()}
+        floats = {name: part for name, part in self.parts.items() if part.is_floating_point()}
         super()._apply(fn, recurse)
-        for name, part in kept.items():
+        for name, part in floats.items():
             self.register_buffer(name, part.to(self.get_buffer(name).device))
         return self
 

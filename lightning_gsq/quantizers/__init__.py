@@ -7,8 +7,11 @@ rtn            round to nearest
 gptq           column by column, with error feedback
 dual_mode      least-squares scales; the published quantizer of the element layout
 from_file      codes and scales of a GGUF file
+llama_cpp      codes and scales that llama.cpp's own quantizers find
 trained_scales scales that train as they are stored
 gumbel         a trainable choice of levels
+vector_gumbel  a trainable choice of code vectors
+near_vectors   which of these are near
 salient_start  warm start of a matrix with salient columns
 salient        both parts of such a matrix as trainable choices
 statistics     second moments of the inputs of linear weights
@@ -18,6 +21,7 @@ from lightning_gsq.quantizers.dual_mode import DualMode
 from lightning_gsq.quantizers.from_file import FromFile
 from lightning_gsq.quantizers.gptq import GPTQ
 from lightning_gsq.quantizers.gumbel import GumbelOptions, GumbelQuantizer
+from lightning_gsq.quantizers.llama_cpp import LlamaCpp
 from lightning_gsq.quantizers.rtn import RTN
 from lightning_gsq.quantizers.statistics import InputStatistics
 from lightning_gsq.quantizers.warm_start import Matrix, Start, WarmStart
@@ -30,6 +34,7 @@ __all__ = [
     "GumbelOptions",
     "GumbelQuantizer",
     "InputStatistics",
+    "LlamaCpp",
     "Matrix",
     "Start",
     "WarmStart",

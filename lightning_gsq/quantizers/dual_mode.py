@@ -154,7 +154,7 @@ class DualMode(GPTQ):
         self, feedback: bool = True, weighted: bool = True, damping: float = 0.01, block_columns: int = 128
     ) -> None:
         super().__init__(damping, block_columns, weighted)
-        self.feedback, self.needs_hessian = feedback, feedback or weighted
+        self.feedback, self.needs_hessian, self.diagonal_only = feedback, feedback or weighted, not feedback
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""

@@ -3,15 +3,16 @@
 A file that people deploy already has a grid and a layout of scales: Q4_0 is -8 ... 7 in groups of 32, Q4_K 0 ... 15
 with two-level scales and offsets, and so on. With this start, the block phase moves codes to neighbouring levels and
 trains the scales against the full-precision model that ``--model.pretrained`` names; the export then writes the same
-types, with everything else copied from the file.
+types, with everything else copied from the file. Of an I-type (IQ3_XXS ...), it moves code vectors to near ones.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
@@ -23,10 +24,10 @@ from lightning_gsq.gguf.rows import Place, places_in_file, to_model, verify_shap
 from lightning_gsq.gguf.types.codec import decode, verify_finite
 from lightning_gsq.gguf.types.levels import LevelBlocks
 from lightning_gsq.gguf.types.table import TYPES, GgmlType
-from lightning_gsq.quantizers.warm_start import Start, WarmStart
-from lightning_gsq.weights.layout import SCALES
+from lightning_gsq.gguf.types.vectors import VectorBlocks
+from lightning_gsq.quantizers.warm_start import Start, WarmStart, start_at
 from lightning_gsq.weights.presets import GGML
-from lightning_gsq.weights.quantized import QuantizedTensor, expand_groups
+from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 
 SCHEMES = {
@@ -37,7 +38,7 @@ SCHEMES = {
     Q8_0.number: QuantScheme(8, 32),
 }
 """The scheme whose grid and groups a block type has, by the type's number; its preset is another."""
-LEVEL_TYPES = {TYPES[preset.ggml].number: TYPES[preset.ggml] for preset in GGML.values() if preset.ggml is not None}
+PRESET_TYPES = {TYPES[preset.ggml].number: TYPES[preset.ggml] for preset in GGML.values() if preset.ggml is not None}
 """Types that have a preset, by number."""
 
 
@@ -64,23 +65,20 @@ class FromFile(WarmStart):
         Raises:
             ConfigurationError: it does not.
         """
+        kinds = {name: self._kind(name, shape)[1] for name, (_, shape) in weights.items()}
         for name, (scheme, shape) in weights.items():
-            self._stored(name, scheme, shape)
+            try:
+                self._stored(name, scheme, shape)
+            except ConfigurationError as error:
+                if len(set(kinds.values())) == 1:
+                    raise
+                raise ConfigurationError(f"{error}. All types of the file are {options_of(kinds)}") from None
 
     def start(self, name: str, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """The codes and scales of one weight; its position is where the full-precision weight lies on that grid."""
         stored_names, kind = self._stored(name, scheme, (w_OI.shape[0], w_OI.shape[1]))
         places = places_in_file(self.file, stored_names, w_OI.cpu(), self.heads, same=False)
-        tensor = self._tensor(stored_names, places, kind, scheme)
-        tensor = tensor.map(lambda part: part.to(w_OI.device))
-        parts = {part: value.float() for part, value in tensor.scale_parts.items()}
-        layout, columns, length = tensor.scheme.layout, w_OI.shape[1], tensor.group_length
-        s_OI, o_OG = expand_groups(layout.scales(parts), columns, length), layout.offsets(parts)
-        lifted_OI = w_OI if o_OG is None else w_OI - expand_groups(o_OG, columns, length)
-        # A group of zeros has a scale of zero: its weights lie on any of its levels.
-        codes_OI = tensor.codes_OI.float()
-        position_OI = torch.where(s_OI == 0, codes_OI, tensor.scheme.grid.coordinate(lifted_OI / s_OI))
-        return Start(tensor.codes_OI, parts.pop(SCALES), position_OI, parts)
+        return start_at(self._tensor(stored_names, places, kind, scheme), w_OI)
 
     def _tensor(
         self, stored_names: list[str], places: Sequence[Place], kind: GgmlType, scheme: QuantScheme
@@ -89,7 +87,7 @@ class FromFile(WarmStart):
         stored = []
         for name, place in zip(stored_names, places, strict=True):
             blocks = decode(self.file.raw(place.name), kind)
-            assert isinstance(blocks, LevelBlocks)
+            assert isinstance(blocks, LevelBlocks | VectorBlocks)
             verify_finite(blocks, f"model.warm_start.file: {self.file.path}: {name}")
             stored.append(tensor_of(blocks))
         codes_OI, scales_OG = (
@@ -114,22 +112,9 @@ class FromFile(WarmStart):
         return numbers
 
     def _stored(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[list[str], GgmlType]:
-        """The tensors that hold a weight, and their type."""
-        stored_names = self.names.of(name, self.file.tensors)
-        try:
-            verify_shapes(self.file, stored_names, shape)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"model.warm_start.file: {error}") from None
-        numbers = {self.file.tensors[stored].number for stored in stored_names}
-        number = numbers.pop()
-        kind = LEVEL_TYPES.get(number)
-        if kind is None or numbers:
-            raise ConfigurationError(
-                f"model.warm_start.file: {stored_names[0]} is stored in ggml's type {number}, whose grid is not one of "
-                f"this project's; those are {', '.join(other.name for other in LEVEL_TYPES.values())}. Leave it out "
-                "with --model.exclude"
-            )
-        preset, plain = QuantScheme(preset=kind.name.lower()), SCHEMES.get(number)
+        """The tensors that hold a weight, and their type, which is the scheme's."""
+        stored_names, kind = self._kind(name, shape)
+        preset, plain = QuantScheme(preset=kind.name.lower()), SCHEMES.get(kind.number)
         if scheme not in (preset, plain):
             way = f"--model.scheme {preset.preset}"
             if plain is not None:
@@ -140,3 +125,39 @@ class FromFile(WarmStart):
                 "out with --model.exclude"
             )
         return stored_names, kind
+
+    def _kind(self, name: str, shape: tuple[int, int]) -> tuple[list[str], GgmlType]:
+        """The tensors that hold a weight, and their type."""
+        stored_names = self.names.of(name, self.file.tensors)
+        try:
+            verify_shapes(self.file, stored_names, shape)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"model.warm_start.file: {error}") from None
+        numbers = {self.file.tensors[stored].number for stored in stored_names}
+        number = numbers.pop()
+        kind = PRESET_TYPES.get(number)
+        if kind is None or numbers:
+            raise ConfigurationError(
+                f"model.warm_start.file: {stored_names[0]} is stored in ggml's type {number}, whose grid is not one of "
+                f"this project's; those are {', '.join(other.name for other in PRESET_TYPES.values())}. Leave it out "
+                "with --model.exclude"
+            )
+        return stored_names, kind
+
+
+def options_of(kinds: Mapping[str, GgmlType]) -> str:
+    """The options that name the types of weights: the most common one, and the others by patterns."""
+    names = {name: kind.name.lower() for name, kind in kinds.items()}
+    (usual, _), *_ = Counter(names.values()).most_common(1)
+    endings: dict[str, set[str]] = {}
+    for name, own in names.items():
+        endings.setdefault(_ending(name), set()).add(own)
+    overrides: dict[str, str] = {}
+    for name, own in names.items():
+        if own != usual:
+            overrides[f"*.{_ending(name)}" if len(endings[_ending(name)]) == 1 else name.removesuffix(".weight")] = own
+    return f"--model.scheme {usual} --model.overrides '{json.dumps(overrides)}'"
+
+
+def _ending(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

@@ -28,6 +28,7 @@ from lightning_gsq.weights.scheme import QuantScheme
 NEVER = -1e18
 """Logit of a candidate outside of the grid. Its probability is zero, and so is its gradient; it is finite, because
 weight decay added to a gradient (torch.optim.Adam) would make NaN of -inf."""
+MAX_VECTORS = 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class GumbelOptions:
             "position", the weight before rounding, so that a weight near a rounding boundary changes sides easily.
         noise: Factor on the Gumbel noise; 1 is the distribution itself (as published), 0 a plain softmax. Runs of few
             steps do better with little.
+        vectors: Candidates of weights that have a code vector (iq3_xxs and the like), the warm start's included.
         backend: How weights are sampled: "triton" (CUDA), "compile" (one fused loop by torch.compile), "eager" (plain
             PyTorch, slower), or "auto" for the first of them that works on the machine.
         logits_dtype: "bfloat16" halves the memory of logits and optimizer; it needs an optimizer that rounds
@@ -53,14 +55,19 @@ class GumbelOptions:
     shifts: int = 1
     center: Literal["code", "position"] = "code"
     noise: float = 0.1
+    vectors: int = 4
     backend: Backend = "auto"
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.sigma <= 0:
             raise ConfigurationError(f"sigma must be positive, got {self.sigma}")
+        if self.alpha is not None and self.alpha < 0:
+            raise ConfigurationError(f"alpha must not be negative, got {self.alpha}; null for the grid's own")
         if self.shifts < 1:
             raise ConfigurationError(f"shifts must be at least 1, got {self.shifts}")
+        if not 2 <= self.vectors <= MAX_VECTORS:
+            raise ConfigurationError(f"vectors must be 2 to {MAX_VECTORS}, got {self.vectors}")
         if self.noise < 0:
             raise ConfigurationError(f"noise must not be negative, got {self.noise}")
         if self.logits_dtype not in ("float32", "bfloat16"):
@@ -92,10 +99,13 @@ class GumbelQuantizer(TrainedScales):
         self.options = options
         self.temperature, self.logit_scale, self.hard = 1.0, 1.0, False
         self.register_buffer("start_codes", start.codes_OI)
-        candidates = scheme.grid.candidates(options.shifts)
+        self.find_candidates(start)
+        self.logits = nn.Parameter(self.initial_logits(start, generator).to(getattr(torch, options.logits_dtype)))
+
+    def find_candidates(self, start: Start) -> None:
+        """What each weight chooses from: levels of the grid, or shifts around the start's code."""
+        candidates = self.scheme.grid.candidates(self.options.shifts)
         self.local, self.levels = candidates.local, tuple(float(level) for level in candidates.levels)
-        """The candidates: levels of the grid, or shifts around the start's code."""
-        self.logits = nn.Parameter(self._initial_logits(start, generator).to(getattr(torch, options.logits_dtype)))
 
     def parts(self) -> Iterator[tuple[str, GumbelQuantizer]]:
         """This quantizer alone; one with salient columns has two parts, each with a suffix for the weight's name."""
@@ -132,6 +142,10 @@ class GumbelQuantizer(TrainedScales):
             return gumbel_softmax_values(self.logits, s_OG, self._candidate_values(), **settings)
         base_OI = self.start_codes if self.local else None
         return gumbel_softmax_weight(self.logits, s_OG, self.levels, base_OI, **settings)
+
+    def exact(self, values_OI: Tensor) -> Tensor:
+        """Nearly hard samples of the grid's values, without what is left of other candidates."""
+        return self.scheme.grid.value_of(self.scheme.grid.nearest(values_OI))
 
     def _candidate_values(self) -> list[Tensor]:
         """What each candidate of each weight is worth, fp32 ``O I``; those outside of the grid, its ends."""
@@ -170,7 +184,8 @@ class GumbelQuantizer(TrainedScales):
             p_LOI = torch.softmax(self.logit_scale * self.logits.float() / self.temperature, dim=0)
         return -torch.xlogy(p_LOI, p_LOI).sum(0) / torch.log(torch.tensor(2.0))
 
-    def _initial_logits(self, start: Start, generator: torch.Generator) -> Tensor:
+    def initial_logits(self, start: Start, generator: torch.Generator) -> Tensor:
+        """The logits that training starts from, fp32."""
         grid, sigma = self.scheme.grid, self.options.sigma
         alpha = grid.confidence if self.options.alpha is None else self.options.alpha
         origin_OI = start.codes_OI.float()

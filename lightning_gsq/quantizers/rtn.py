@@ -19,6 +19,8 @@ class RTN(WarmStart):
             that a scale clips where it does not matter; otherwise ``|error|^2.4`` of the weights alone.
     """
 
+    diagonal_only = True
+
     def __init__(self, weighted: bool = False) -> None:
         self.needs_hessian = self.weighted = weighted
 

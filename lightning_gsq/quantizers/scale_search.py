@@ -20,7 +20,11 @@ TINY = 1e-8
 
 
 def search_scale(
-    w_OC: Tensor, scheme: QuantScheme, importance_C: Tensor | None = None, exponent: float = 2.4
+    w_OC: Tensor,
+    scheme: QuantScheme,
+    importance_C: Tensor | None = None,
+    exponent: float = 2.4,
+    steps: int = SHRINK_STEPS,
 ) -> Tensor:
     """The scale of one group a row: the smallest weighted error among shrunk ranges, both signs tried.
 
@@ -30,6 +34,7 @@ def search_scale(
         importance_C: Weights of the squared errors, one a column (or one a weight, ``O C``); None for
             ``|error|^exponent`` unweighted.
         exponent: Used without ``importance_C``.
+        steps: How many shrunk ranges are tried.
 
     Returns:
         fp32 scales ``O``, negative where a mirrored grid fits better; never zero.
@@ -42,7 +47,7 @@ def search_scale(
         bases.append(-torch.maximum(top_O / -low, bottom_O / -high))
     best_error_O = torch.full_like(top_O, torch.inf)
     best_O = torch.ones_like(top_O)
-    shrinks = torch.linspace(1, SMALLEST_SHRINK, SHRINK_STEPS, dtype=w_OC.dtype)
+    shrinks = torch.linspace(1, SMALLEST_SHRINK, steps, dtype=w_OC.dtype)
     for base_O in bases:
         base_O = torch.where(base_O.abs() < TINY, TINY, base_O)
         for shrink in shrinks.tolist():

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of linear weights: the Hessians that GPTQ needs."""
+"""Second moments of the inputs of linear weights: the Hessians that GPTQ needs, and their diagonals alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class InputStatistics:
         for site in self.sites.values():
             for expert in range(max(site.experts, 1)):
                 key = (site.name, expert)
-                empty = torch.zeros(site.in_features, site.in_features, device=self.device)
+                empty = self.empty(site)
                 count = torch.tensor([self.counts.get(key, 0)], device=self.device)
                 self.sums[key], self.counts[key] = add(self.sums.get(key, empty)), int(add(count))
 
@@ -55,9 +55,16 @@ class InputStatistics:
         for expert in range(max(site.experts, 1)):
             key = (site.name, expert)
             count = self.counts.get(key, 0)
-            empty = torch.zeros(site.in_features, site.in_features, device=self.device)
-            found.append(self.sums[key] * (2 / count) if count else empty)
+            found.append(self.sums[key] * (2 / count) if count else self.empty(site))
         return found
+
+    def moment(self, x_NI: Tensor) -> Tensor:
+        """What is summed up over inputs: ``I I``."""
+        return x_NI.T @ x_NI
+
+    def empty(self, site: LinearSite) -> Tensor:
+        """That of no inputs."""
+        return torch.zeros(site.in_features, site.in_features, device=self.device)
 
     def _add(self, name: str, expert: int, inputs: Tensor) -> None:
         if name not in self.sites:
@@ -67,7 +74,25 @@ class InputStatistics:
         if self._last is None or self._last[0] is not inputs:
             with torch.autocast(x_NI.device.type, enabled=False):
                 wide_NI = x_NI.float()
-                self._last = (inputs, wide_NI.T @ wide_NI)
+                self._last = (inputs, self.moment(wide_NI))
         moment = self._last[1]
         self.sums[key] = self.sums[key].add_(moment) if key in self.sums else moment.clone()
         self.counts[key] = self.counts.get(key, 0) + len(x_NI)
+
+
+class InputSquareSums(InputStatistics):
+    """Accumulates ``sum x²`` in fp32 for every column of every linear weight of a block, one row an expert."""
+
+    def moment(self, x_NI: Tensor) -> Tensor:
+        """The diagonal alone: ``I``."""
+        return x_NI.square().sum(0)
+
+    def empty(self, site: LinearSite) -> Tensor:
+        """That of no inputs."""
+        return torch.zeros(site.in_features, device=self.device)
+
+    def of(self, site: LinearSite) -> tuple[Tensor, Tensor]:
+        """Sums ``E I`` and how many tokens each is of, ``E``; fp32 on the host."""
+        keys = [(site.name, expert) for expert in range(max(site.experts, 1))]
+        sums_EI = torch.stack([self.sums.get(key, self.empty(site)) for key in keys])
+        return sums_EI.cpu(), torch.tensor([float(self.counts.get(key, 0)) for key in keys])

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.layout import SCALES
-from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.quantized import QuantizedTensor, expand_groups
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.weights.vector_grid import VectorGrid
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Matrix:
         name: Its full parameter name, for warm starts that look weights up and for messages.
 
     Raises:
-        ConfigurationError: a weight, or the second moment of an input, is not finite.
+        ConfigurationError: a weight, or the second moment of an input, is not finite or of another shape.
     """
 
     w_OI: Tensor
@@ -63,6 +64,7 @@ class Matrix:
     name: str = ""
 
     def __post_init__(self) -> None:
+        self._check_shapes()
         if not bool(torch.isfinite(self.w_OI).all()):
             count = int((~torch.isfinite(self.w_OI)).sum())
             raise ConfigurationError(
@@ -74,6 +76,17 @@ class Matrix:
                 f"model: the inputs of {self.name or 'a weight'} are not finite on the calibration text: activations "
                 "overflow (--model.dtype float32 or bfloat16), or the model is damaged"
             )
+
+    def _check_shapes(self) -> None:
+        name = self.name or "a weight"
+        if self.w_OI.ndim != 2:
+            raise ConfigurationError(f"{name}: expected a matrix (O, I), got shape {tuple(self.w_OI.shape)}")
+        wanted = (self.w_OI.shape[1],) * 2
+        for part in self.hessians or ():
+            if tuple(part.shape) != wanted:
+                raise ConfigurationError(f"{name}: expected Hessians of shape {wanted}, got {tuple(part.shape)}")
+        if self.hessians is not None and (not self.hessians or len(self.w_OI) % len(self.hessians)):
+            raise ConfigurationError(f"{name}: {len(self.w_OI)} rows are not {len(self.hessians)} matrices of one size")
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Weight and Hessian of each expert's matrix."""
@@ -88,6 +101,8 @@ class WarmStart(ABC):
 
     needs_hessian: bool = True
     """Whether calibration inputs have to be collected at all."""
+    diagonal_only: bool = False
+    """Whether the Hessian's diagonal is all that counts, so that an importance matrix can take its place."""
 
     @abstractmethod
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
@@ -103,12 +118,18 @@ class WarmStart(ABC):
         """The start of the weight of that name in the model; by default the name does not matter."""
         return self(w_OI, hessian_II, scheme)
 
-    def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:  # noqa: B027 - a default
+    def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:
         """Verifies, before anything long, that every weight can be started; given scheme and ``(O, I)`` by name.
 
         Raises:
-            ConfigurationError: one cannot.
+            ConfigurationError: one cannot; by default, one with code vectors.
         """
+        for name, (scheme, _) in weights.items():
+            if isinstance(scheme.grid, VectorGrid):
+                raise ConfigurationError(
+                    f"model.warm_start: {type(self).__name__} rounds weights one by one, and {name} is {scheme}, whose "
+                    "weights are code vectors; use --model.warm_start LlamaCpp, or FromFile with a GGUF file of them"
+                )
 
 
 def start_of(matrix: Matrix, warm_start: WarmStart) -> Start:
@@ -120,6 +141,24 @@ def quantized(start: Start, scheme: QuantScheme, scale_dtype: torch.dtype) -> Qu
     """The warm start as a finished weight, its scales in their stored form."""
     parts = {name: scheme.layout.stored(name, value, scale_dtype) for name, value in start.scale_parts.items()}
     return QuantizedTensor(start.codes_OI, parts.pop(SCALES), scheme, parts)
+
+
+def start_at(tensor: QuantizedTensor, w_OI: Tensor) -> Start:
+    """The start at a finished weight: its codes and scales; positions are where other weights lie on that grid.
+
+    Args:
+        tensor: The finished weight.
+        w_OI: fp32, the weights that it is to stand for.
+    """
+    tensor = tensor.map(lambda part: part.to(w_OI.device))
+    parts = {part: value.float() for part, value in tensor.scale_parts.items()}
+    layout, columns, length = tensor.scheme.layout, w_OI.shape[1], tensor.group_length
+    s_OI, o_OG = expand_groups(layout.scales(parts), columns, length), layout.offsets(parts)
+    lifted_OI = w_OI if o_OG is None else w_OI - expand_groups(o_OG, columns, length)
+    # A group of zeros has a scale of zero: its weights lie on any of its levels.
+    codes_OI = tensor.codes_OI.float()
+    position_OI = torch.where(s_OI == 0, codes_OI, tensor.scheme.grid.coordinate(lifted_OI / s_OI))
+    return Start(tensor.codes_OI, parts.pop(SCALES), position_OI, parts)
 
 
 def stack(starts: list[Start]) -> Start:

@@ -8,6 +8,9 @@ phases          the phases, each with its perplexity; the summary
 warm_start      the first phase
 blocks          the second: the loop over the blocks
 block_fit       the fit of one block
+one_block       a block for a Trainer of one's own
+importance      an importance matrix of llama.cpp in place of the run's own moments
+imatrix_file    the one that a run leaves
 matrices        its weights as a quantizer sees them, and as they are stored
 end_to_end      the third phase
 end_to_end_files  what it leaves, and whether it is whole
@@ -27,5 +30,7 @@ recipe          what makes two runs the same
 recipe_file     its file: written, compared, written again
 summary         what a run found
 report          its figures and their names
+agreement       a model against another, token by token
+zero_shot       what tasks gave
 tensorboard     what a run leaves for TensorBoard
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import GumbelQuantizer, Matrix
+from lightning_gsq.quantizers import GumbelOptions, Matrix, WarmStart
 from lightning_gsq.quantizers.salient import MixedQuantizer
+from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.quantizers.warm_start import start_of
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
@@ -47,6 +49,7 @@ def fit_block(
         Its quantized weights, and measures: held-out errors ``start``, ``trained`` and ``final``, ``flip_rate``, and
         what was logged last.
     """
+    began = time.perf_counter()
     weights_NT = _token_weights(run, inputs.hidden_NTD, full.hidden_NTD)
     arguments = arguments_of(run.model.network, run.forms, run.calls[plan.index], plan.index, inputs)
     weights = [] if weights_NT is None else [weights_NT]
@@ -56,6 +59,7 @@ def fit_block(
     held_out = ActivationDataset(*(stream[count:] for stream in streams))
     power = _mean_square(run, *(stream[:count] for stream in (targets.hidden_NTD, *weights)))
     module = _module(run, plan, block, matrices_of(run, plan, block, inputs, arguments), power)
+    module.measured_afterwards = True
     batches = _training_batches(run, plan, training)
     validation: BlockLoader = DataLoader(held_out, batch_size=run.data.batch_size, collate_fn=first)
     trainer = run.make_trainer()
@@ -72,6 +76,7 @@ def fit_block(
             f"{measures['trained']:.4g}; the block keeps its warm start"
         )
     measures["final"] = measures["start" if worse else "trained"]
+    _tell(trainer, module, {**measures, "seconds": time.perf_counter() - began})
     dtype = run.model.storage.scale_dtype
     tensors = {
         name: as_stored(
@@ -110,14 +115,19 @@ def _module(
     )
 
 
-@torch.no_grad()
 def _quantizer(run: Run, plan: BlockPlan, site: LinearSite, matrix: Matrix, choice: Choice | None) -> WeightQuantizer:
-    """The trainable form of a weight, from its warm start."""
-    options, generator = run.model.block.gumbel, generator_of(run.seed, plan.index, site.name, "logits")
+    generator = generator_of(run.seed, plan.index, site.name, "logits")
+    return make_quantizer(matrix, choice, run.model.start.warm_start, run.model.block.gumbel, generator)
+
+
+@torch.no_grad()
+def make_quantizer(
+    matrix: Matrix, choice: Choice | None, warm_start: WarmStart, options: GumbelOptions, generator: torch.Generator
+) -> WeightQuantizer:
+    """The trainable form of a weight, from its warm start; ``choice`` is None for a scheme without a salient part."""
     if choice is None:
-        return GumbelQuantizer(start_of(matrix, run.model.start.warm_start), matrix.scheme, options, generator)
-    start = settled_start(matrix, choice, run.model.start.warm_start)
-    return MixedQuantizer(start, choice.scheme, options, generator)
+        return quantizer_of(start_of(matrix, warm_start), matrix.scheme, options, generator)
+    return MixedQuantizer(settled_start(matrix, choice, warm_start), choice.scheme, options, generator)
 
 
 def _training_batches(run: Run, plan: BlockPlan, training: ActivationDataset) -> BlockLoader:
@@ -131,6 +141,14 @@ def _training_batches(run: Run, plan: BlockPlan, training: ActivationDataset) ->
         drop_last=len(training) >= run.data.batch_size,
         pin_memory=run.device.type == "cuda",  # copied while the step before still computes
     )
+
+
+def _tell(trainer: Trainer, module: BlockQuantization, measures: Mapping[str, float]) -> None:
+    """Hands what was measured of a finished block to callbacks with a method ``on_block_measured``."""
+    for callback in trainer.callbacks if trainer.is_global_zero else []:  # type: ignore[attr-defined]
+        hook = getattr(callback, "on_block_measured", None)
+        if hook is not None:
+            hook(module, measures)
 
 
 def _let_go(trainer: Trainer) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from lightning_gsq.models import left_out
 from lightning_gsq.models.chain import find_blocks, run_block
+from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite, find_all_sites
 from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.models.survey import survey
@@ -51,7 +53,7 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
         run = functools.partial(run_block, blocks[index], surveyed.inputs_BTD[index], surveyed.bound_call(index))
         of_block[index] = find_all_sites(blocks[index], run)
         sites |= {f"{prefix}.{index}.{site.name}": site for site in of_block[index]}
-    schemes = model.selection.schemes(sites)
+    schemes = model.selection.schemes(sites, end_names(model.network))
     refuse_shared(model.network, schemes)
     plans = []
     for index, own in of_block.items():
@@ -61,6 +63,14 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
             left = left_out.reasons(blocks[index], own, {site.name for site in weights})
             plans.append(BlockPlan(index, name, weights, left))
     return plans
+
+
+def with_schemes(plan: Sequence[BlockPlan], schemes: Mapping[str, QuantScheme]) -> list[BlockPlan]:
+    """The plan with other schemes, by full parameter name; those of weights that are not named stay."""
+    return [
+        replace(own, weights={site: schemes.get(f"{own.name}.{site.name}", old) for site, old in own.weights.items()})
+        for own in plan
+    ]
 
 
 def not_quantized(model: ModelQuantization, plan: list[BlockPlan]) -> list[str]:

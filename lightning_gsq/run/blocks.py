@@ -34,6 +34,7 @@ def train_blocks(run: Run, outer: Blocks) -> None:
     """
     finished = Finished(run, "block")
     if finished.complete:
+        run.say(f"blocks: finished already (0 of {len(run.plan)} to do)")
         return
     _say_what_is_there(run, finished)
     ids_NT = torch.cat([run.train_ids_NT, run.validation_ids_NT])

@@ -12,6 +12,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.vector_grid import VectorGrid
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 AT_LEAST = {
@@ -77,8 +78,13 @@ def check_trainer(settings: Mapping[str, Any], trainer: Trainer, phases: Sequenc
         raise ConfigurationError("trainer.max_epochs: -1 would train the first block for ever; give epochs or steps")
 
 
-def check_layouts(plan: Sequence[BlockPlan], phases: Sequence[str]) -> None:
+def check_layouts(plan: Sequence[BlockPlan], phases: Sequence[str], train: Sequence[str]) -> None:
     """Verifies that what trains has a layout that can.
+
+    Args:
+        plan: The weights.
+        phases: Those of the run.
+        train: What trains in the end-to-end phase.
 
     Raises:
         ConfigurationError: it has not.
@@ -89,6 +95,12 @@ def check_layouts(plan: Sequence[BlockPlan], phases: Sequence[str]) -> None:
         raise ConfigurationError(
             "model.scheme.salient.layout: element is the published layout, which is not trained; use "
             "--model.phases [init], or structured"
+        )
+    vectors = next((scheme for scheme in schemes if isinstance(scheme.grid, VectorGrid)), None)
+    if vectors is not None and "codes" in train and "end_to_end" in phases:
+        raise ConfigurationError(
+            f"end_to_end.train: the codes of {vectors} are vectors, which have no neighbours to round to; leave codes "
+            "out"
         )
 
 

@@ -6,6 +6,7 @@ folder that a run made has its mark, the file ``.lock``.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,18 @@ from lightning_gsq.system.yaml_files import read_yaml
 LOCK = ".lock"
 FIRST_LINE = "run folder of lightning-gsq"
 FOLDERS = ("blocks", "calibration", "export", "model", "teacher", "tensorboard")
-FILES = ("recipe.yaml", "progress.json", "summary.json", "end_to_end.safetensors")
+FILES = (
+    "recipe.yaml",
+    "progress.json",
+    "summary.json",
+    "end_to_end.safetensors",
+    "imatrix.gguf",
+    "choice.yaml",
+    "worth.json",
+)
 OPTION = "trainer.default_root_dir"
+WAIT_SECONDS, PAUSE_SECONDS = 600, 0.2
+"""How long other processes wait for the first one's claim, and between two looks."""
 
 
 @contextmanager
@@ -42,6 +53,7 @@ def claimed(root: str | Path, rank: int, source: ModelSource, say: Callable[[str
         ConfigurationError: the folder is no run's, another process works in it, or it cannot be written.
     """
     if rank:
+        _wait_for_mark(Path(root))
         yield RunFolder(root, rank)
         return
     path = Path(root)
@@ -58,6 +70,21 @@ def claimed(root: str | Path, rank: int, source: ModelSource, say: Callable[[str
         _set_aside(path / "progress.json", say)
         _set_aside(path / "summary.json", say)
         yield folder
+
+
+def _wait_for_mark(root: Path) -> None:
+    """Waits until the first process has claimed a folder: what another wrote before would make it somebody else's.
+
+    Raises:
+        ConfigurationError: it has not within :data:`WAIT_SECONDS`.
+    """
+    for _ in range(int(WAIT_SECONDS / PAUSE_SECONDS)):
+        if _is_marked(root):
+            return
+        time.sleep(PAUSE_SECONDS)
+    raise ConfigurationError(
+        f"{OPTION}: the first process has not claimed {root} within {WAIT_SECONDS} s; all processes must see one folder"
+    )
 
 
 def check_apart(root: Path, source: ModelSource) -> None:

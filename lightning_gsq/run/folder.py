@@ -1,10 +1,12 @@
 """The folder of one run: recipe, finished blocks, progress, summary. Everything a resumed run needs.
 
 recipe.yaml            the resolved settings, fingerprints of model and text, versions
+choice.yaml            the width of each matrix, where a size was asked for; worth.json what that was decided by
 progress.json          perplexities and seconds so far, replaced atomically
 blocks/block-003.safetensors   packed codes and scales of a finished block
 blocks/rounded-outer.safetensors   the same of embedding and head, where these are quantized
 end_to_end.safetensors the end of the end-to-end phase: norms and head if they trained, its losses
+imatrix.gguf           mean squares of the inputs of weights, where model.save_imatrix asks for it
 model/                 the quantized model as an ordinary Hugging Face folder
 summary.json           the results
 tensorboard/           event files

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import run_block
+from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import InputStatistics, Matrix
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.forward_passes import arguments_of, fetch, sequences_at_once
@@ -38,7 +39,7 @@ def matrices_of(
         stream: What enters it; its first sequences are watched.
         arguments: What it is called with for each sequence, if that is known already.
     """
-    needed = run.model.start.warm_start.needs_hessian
+    needed, importance = run.model.start.watches_inputs, run.importance
     statistics = InputStatistics(list(plan.weights), run.device)
     if needed:
         call, inputs_NTD = run.calls[plan.index].to(run.device), stream.hidden_NTD[: hessian_sequences(run)]
@@ -50,10 +51,16 @@ def matrices_of(
                 run_block(block, fetch(run, inputs_NTD[part]), bound)
         if run.ranks.world > 1:
             statistics.reduce(run.ranks.sum)
+
+    def hessians(site: LinearSite) -> list[Tensor] | None:
+        if importance is not None:
+            return importance.hessians(f"{plan.name}.{site.name}", run.device)
+        return statistics.hessians(site) if needed else None
+
     return {
         site.name: Matrix(
             site.to_matrix(block.get_parameter(site.name)).detach().float(),
-            statistics.hessians(site) if needed else None,
+            hessians(site),
             scheme,
             f"{plan.name}.{site.name}",
         )

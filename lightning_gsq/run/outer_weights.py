@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.ends import find_ends, head_inputs
 from lightning_gsq.models.standing_in import standing_in
@@ -56,7 +57,7 @@ def quantize_outer(run: Run) -> Blocks:
         return run.folder.read_block(ROUNDED, OUTER, expected)
     ends = find_ends(network)
     heads = {ends.head, ends.embedding} if ends.tied else {ends.head}
-    moments_D = head_moments(run) if heads & set(expected) else None
+    moments_D = _moments_if_known(run) if heads & set(expected) else None
     dtype = run.model.storage.scale_dtype
     tensors = {
         name: round_rows(
@@ -110,6 +111,17 @@ def round_rows(
     importance_DD = None if moments_D is None else torch.diag(moments_D.to(device, torch.float32))
     starts = [round_to_nearest(w.to(device, torch.float32), importance_DD, scheme) for w in w_VD.split(ROWS)]
     return as_stored(quantized(stack(starts), scheme, scale_dtype), w_VD, "a weight outside of the blocks")
+
+
+def _moments_if_known(run: Run) -> Tensor | None:
+    """Those of :func:`head_moments`; None, said aloud, where they cannot be had and nobody asked for such a head."""
+    try:
+        return head_moments(run)
+    except ConfigurationError as error:
+        if not run.model.outer.automatic:
+            raise
+        run.say(f"note: all columns of the embedding count alike: {error}")
+        return None
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from lightning_gsq.run.blocks import train_blocks
 from lightning_gsq.run.end_to_end import run_end_to_end
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.outer_weights import outer_kind, quantize_outer, read_outer
-from lightning_gsq.run.report import PERPLEXITY_NAMES
+from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.saving import save_model
 from lightning_gsq.run.substitution import as_stored, installed, outer_installed
@@ -68,10 +68,12 @@ class Perplexities:
     Args:
         run: The run.
         measure: Measures the model as it is at the moment.
+        about: What they are measured on.
     """
 
     run: Run
     measure: Callable[[], float]
+    about: Mapping[str, Any]
 
     def of(self, kind: str | None) -> str:
         """Digest of what a perplexity depends on; ``kind`` is None for the full-precision model."""
@@ -125,7 +127,7 @@ class Perplexities:
                 logger.log_metrics({f"perplexity/{name}": value}, step=0)
                 logger.save()
         action = "of the full-precision model" if kind is None else PERPLEXITY_NAMES[name]
-        self.run.say(f"perplexity {action}: {value:.2f}")
+        self.run.say(f"perplexity {action}: {value:.2f}  ({about_text(self.about)})")
 
 
 def outer_phase(run: Run, perplexities: Perplexities) -> Blocks:
@@ -193,7 +195,12 @@ def save_and_summarize(
         summary = make_summary(
             run, source, result.kind, result.tensors, result.outer, perplexities.all(), result.end_to_end
         )
-    run.folder.write_summary({**summary, "exports": run.folder.summary.get("exports", {})})
+        summary["evaluation"] = dict(perplexities.about)
+    earlier = run.folder.summary
+    kept = {"exports": earlier.get("exports", {})}
+    if earlier.get("zero_shot", {}).get("made_from") == made_from:
+        kept["zero_shot"] = earlier["zero_shot"]
+    run.folder.write_summary({**summary, **kept})
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
     tensorboard.log_result(
         run.trainer.loggers, run.recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]}

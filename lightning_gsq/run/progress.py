@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+ABOUT = ("text", "windows", "tokens", "starts_with_bos", "precision", "digest")
+"""What a summary says of its perplexities."""
 KINDS = ("warm_start", "block", "end_to_end")
 """Whose result a file holds."""
 
@@ -54,8 +56,11 @@ _PROGRESS: dict[str, Callable[[Any], bool]] = {
     "init_seconds": _numbers,
     "model": lambda value: value in KINDS,
     "peak_memory_bytes": _number,
+    "imatrix": lambda value: isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values()),
 }
 _SUMMARY: dict[str, Callable[[Any], bool]] = {
     "perplexity": _numbers,
+    "evaluation": lambda value: isinstance(value, dict) and set(ABOUT) <= set(value),
     "exports": lambda value: isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()),
+    "zero_shot": lambda value: isinstance(value, dict) and isinstance(value.get("tasks"), dict),
 }

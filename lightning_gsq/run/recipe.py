@@ -35,7 +35,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
         "strategy",
         "use_distributed_sampler",
     },
-    "model": {"phases"},
+    "model": {"phases", "save_imatrix"},
     "data": {"cache_folder", "retries", "retry_pause"},
     "evaluation": {"by_block"},
     "activations": {"memory_limit_gb", "folder"},
@@ -47,8 +47,9 @@ STANDING_FOR = {
     "model": {"model.pretrained", "model.revision", "model.trust_remote_code"},
     "calibration": {"data.source"},
     "start": {"model.warm_start.init_args.file"},
+    "imatrix": {"model.imatrix"},
 }
-ADDRESSES = {"pretrained", "path", "file", "folder"}
+ADDRESSES = {"pretrained", "path", "file", "folder", "imatrix"}
 """Names of settings that may be local addresses, relative to where the run was started."""
 
 
@@ -58,8 +59,9 @@ def make_recipe(
     model: ModelQuantization,
     data: CalibrationDataModule,
     evaluation: PerplexityData,
+    choice: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The recipe of a run over this model and this text."""
+    """The recipe of a run over this model and this text; ``choice`` is that of widths, as plain data."""
     kept: dict[str, Any] = {}
     for key, value in settings.items():
         if key in LATER:
@@ -70,6 +72,9 @@ def make_recipe(
     kept["trainer"]["callbacks"] = [c for c in callbacks if not _watches_only(c["class_path"])]
     if not has_salient_part(settings["model"]):
         kept["model"].pop("saliency", None)
+    if settings["model"].get("size") is None:  # as in recipes from before there was one
+        for name in ("size", "choices"):
+            kept["model"].pop(name, None)
     fingerprints = {
         "model": model_fingerprint(model),
         "calibration": fingerprint([data.train_ids_NT, data.validation_ids_NT]),
@@ -78,10 +83,15 @@ def make_recipe(
     start = _start_file(settings["model"])
     if start is not None:
         fingerprints["start"] = file_digest(start)
+    if model.start.imatrix is not None:
+        fingerprints["imatrix"] = file_digest(Path(model.start.imatrix).expanduser())
+    else:
+        kept["model"].pop("imatrix", None)
     return {
         "format": FORMAT,
         "seed": seed,
         "settings": kept,
+        **({} if choice is None else {"choice": dict(choice)}),
         "addresses": dict(_addresses(kept)),
         "fingerprints": fingerprints,
         "versions": versions(),
@@ -96,7 +106,9 @@ def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for name in fingerprints:
         for path in STANDING_FOR.get(name, ()):
             _remove(settings, path.split("."))
-    return {"seed": recipe["seed"], "settings": settings, "fingerprints": fingerprints}
+    choice = recipe.get("choice")
+    widths = {} if choice is None else {"widths": choice["widths"]}
+    return {"seed": recipe["seed"], "settings": settings, **widths, "fingerprints": fingerprints}
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str | None:

@@ -55,6 +55,23 @@ def open_recipe(folder: RunFolder, recipe: dict[str, Any], say: Callable[[str], 
         write_atomically(folder.recipe_file, yaml.safe_dump(content, sort_keys=False).encode())
 
 
+def known_choice(folder: RunFolder, recipe: Mapping[str, Any]) -> Any:
+    """The choice of widths of the run in a folder, as its recipe has it; None where it has yet to be made.
+
+    Args:
+        folder: The run folder.
+        recipe: The recipe of the run that is asked for, without a choice.
+
+    Raises:
+        ConfigurationError: the folder belongs to a run with another recipe.
+    """
+    known, _ = _read(folder)
+    if known is None:
+        return None
+    _refuse_another(folder, {k: v for k, v in known.items() if k != "choice"}, json.loads(json.dumps(recipe)))
+    return known.get("choice")
+
+
 def _read(folder: RunFolder) -> tuple[dict[str, Any] | None, str]:
     """The recipe, or None and what is wrong with it."""
     if not folder.recipe_file.exists():

@@ -17,6 +17,12 @@ PERPLEXITY_NAMES = {
 }
 
 
+def about_text(about: Mapping[str, Any]) -> str:
+    """What a perplexity is one of, in words: :meth:`lightning_gsq.data.PerplexityData.about`."""
+    start = ", the first of them BOS" if about["starts_with_bos"] else ""
+    return f"{about['text']}, {about['windows']} windows of {about['tokens']:,} tokens{start}, {about['precision']}"
+
+
 def ledger_of(blocks: Iterable[Mapping[str, QuantizedWeight]]) -> BitsLedger:
     """The ledger of all weights of all blocks."""
     return sum((BitsLedger.of(tensor) for block in blocks for tensor in block.values()), BitsLedger())

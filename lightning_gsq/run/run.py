@@ -18,6 +18,7 @@ from lightning_gsq.models.survey import survey
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.hidden_states import ActivationOptions
+from lightning_gsq.run.importance import Importance
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.stopwatch import Stopwatch
@@ -45,6 +46,7 @@ class Run:
         forms: What each returns beside them.
         width: Width of the hidden states, ``D``.
         run_block: How a block is run: plainly, or compiled.
+        importance: Mean squares of inputs that a file gives in place of the run's own; None without one.
         watch: Where the seconds go.
     """
 
@@ -64,6 +66,7 @@ class Run:
     forms: Forms
     width: int
     run_block: BlockRunner
+    importance: Importance | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -111,6 +114,7 @@ def make_run(
     seed: int,
     say: Callable[[str], None],
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    importance: Importance | None = None,
 ) -> Run:
     """The run of these parts; looks at how the model calls its blocks. Arguments as in :class:`Run`."""
     trainer = make_trainer()
@@ -133,4 +137,5 @@ def make_run(
         forms=surveyed.forms,
         width=traced.output_BTD.shape[-1],
         run_block=compiled_run_block() if compiled else run_block,
+        importance=importance,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models.saving import write_dense
+from lightning_gsq.models.saving import save_tokenizer, write_dense
 from lightning_gsq.system.owned_folders import growing, obstacle, out_of_date, publish, write_mark
 
 MARK = "lightning-gsq.json"
@@ -28,14 +29,15 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         ConfigurationError: transformers refuses to write the configuration or the tokenizer.
     """
     with growing(folder / "trial") as trial:
-        for what, part in (
-            ("config.json", model.config),
-            ("generation_config.json", model.generation_config),
-            ("tokenizer", tokenizer),
+        generation = model.generation_config
+        for what, write in (
+            ("config.json", model.config.save_pretrained),
+            ("generation_config.json", None if generation is None else generation.save_pretrained),
+            ("tokenizer", functools.partial(save_tokenizer, tokenizer)),
         ):
             try:
-                if part is not None:
-                    part.save_pretrained(trial)
+                if write is not None:
+                    write(trial)
             except (ValueError, TypeError, KeyError) as error:
                 raise ConfigurationError(
                     f"model.pretrained: its {what} can be read and not be written again ({error}); mend it in the "

@@ -119,7 +119,7 @@ def make_summary(
         "seconds_of": seconds_of,
         "peak_memory_bytes": peak,
         "scheme": {
-            "name": str(model.selection.scheme),
+            "name": str(model.selection),
             "bits": model.selection.scheme.bits,
             "group_size": model.selection.scheme.group_size,
         },

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 HYPERPARAMETERS = {
     # columns of the hyperparameter table -> where they stand in the recipe's settings
@@ -28,11 +30,45 @@ HYPERPARAMETERS = {
 }
 
 
+GUIDE = """\
+| page | what it shows |
+|---|---|
+| `block/loss_soft`, `block/loss_hard` | error with sampled and with rounded weights, block after block |
+| `block/val_loss_soft`, `block/val_loss_hard` | the same on held-out sequences, at the end of each pass |
+| `annealing/temperature`, `annealing/logit_scale` | how decided the choice of levels has to be |
+| `learning_rate/logits`, `learning_rate/scales` | of the level choices and of the scales |
+| `rounding/flip_rate`, `rounding/gap` | share of codes that left their start; what the final rounding cost |
+| `end_to_end/...` | divergence from the original, whole model |
+| `perplexity/...` | after each phase |
+| `zero_shot/...` | tasks of lm-eval (the command `test`) |
+| Histograms | levels used, undecidedness in bits, change of the scales; one step a block |
+| Images | error of every weight matrix, one step a block |
+| HParams | one row a run: point `--logdir` at the folder above several runs |
+
+*Error* is the squared error of a block's output over the mean square of what it should be: 0.01 is one percent.
+"""
+
+
 def log_recipe(loggers: Iterable[Logger], recipe: Mapping[str, Any]) -> None:
     """Shows the recipe under Text."""
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
     for logger in _boards(loggers):
         logger.experiment.add_text("recipe", "".join(f"    {line}\n" for line in text.splitlines()))
+        logger.save()
+
+
+def log_figure(loggers: Iterable[Logger], name: str, figure: Figure) -> None:
+    """Shows a figure under Images."""
+    for logger in _boards(loggers):
+        FigureCanvasAgg(figure)
+        logger.experiment.add_figure(name, figure)
+        logger.save()
+
+
+def log_guide(loggers: Iterable[Logger]) -> None:
+    """Shows what the other pages hold, under Text."""
+    for logger in _boards(loggers):
+        logger.experiment.add_text("what_you_see_here", GUIDE)
         logger.save()
 
 

@@ -23,9 +23,10 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
     """
     finished = Finished(run, "warm_start")
     if finished.complete:
+        run.say(f"warm start: finished already (0 of {len(run.plan)} blocks to do)")
         return [run.folder.read_block("warm_start", plan.index, plan.expected) for plan in run.plan], False
     settings, dtype = run.model.start, run.model.storage.scale_dtype
-    count = hessian_sequences(run) if settings.warm_start.needs_hessian else 0
+    count = hessian_sequences(run) if settings.watches_inputs else 0
     results = []
     with hidden_store((count, run.data.sequence_length, run.width), run.activations, streams=1) as store:
         with outer_installed(run.model.network, outer):

@@ -102,8 +102,8 @@ def planned_ledger(rows: int, in_features: int, scheme: QuantScheme, scale_bits:
         codes = 1 + index_bits(groups) + ratio * part.bits
         return BitsLedger(weights, int(weights * (codes + 1) + scale_bits * (rows + groups)))
     ratio = column_count(ratio, in_features) / in_features
-    own = dataclasses.replace(scheme, salient=dataclasses.replace(part, ratio=ratio, scale_groups=groups))
-    return BitsLedger(weights, mixed_bits(rows, in_features, own, scale_bits))
+    settled = dataclasses.replace(scheme, salient=dataclasses.replace(part, ratio=ratio, scale_groups=groups))
+    return BitsLedger(weights, mixed_bits(rows, in_features, settled, scale_bits))
 
 
 def column_errors(w_OI: Tensor, moment_I: Tensor, scheme: QuantScheme) -> Tensor:
@@ -131,10 +131,10 @@ def options_of(w_OI: Tensor, moment_I: Tensor, scheme: QuantScheme, menu: Menu) 
                 if count == 0 and bits != menu.salient_bits[0]:
                     continue
                 part = SalientPart("structured", bits, count / in_features, "error", -1, menu.scale_groups)
-                own = QuantScheme(scheme.bits, size, part)
+                settled = QuantScheme(scheme.bits, size, part)
                 error = float(few_I.sum() - (saved_I[count - 1] if count else 0)) / energy
                 columns_K = order_I[:count].sort().values
-                options.append(Option(own, columns_K, error, mixed_bits(rows, in_features, own)))
+                options.append(Option(settled, columns_K, error, mixed_bits(rows, in_features, settled)))
     return options
 
 

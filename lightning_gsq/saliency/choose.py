@@ -139,8 +139,8 @@ def _structured(matrix: Matrix, part: SalientPart, options: SettleOptions) -> Ch
         groups = graph_group_count(torch.cat([s.mean(1) for s in segments]), options.graph).count
 
     def with_count(count: int) -> QuantScheme:
-        own = dataclasses.replace(part, ratio=count / columns, scale_groups=groups)
-        return dataclasses.replace(scheme, salient=own)
+        settled = dataclasses.replace(part, ratio=count / columns, scale_groups=groups)
+        return dataclasses.replace(scheme, salient=settled)
 
     def cost(ratio: float) -> tuple[float, float]:
         count = saliency.column_count(ratio, columns)
@@ -183,8 +183,8 @@ def _element(matrix: Matrix, part: SalientPart, options: SettleOptions) -> Choic
         groups = graph_group_count(rest.abs(), options.graph).count
 
     def with_mask(mask_OI: Tensor) -> QuantScheme:
-        own = dataclasses.replace(part, ratio=int(mask_OI.sum()) / mask_OI.numel(), scale_groups=groups)
-        return dataclasses.replace(matrix.scheme, salient=own)
+        settled = dataclasses.replace(part, ratio=int(mask_OI.sum()) / mask_OI.numel(), scale_groups=groups)
+        return dataclasses.replace(matrix.scheme, salient=settled)
 
     def measure(w_OI: Tensor, scores_OI: Tensor, ratio: float) -> tuple[float, float]:
         mask_OI = saliency.salient_mask(scores_OI, ratio)

@@ -51,6 +51,6 @@ def adaptive_ratio(cost: Cost, price: float, low: float = 0.0, high: float = 0.5
         error, bits = seen[ratio]
         return error + price * bits
 
-    found = minimize_scalar(objective, bounds=(low, high), method="bounded", options={"xatol": tolerance})
-    best = min((low, high, float(found.x)), key=objective)
+    minimum = minimize_scalar(objective, bounds=(low, high), method="bounded", options={"xatol": tolerance})
+    best = min((low, high, float(minimum.x)), key=objective)
     return Threshold(best, *seen[best], evaluations=len(seen))

@@ -23,8 +23,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def cxx() -> str | None:
     """Path of the C++ compiler: what the variable CXX names, else g++ or clang++; None, with a warning, without one."""
     for name in (os.environ.get("CXX", ""), "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
+        if name and (compiler := shutil.which(name)):
+            return compiler
     _log.warning(
         "no C++ compiler found (g++ or clang++): blocks, the sampling of weights and packed layers run as uncompiled "
         "PyTorch, two to five times slower; install one, or set --model.gumbel.backend eager and "

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_gsq.system.files import hidden_name, sync_folder
+from lightning_gsq.system.files import hidden_name, sync_folder, write_atomically
 from lightning_gsq.system.fingerprint import file_digest
 
 
@@ -46,17 +46,27 @@ def read_mark(folder: Path, mark: str) -> dict[str, Any] | None:
     return content if isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values()) else None
 
 
+def replace_file(folder: Path, mark: str, name: str, content: bytes) -> None:
+    """Gives a file of such a folder another content, which the mark then names; nothing where it names none of it."""
+    marked = read_mark(folder, mark)
+    if marked is None or name not in marked["files"]:
+        return
+    write_atomically(folder / name, content)
+    marked["files"][name] = _entry(folder / name, file_digest(folder / name))
+    write_atomically(folder / mark, (json.dumps(marked, indent=1) + "\n").encode())
+
+
 def out_of_date(folder: Path, mark: str, content: Mapping[str, Any]) -> str | None:
     """Why a folder is not whole and made from what ``content`` says; None if it is.
 
     A file of the size and time that the mark notes is taken for the one it was; any other is read.
     """
-    known = read_mark(folder, mark)
-    if known is None:
+    marked = read_mark(folder, mark)
+    if marked is None:
         return "it is not there"
-    if any(known.get(key) != value for key, value in json.loads(json.dumps(content)).items()):
+    if any(marked.get(key) != value for key, value in json.loads(json.dumps(content)).items()):
         return "it was made from something else"
-    for name, entry in known["files"].items():
+    for name, entry in marked["files"].items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -114,8 +124,8 @@ def publish(partial: Path, folder: Path, mark: str) -> None:
 
 
 def _carry(old: Path, new: Path, mark: str) -> None:
-    known = read_mark(old, mark)
-    named = set(known["files"]) if known is not None else set()
+    marked = read_mark(old, mark)
+    named = set(marked["files"]) if marked is not None else set()
     for file in files_of(old, mark):
         name = file.relative_to(old)
         if str(name) not in named and not (new / name).exists():

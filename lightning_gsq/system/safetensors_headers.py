@@ -7,13 +7,14 @@ in that folder, and a safetensors file has to be complete. Only headers are read
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 
@@ -32,6 +33,10 @@ DTYPES = {
     "I8": torch.int8,
     "BOOL": torch.bool,
 }
+_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+"""Element types as the safetensors library orders them."""
+LENGTH_BYTES = 8
+"""What says how long the header is; headers are filled up to a multiple of as many."""
 MAX_JSON_BYTES = 100_000_000
 
 
@@ -73,6 +78,29 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"model: {file} holds a {type(content).__name__}, expected an object")
     return content
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Bytes before the numbers in a safetensors file with these tensors: length, JSON, and what fills it up to eight.
+
+    The library lays tensors out by the size of their elements, largest first, then by name; only the digits of the
+    offsets depend on it.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
+    ordered = sorted(tensors, key=lambda name: (-_ORDER.index(names[tensors[name].dtype]), name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in ordered:
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        entries[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    length = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
+    return LENGTH_BYTES + length + -length % LENGTH_BYTES
 
 
 def refuse_pointer(file: Path) -> None:

@@ -94,10 +94,10 @@ def shard(module: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, metho
 
 
 def _shard_one(unit: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
-    own = [parameter for parameter in unit.parameters() if parameter not in ignored]
-    for parameter in own:
+    parameters = [parameter for parameter in unit.parameters() if parameter not in ignored]
+    for parameter in parameters:
         parameter.data = parameter.data.contiguous()
-    indivisible = {parameter for parameter in own if parameter.ndim == 0 or parameter.numel() == 0}
+    indivisible = {parameter for parameter in parameters if parameter.ndim == 0 or parameter.numel() == 0}
     sharded = fully_shard(
         unit,
         mesh=mesh,

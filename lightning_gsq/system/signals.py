@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -26,6 +27,8 @@ from typing import Any
 
 GRACE = 5.0
 """Seconds between a signal and the end at the latest."""
+AGAIN = 0.01
+"""Seconds after which a signal that came in the middle of a finalizer comes again."""
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 LEADER = "LIGHTNING_GSQ_LEADER"
@@ -101,6 +104,7 @@ class Watch:
         self.parent, self.follows = os.getppid(), follows()
         self.stopped, self.over = False, threading.Event()
         self.before: dict[signal.Signals, Any] = {}
+        self.hook_before = sys.unraisablehook
 
     def open(self) -> None:
         """Takes the signals over."""
@@ -114,6 +118,7 @@ class Watch:
         for number, handler in self.before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        self.hook_before, sys.unraisablehook = sys.unraisablehook, self._lost
 
     def close(self) -> None:
         """Gives the signals back."""
@@ -126,6 +131,7 @@ class Watch:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self.woken_before)
+        sys.unraisablehook = self.hook_before
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.stopped or self.follows:
@@ -134,6 +140,16 @@ class Watch:
         if self.loading:
             self._end(number)
         raise Stopped(number)
+
+    def _lost(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Python ignores what is raised in a finalizer: the signal comes again as soon as that is over."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            self.hook_before(unraisable)
+            return
+        self.stopped, number = False, unraisable.exc_value.exit_code - 128
+        timer = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
 
     def _wait(self, reader: int) -> None:
         """Sees to it that the process ends; ``reader`` gives the number of each signal, and ends with the watch."""

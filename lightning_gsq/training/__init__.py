@@ -2,6 +2,8 @@
 
 model               the model, with every setting that concerns it
 settings            these settings, by what they are about
+selection           which matrices, and to what, by patterns and by choice
+outer_options       those of the embedding and the head
 target              what a block learns to output
 block               one block against its full-precision output
 token_weights       how much each token counts there

@@ -76,6 +76,8 @@ class BlockQuantization(LightningModule):
         self.learning_rate_floor, self.target_power = learning_rate_floor, max(target_power, 1e-12)
         self.index, self.name, self.seed, self.position = index, name, seed, position
         self.saliency = dict(saliency or {})
+        self.measured_afterwards = False
+        """Whether a run will say how good the block has become, so that callbacks need not."""
         self._call, self._run = call, run
         self._validated: tuple[dict[str, Tensor], dict[str, Tensor]]
 

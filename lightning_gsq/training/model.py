@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -9,11 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.models import loading
-from lightning_gsq.quantizers import RTN, GumbelOptions, WarmStart
+from lightning_gsq.quantizers import RTN, FromFile, GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training import settings
 from lightning_gsq.training.losses import LOSS_POSITIONS, loss_mean, refuse_non_finite
+from lightning_gsq.training.outer_options import AUTO, OuterOptions, outer
+from lightning_gsq.training.selection import Selection
 from lightning_gsq.training.target import TargetName
 from lightning_gsq.weights.assignment import SchemeOverride
 from lightning_gsq.weights.scheme import QuantScheme
@@ -31,8 +36,15 @@ class ModelQuantization(LightningModule):
         overrides: Presets, or single settings, for the weights that a pattern names.
         fallback: Quantize rows that a preset's type does not hold as llama.cpp does: to the type that it takes instead.
             Otherwise they are refused.
-        embedding: How the embedding is quantized, and with it a head that is tied to it; null leaves it in 16 bits.
+        embedding: How the embedding is quantized, and with it a head that is tied to it; "auto" for 8 bits in groups of
+            32 where its rows are whole groups, and for the file's own with the start FromFile; null leaves it in 16
+            bits.
         head: How a head with a matrix of its own is quantized; null leaves it in 16 bits.
+        size: Size of the whole file, in place of a width: 80MB, or 2.6bpw (true bits over all parameters). Every
+            matrix, the embedding and the head get one of the choices; overrides, embedding, head and exclude pin what
+            they name. The file is that of the first of gguf and native in --export, native without one.
+        choices: Presets to choose from; null for q2_k, q3_k, q4_k and q6_k in a gguf file, w2g64, w3g64, w4g64 and
+            w6g64 in a native one.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
             block; "end_to_end", training the scales of the whole model. A phase that was left out can be run later on
@@ -44,6 +56,10 @@ class ModelQuantization(LightningModule):
             that low bits get wrong; null: all tokens count alike.
         warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
         hessian_sequences: Calibration sequences whose inputs the warm start sees.
+        imatrix: Importance matrix of llama.cpp (GGUF or .dat) that weighs errors in place of these inputs, for the
+            starts RTN and LlamaCpp.
+        save_imatrix: Write the inputs' mean squares in the full-precision model as such a matrix: imatrix.gguf in the
+            run folder.
         saliency: How the salient part of each matrix is chosen, where the scheme has one or a budget.
         gumbel: How the logits start and how noisy their samples are.
         optimizer: Optimizer of the logits and scales; lr is the logits' learning rate.
@@ -68,12 +84,16 @@ class ModelQuantization(LightningModule):
         fallback: bool = False,
         embedding: QuantScheme | str | None = None,
         head: QuantScheme | str | None = None,
+        size: str | None = None,
+        choices: list[str] | None = None,
         blocks: str | None = None,
         phases: list[settings.Phase] = ["init", "blocks", "end_to_end"],  # noqa: B006
         target: TargetName = "stream",
         inherited_error: float | None = None,
         warm_start: WarmStart | None = None,
         hessian_sequences: int = 64,
+        imatrix: str | None = None,
+        save_imatrix: bool = False,
         saliency: SettleOptions = SettleOptions(),  # noqa: B008 - frozen
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=1e-3),
@@ -91,11 +111,20 @@ class ModelQuantization(LightningModule):
         self.phases = phases
         self.address = settings.Address(pretrained, revision, trust_remote_code, dtype)
         schemes = {pattern: settings.override(pattern, value) for pattern, value in overrides.items()}
-        self.selection = settings.Selection(scheme, include, exclude, schemes, blocks, fallback)
-        self.outer = settings.OuterOptions(
-            settings.outer("embedding", embedding), settings.outer("head", head), fallback
+        self.selection = Selection(scheme, include, exclude, schemes, blocks, fallback)
+        self.start = settings.StartOptions(
+            warm_start or RTN(weighted=True), hessian_sequences, saliency, imatrix, save_imatrix
         )
-        self.start = settings.StartOptions(warm_start or RTN(weighted=True), hessian_sequences, saliency)
+        self.size = settings.size_of(size, choices, scheme, self.start.warm_start)
+        # A file that is refined keeps its own; where a size is given, it is chosen like the others.
+        left_open = embedding == AUTO and (isinstance(warm_start, FromFile) or self.size is not None)
+        self.outer = OuterOptions(
+            None if left_open else outer("embedding", embedding, scheme),
+            outer("head", head, scheme),
+            fallback,
+            automatic=embedding == AUTO,
+            selection=self.selection,
+        )
         self.block = settings.BlockOptions(
             settings.target_of(target),
             inherited_error,
@@ -109,6 +138,16 @@ class ModelQuantization(LightningModule):
         self.negative_log_likelihood = loss_mean()
         self.network: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
+
+    def take(self, widths: Mapping[str, str], name: str = "") -> None:
+        """Gives matrices the presets that were chosen for them.
+
+        Args:
+            widths: Names of presets, by full parameter name.
+            name: What the whole is called.
+        """
+        self.selection = dataclasses.replace(self.selection, chosen=dict(widths), name=name)
+        self.outer = dataclasses.replace(self.outer, selection=self.selection)
 
     def load(self, source: loading.ModelSource, quantized: bool = False) -> None:
         """Fills ``tokenizer`` and ``network``; ``quantized``: a model that is quantized already will do."""

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
-from lightning_gsq.models.ends import find_ends
-from lightning_gsq.models.linear_weights import LinearSite, to_quantize
-from lightning_gsq.quantizers import GumbelOptions, WarmStart
+from lightning_gsq.quantizers import FromFile, GumbelOptions, WarmStart
 from lightning_gsq.saliency import SettleOptions
 from lightning_gsq.training.target import TARGETS, Target, TargetName
-from lightning_gsq.weights.assignment import SchemeOverride, assign_schemes, fit_rows, override_of, scheme_of
+from lightning_gsq.weights.assignment import SchemeOverride, override_of, scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.widths.size import Size
 
 Phase = Literal["init", "blocks", "end_to_end"]
 PHASES: tuple[Phase, ...] = ("init", "blocks", "end_to_end")
@@ -60,120 +57,50 @@ def override(pattern: str, value: SchemeOverride | str) -> SchemeOverride:
         raise ConfigurationError(f"model.overrides: {pattern!r}: {error}") from error
 
 
-def outer(option: str, value: QuantScheme | str | None) -> QuantScheme | None:
-    """What ``model.embedding`` or ``model.head`` says: settings, or a preset's name.
+@dataclass(frozen=True)
+class SizeOptions:
+    """A size in place of a width.
+
+    Args:
+        size: Of the whole file.
+        choices: Names of presets that matrices may take; empty for those that the file's format is known for.
+    """
+
+    size: Size
+    choices: tuple[str, ...] = ()
+
+
+def size_of(
+    size: str | None, choices: Sequence[str] | None, scheme: QuantScheme, warm_start: WarmStart
+) -> SizeOptions | None:
+    """What ``model.size`` and ``model.choices`` say.
 
     Raises:
-        ConfigurationError: it makes no sense.
+        ConfigurationError: it makes no sense, or does not go with the other settings.
     """
-    try:
-        return None if value is None else scheme_of(value)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"model.{option}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which weights are quantized, and to what.
-
-    Args:
-        scheme: Grid and groups of every one.
-        include: Patterns of the weights to quantize.
-        exclude: Patterns of weights to leave as they are.
-        overrides: Other schemes for the weights that a pattern names.
-        blocks: Range of blocks, such as ``0:4``; None for all.
-        fallback: Give rows that a preset does not hold the one that llama.cpp takes for them.
-    """
-
-    scheme: QuantScheme
-    include: Sequence[str]
-    exclude: Sequence[str]
-    overrides: Mapping[str, SchemeOverride]
-    blocks: str | None
-    fallback: bool = False
-
-    def schemes(self, sites: Mapping[str, LinearSite]) -> dict[str, QuantScheme]:
-        """The weights to quantize, of these, and the scheme of each.
-
-        Args:
-            sites: Linear weights by their full names; one with a role is taken only if a pattern names it.
-
-        Raises:
-            ConfigurationError: a pattern matches no weight, nothing is left, or a scheme does not hold a weight's rows.
-        """
-        names = to_quantize(sites, self.include)
-        in_features = {name: sites[name].in_features for name in names}
-        schemes = assign_schemes(in_features, self.scheme, self.include, self.exclude, self.overrides)
-        return fit_rows(schemes, in_features, self.fallback)
-
-    def indices(self, count: int) -> range:
-        """The numbers of the blocks to quantize, of ``count``.
-
-        Raises:
-            ConfigurationError: ``blocks`` is no range, or an empty one.
-        """
-        if self.blocks is None:
-            return range(count)
-        match = re.fullmatch(r"(\d*):(\d*)", self.blocks)
-        if not match:
-            raise ConfigurationError(f"model.blocks must be a range such as 0:4, got {self.blocks!r}")
-        start, stop = int(match[1] or 0), int(match[2] or count)
-        if not 0 <= start < stop <= count:
-            raise ConfigurationError(f"model.blocks: {self.blocks} is not a range within the model's {count} blocks")
-        return range(start, stop)
-
-
-@dataclass(frozen=True)
-class OuterOptions:
-    """What happens to the matrices outside of the blocks.
-
-    Args:
-        embedding: Grid and groups of the embedding, and of a head that is tied to it; None leaves it as it is.
-        head: Grid and groups of a head that is a matrix of its own; None leaves it as it is.
-        fallback: Give rows that a preset does not hold the one that llama.cpp takes for them.
-    """
-
-    embedding: QuantScheme | None = None
-    head: QuantScheme | None = None
-    fallback: bool = False
-
-    def __post_init__(self) -> None:
-        for option, scheme in (("embedding", self.embedding), ("head", self.head)):
-            if scheme is not None and scheme.mixed:
-                raise ConfigurationError(
-                    f"model.{option}: salient weights and budgets are for matrices in the blocks, got {scheme}; give "
-                    "bits and group_size alone"
-                )
-
-    def expected(self, network: PreTrainedModel) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
-        """Scheme and ``(V, D)`` of each matrix to quantize, by its parameter name.
-
-        Raises:
-            ConfigurationError: the model has no such matrix, the head is the embedding, or a preset does not hold rows
-                of that many weights.
-        """
-        ends = find_ends(network)
-        if self.head is not None and ends.tied:
-            raise ConfigurationError(
-                f"model.head: the head of {type(network).__name__} is tied to its embedding, whose codes it shares; "
-                f"got {self.head}. Leave model.head out and give model.embedding, which is for both"
-            )
-        chosen = {}
-        for option, scheme, name in (
-            ("embedding", self.embedding, ends.embedding),
-            ("head", self.head, ends.head),
-        ):
-            if scheme is None:
-                continue
-            if name is None:
-                raise ConfigurationError(
-                    f"model.{option}: {type(network).__name__} has no {option} that is one matrix; "
-                    f"got {scheme}, use null"
-                )
-            rows, columns = network.get_parameter(name).shape
-            fitting = fit_rows({name: scheme}, {name: columns}, self.fallback)[name]
-            chosen[name] = (fitting, (rows, columns))
-        return chosen
+    if size is None:
+        if choices is not None:
+            raise ConfigurationError(f"model.choices: {list(choices)} are for --model.size, which is not given")
+        return None
+    if choices is not None and len(set(choices)) < 2:
+        raise ConfigurationError(
+            f"model.choices must name two presets or more, got {list(choices)}; with one width use --model.scheme"
+        )
+    for name in choices or ():
+        try:
+            scheme_of(str(name))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"model.choices: {error}") from error
+    if scheme.mixed:
+        raise ConfigurationError(
+            f"model.size: a size and {scheme} both say what matrices cost; leave out --model.scheme.budget and "
+            "--model.scheme.salient, or --model.size"
+        )
+    if isinstance(warm_start, FromFile):
+        raise ConfigurationError(
+            "model.size: the warm start takes widths from its file; leave --model.size out, or use another warm start"
+        )
+    return SizeOptions(Size(size), tuple(choices or ()))
 
 
 @dataclass(frozen=True)
@@ -184,13 +111,29 @@ class StartOptions:
         warm_start: Gives codes and scales.
         hessian_sequences: Calibration sequences whose inputs it sees.
         saliency: How salient weights are chosen.
+        imatrix: File whose mean squares take the place of those of these inputs.
+        save_imatrix: Write those of the full-precision model.
     """
 
     warm_start: WarmStart
     hessian_sequences: int
     saliency: SettleOptions
+    imatrix: str | None = None
+    save_imatrix: bool = False
+
+    @property
+    def watches_inputs(self) -> bool:
+        """Whether calibration inputs have to be collected for it."""
+        return self.warm_start.needs_hessian and self.imatrix is None
 
     def __post_init__(self) -> None:
+        if self.imatrix is not None and not (self.warm_start.needs_hessian and self.warm_start.diagonal_only):
+            start = type(self.warm_start).__name__
+            what = "weighs no errors by inputs" if not self.warm_start.needs_hessian else "needs whole Hessians"
+            raise ConfigurationError(
+                f"model.imatrix: an importance matrix has a number a column, and --model.warm_start {start} {what} as "
+                f"it is set; got {self.imatrix}. Leave it out, or use RTN or LlamaCpp with weighted: true"
+            )
         if self.hessian_sequences <= 0:
             raise ConfigurationError(f"model.hessian_sequences must be positive, got {self.hessian_sequences}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,8 +38,7 @@ class StudentOuter(nn.Module):
     def __init__(self, network: PreTrainedModel, tensors: Mapping[str, QuantizedWeight], trains: bool) -> None:
         super().__init__()
         self.names = list(tensors)
-        # No generator is used: without logits nothing is drawn.
-        self.weights = nn.ModuleList(trainable_weight(t, None, torch.Generator()) for t in tensors.values())
+        self.weights = nn.ModuleList(trainable_weight(tensor, None) for tensor in tensors.values())
         if not trains:
             self.weights.requires_grad_(False)
         ends = find_ends(network)
@@ -56,7 +54,7 @@ class StudentOuter(nn.Module):
         for name, name_inside, dtype, weight in zip(
             self.names, self.names_inside, self.dtypes, self.weights, strict=True
         ):
-            w_VD: Tensor = weight((), dtype)
+            w_VD: Tensor = weight(dtype)
             if name_inside is not None:
                 inside[name_inside] = w_VD
             if name in self.heads:

@@ -193,4 +193,6 @@ def trainable_weight(tensor: QuantizedWeight, original_OI: Tensor | None) -> nn.
         raise ConfigurationError(
             "model.phases: weights of the element layout are not trained end to end; use salient.layout structured"
         )
-    return ScaledWeight(tensor) if original_OI is None else MovingWeight(tensor, original_OI)
+    if original_OI is None:
+        return ScaledWeight(tensor)
+    return MovingWeight(tensor, original_OI)

@@ -1,6 +1,8 @@
 """What is a quantized weight?
 
 grid          the codes of one weight, what they are worth, how they are stored
+vector_grid   codes that come as vectors of four or eight weights
+code_vectors  which vectors there are
 salient_part  which weights of a matrix get more bits
 layout        how the scales of a matrix are stored: the design of all schemes
 presets       schemes that have names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,21 +103,24 @@ def assign_schemes(
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     overrides: Mapping[str, SchemeOverride] | None = None,
+    outside: Iterable[str] = (),
 ) -> dict[str, QuantScheme]:
     """Chooses the weights to quantize and the scheme of each.
 
     A pattern is a shell pattern (``*``, ``?``, ``[...]``) matched against the full parameter name, such as
     ``model.layers.3.mlp.down_proj.weight``, or against a module name without the ending ``.weight``. Where several
-    overrides match a name, they apply in their order, so that the last one wins.
+    overrides match a name, they apply in their order, so that the last one wins. Overrides and exclude may name weights
+    ``outside`` of these too (:func:`names_it`), and then need match no other.
 
     Raises:
         ConfigurationError: a pattern matches no weight, or nothing is left to quantize.
     """
-    names = list(names)
+    names, outside = list(names), tuple(outside)
     include, exclude, overrides = tuple(include), tuple(exclude), dict(overrides or {})
     for option, patterns in (("include", include), ("exclude", exclude), ("overrides", overrides)):
         for pattern in patterns:
-            if not any(_matches(name, pattern) for name in names):
+            beside = option != "include" and any(names_it(pattern, name, outside=True) for name in outside)
+            if not beside and not any(_matches(name, pattern) for name in names):
                 examples = ", ".join(names[:3])
                 raise ConfigurationError(
                     f"{option}: the pattern {pattern!r} matches none of the {len(names)} linear weights; "
@@ -129,19 +133,41 @@ def assign_schemes(
         own = scheme
         for pattern, override in overrides.items():
             if _matches(name, pattern):
-                own = _applied(pattern, override, own)
+                own = applied(pattern, override, own)
         chosen[name] = own
     if not chosen:
         raise ConfigurationError(f"include={list(include)} and exclude={list(exclude)} leave no weight to quantize")
     return chosen
 
 
-def _applied(pattern: str, override: SchemeOverride, scheme: QuantScheme) -> QuantScheme:
+def applied(pattern: str, override: SchemeOverride, scheme: QuantScheme) -> QuantScheme:
+    """The scheme with an override in place.
+
+    Raises:
+        ConfigurationError: the two do not go together; the pattern is named.
+    """
     try:
         return override.apply(scheme)
     except ConfigurationError as error:
         way = "; budget: false and salient: false in the override switch them off" if scheme.mixed else ""
         raise ConfigurationError(f"overrides: {pattern!r}: {error}{way}") from error
+
+
+def names_it(pattern: str, name: str, outside: bool = False) -> bool:
+    """Whether a pattern is for a weight.
+
+    Args:
+        pattern: A shell pattern.
+        name: Full parameter name.
+        outside: The weight is outside of the blocks. A pattern that means many weights does not mean this one: what
+            follows its last wildcard has to cover a module's whole name, as in ``*.embed_tokens`` or ``lm_head``.
+    """
+    if not _matches(name, pattern):
+        return False
+    if not outside:
+        return True
+    module, literal = name.removesuffix(".weight"), re.split(r"[*?\]]", pattern.removesuffix(".weight"))[-1].lstrip(".")
+    return len(literal) >= len(module.rpartition(".")[2]) and f".{module}".endswith(f".{literal}")
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -11,6 +11,7 @@ are the same number unless the grid has a table of values; a *position* is a wei
 | b = 2 ... 8      | -2^(b-1) ... 2^(b-1) - 1    | the codes | b bits                   |
 | unsigned, b bits | 0 ... 2^b - 1               | the codes | b bits                   |
 | a table          | 0 ... 2^b - 1               | its entry | b bits                   |
+| code vectors     | see ``vector_grid``         | the codes | one number for some      |
 
 Unsigned grids go with an offset (:mod:`lightning_gsq.weights.layout`). A table's entries rise.
 """
@@ -18,6 +19,7 @@ Unsigned grids go with an offset (:mod:`lightning_gsq.weights.layout`). A table'
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,8 +27,11 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.weights.packing import pack, packed_words, unpack
 
 Bits = int | Literal["ternary"]
+Unpack = Callable[[Tensor, int, int], Tensor]
+"""Unsigned numbers ``O n`` of words, bits a number and ``n``."""
 MIN_BITS, MAX_BITS = 1, 8
 MAX_WHOLE = 4
 """Grids with at most so many levels are trained whole, larger ones by local shifts around a code."""
@@ -149,7 +154,48 @@ class Grid:
         Raises:
             ValueError: a number stands for no code.
         """
-        codes = self.codes_of(unsigned)
+        return self.verified(self.codes_of(unsigned))
+
+    def fields(self, columns: int) -> dict[str, tuple[int, int]]:
+        """The tensors of words that a row's codes are packed as: by name, how many numbers, and bits of each."""
+        return {"codes": (columns, self.storage_bits)}
+
+    def words(self, columns: int) -> dict[str, int]:
+        """Their int32 words in a row."""
+        return {name: packed_words(*field) for name, field in self.fields(columns).items()}
+
+    def row_bits(self, columns: int) -> int:
+        """Bits of a row's codes, what fills words up not counted."""
+        return sum(count * bits for count, bits in self.fields(columns).values())
+
+    def pack(self, codes_OI: Tensor) -> dict[str, Tensor]:
+        """Codes as words, by name.
+
+        Raises:
+            ValueError: a code is none of the grid's.
+        """
+        return {"codes": pack(self.store(codes_OI), self.storage_bits)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int, unpacker: Unpack = unpack) -> Tensor:
+        """Inverse of :meth:`pack`, in :attr:`code_dtype`, unchecked.
+
+        Args:
+            tensors: The words, by name.
+            columns: Weights of a row.
+            unpacker: Unpacks one of them; the default does it on the CPU.
+        """
+        return self.codes_of(unpacker(tensors["codes"], self.storage_bits, columns))
+
+    def logits_per_weight(self, shifts: int, vectors: int) -> float:
+        """Logits that train for one weight, with so many shifts to each side, or so many candidates of a vector."""
+        return self.candidates(shifts).logits
+
+    def verified(self, codes: Tensor) -> Tensor:
+        """The codes, none of which lies below the grid.
+
+        Raises:
+            ValueError: one does.
+        """
         if codes.numel() and int(codes.min()) < self.low:
             raise ValueError(f"a code lies below the lowest level {self.low} of the grid {self.low} ... {self.high}")
         return codes

@@ -14,8 +14,12 @@ differ in what is stored for them:
 | two-level             | ``scales`` O B, integers ``sub_scales`` O G    | scales * sub_scales |                       |
 | two-level with offset | these, ``offsets`` O B, ``sub_offsets`` O G    | scales * sub_scales | offsets * sub_offsets |
 
+| two-level, odd        | ``scales`` O B, integers ``sub_scales`` O G    | see below           |                       |
+
 where ``B`` counts blocks of 256 weights. This is ggml's own arithmetic (its ``dmin`` is ``offsets`` with the other
 sign, which changes no bit), and MLX's (``biases`` are ``offsets``), so that a weight stored there is the run's.
+
+In the odd layout ``s[g] = scales * (2 sub_scales + 1) * unit``, a power of two: what ggml's I-types have.
 
 The pieces: :class:`Integers` says which small integers there are; :class:`ScaleLayout` which tensors, of which shapes,
 at how many bits, and what they amount to. :class:`~lightning_gsq.weights.quantized.QuantizedTensor` holds the codes and
@@ -77,6 +81,7 @@ class ScaleLayout:
         sub_scales: Those integers.
         sub_offsets: The integers of the offsets.
         dtype: Stored dtype of the floats; None for the run's own (scale_dtype).
+        odd_unit: The unit of the odd layout; 0 where a scale is multiplied by the integer itself.
     """
 
     offset: bool = False
@@ -84,6 +89,7 @@ class ScaleLayout:
     sub_scales: Integers | None = None
     sub_offsets: Integers | None = None
     dtype: torch.dtype | None = None
+    odd_unit: float = 0.0
 
     @property
     def plain(self) -> bool:
@@ -105,7 +111,10 @@ class ScaleLayout:
 
     def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
         """``s``, fp32 ``O G``; differentiable."""
-        return _product(parts[SCALES], parts.get(SUB_SCALES))
+        integers = parts.get(SUB_SCALES)
+        if self.odd_unit and integers is not None:
+            integers = (2 * integers.float() + 1) * self.odd_unit
+        return _product(parts[SCALES], integers)
 
     def offsets(self, parts: Mapping[str, Tensor]) -> Tensor | None:
         """``o``, fp32 ``O G``; differentiable; None in a layout without."""

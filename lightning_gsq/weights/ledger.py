@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_gsq.weights.packing import WORD_BITS, packed_words
+from lightning_gsq.weights.packing import WORD_BITS
 from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, stored_scale_bits
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -57,8 +57,8 @@ class LedgerEntry:
             scale_bits: Bits of one float of the scales, unless the layout fixes them.
         """
         rows, columns = shape
-        codes = rows * columns * scheme.storage_bits
-        stored = rows * packed_words(columns, scheme.storage_bits) * WORD_BITS
+        codes = rows * scheme.grid.row_bits(columns)
+        stored = rows * sum(scheme.grid.words(columns).values()) * WORD_BITS
         return cls(
             name,
             rows * columns,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WORD_BITS = 32
+WORD_BITS, OCTET = 32, 8
 
 
 def packed_words(in_features: int, bits: int) -> int:
@@ -26,7 +26,7 @@ def pack(values_OI: Tensor, bits: int) -> Tensor:
 
     Args:
         values_OI: Integers in ``[0, 2**bits)``, any integer dtype, on any device.
-        bits: Bits a value, 1 to 8.
+        bits: Bits a value, 1 to 16.
 
     Returns:
         int32 words, ``O ceil(I * bits / 32)``, on the CPU.
@@ -40,11 +40,10 @@ def pack(values_OI: Tensor, bits: int) -> Tensor:
             f"got {int(values_OI.min())} ... {int(values_OI.max())}"
         )
     rows, columns = values_OI.shape
-    values = values_OI.to("cpu", torch.uint8).numpy()
+    values = values_OI.to("cpu", torch.int32 if bits > OCTET else torch.uint8).numpy()
+    octets = values.astype("<u2")[..., None].view(np.uint8) if bits > OCTET else values[..., None]
     stream = np.zeros((rows, packed_words(columns, bits) * WORD_BITS), dtype=np.uint8)
-    stream[:, : columns * bits] = np.unpackbits(values[..., None], axis=-1, bitorder="little", count=bits).reshape(
-        rows, -1
-    )
+    stream[:, : columns * bits] = np.unpackbits(octets, axis=-1, bitorder="little", count=bits).reshape(rows, -1)
     words = np.packbits(stream, axis=-1, bitorder="little").view("<i4")
     return torch.from_numpy(words.astype(np.int32, copy=False))
 
@@ -54,11 +53,11 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
 
     Args:
         words: int32, ``O ceil(I * bits / 32)``.
-        bits: Bits a value, 1 to 8.
+        bits: Bits a value, 1 to 16.
         in_features: ``I``.
 
     Returns:
-        uint8 values, ``O I``, on the CPU.
+        uint8 values, ``O I``, on the CPU; int32 above 8 bits.
 
     Raises:
         ValueError: the words do not have that shape or dtype.
@@ -72,7 +71,9 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
     octets = np.ascontiguousarray(words.cpu().numpy().astype("<i4", copy=False)).view(np.uint8)
     stream = np.unpackbits(octets, axis=-1, bitorder="little")[:, : in_features * bits]
     values = np.packbits(stream.reshape(len(octets), in_features, bits), axis=-1, bitorder="little")
-    return torch.from_numpy(values[..., 0])
+    if bits <= OCTET:
+        return torch.from_numpy(values[..., 0])
+    return torch.from_numpy(values.view("<u2")[..., 0].astype(np.int32))
 
 
 def index_bits(count: int) -> int:

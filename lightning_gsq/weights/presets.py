@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.weights.code_vectors import VECTORS
 from lightning_gsq.weights.grid import Bits, Grid, grid_of, table_grid, unsigned_grid
 from lightning_gsq.weights.layout import Integers, ScaleLayout
+from lightning_gsq.weights.vector_grid import EIGHTHS, vector_grid
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The values of IQ4_NL and IQ4_XS, from ggml's ``kvalues_iq4nl``."""
@@ -64,9 +66,17 @@ def _two_level(sub_scales: Integers, sub_offsets: Integers | None = None) -> Sca
     return ScaleLayout(sub_offsets is not None, 256, sub_scales, sub_offsets, torch.float16)
 
 
+def _vectors(name: str) -> Preset:
+    own = VECTORS[name.upper()]
+    unit = own.unit / EIGHTHS if own.shift_group else own.unit
+    layout = ScaleLayout(block=256, sub_scales=Integers(0, own.high), dtype=torch.float16, odd_unit=unit)
+    bits = int(name[2])  # of its name: a weight has no bits of its own
+    return Preset(name, bits, vector_grid(own.name, bits), own.group, layout, 256, "iq4_nl", own.name)
+
+
 _FOUR, _SIX, _SIGNED_SIX, _EIGHT = Integers(0, 15), Integers(0, 63), Integers(-32, 31), Integers(-128, 127)
 _FROM_MINUS_ONE = Grid(-1, 2, storage_bits=2, origin=-1)
-GGML = {
+LEVEL_TYPES = {
     preset.name: preset
     for preset in (
         _ggml("q1_0", grid_of(1), 128),
@@ -88,6 +98,10 @@ GGML = {
     )
 }
 """The types of ggml whose weight is a scale times a level, less an offset."""
+VECTOR_TYPES = {name.lower(): _vectors(name.lower()) for name in VECTORS}
+"""Those whose weights have code vectors: training goes on from codes that are there, it finds none by rounding."""
+GGML = {**LEVEL_TYPES, **VECTOR_TYPES}
+"""Both."""
 MLX = {
     f"mlx{bits}g{group}": Preset(f"mlx{bits}g{group}", bits, unsigned_grid(bits), group, _AFFINE, group)
     for bits in MLX_BITS

@@ -112,7 +112,7 @@ class QuantizedTensor:
     def ledger(self) -> BitsLedger:
         """What the packed tensors cost."""
         rows, columns = self.shape
-        words = rows * packed_words(columns, self.scheme.storage_bits)
+        words = rows * sum(self.scheme.grid.words(columns).values())
         scale_bits = stored_scale_bits(self.scheme, rows, columns, 8 * self.scales_OG.element_size())
         return BitsLedger(rows * columns, WORD_BITS * words, scale_bits)
 
@@ -123,9 +123,9 @@ class QuantizedTensor:
         return scale_values(values_OI, layout.scales(parts), layout.offsets(parts), self.group_length).to(dtype)
 
     def pack(self) -> dict[str, Tensor]:
-        """``codes`` (int32 words), ``scales`` and the layout's other parts: what a block file holds."""
+        """``codes`` (int32 words; of code vectors more), ``scales`` and the layout's other parts: a block file's."""
         integers = {name: part.integers for name, part in self.scheme.parts(self.shape[1]).items()}
-        packed = {"codes": pack(self.scheme.grid.store(self.codes_OI), self.scheme.storage_bits)}
+        packed = self.scheme.grid.pack(self.codes_OI)
         for name, value in self.scale_parts.items():
             kind = integers[name]
             packed[name] = value.cpu().contiguous() if kind is None else pack(value - kind.low, kind.bits)
@@ -152,9 +152,10 @@ class QuantizedTensor:
             if tuple(value.shape) != (rows, part.columns):
                 raise ValueError(f"expected {name} of shape ({rows}, {part.columns}), got {tuple(value.shape)}")
             parts[name] = value
-        if tensors["codes"].ndim != 2 or tensors["codes"].shape[0] != rows:
-            raise ValueError(f"expected codes with {rows} rows, got shape {tuple(tensors['codes'].shape)}")
-        codes_OI = scheme.grid.restore(unpack(tensors["codes"], scheme.storage_bits, columns))
+        for name in scheme.grid.fields(columns):
+            if tensors[name].ndim != 2 or tensors[name].shape[0] != rows:
+                raise ValueError(f"expected {name} with {rows} rows, got shape {tuple(tensors[name].shape)}")
+        codes_OI = scheme.grid.verified(scheme.grid.unpack(tensors, columns))
         return cls(codes_OI, parts.pop(SCALES), scheme, parts)
 
 
@@ -183,6 +184,19 @@ def stored_scale_bits(scheme: QuantScheme, rows: int, columns: int, float_bits: 
         for part in scheme.parts(columns).values()
     )
     return rows * sum(sizes)
+
+
+def packed_like(scheme: QuantScheme, rows: int, columns: int, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What :meth:`QuantizedTensor.pack` gives for such a matrix, on the meta device: shapes and dtypes alone."""
+    codes = torch.empty(rows, packed_words(columns, scheme.storage_bits), dtype=torch.int32, device="meta")
+    tensors = {"codes": codes}
+    for name, part in scheme.parts(columns).items():
+        dtype = scheme.layout.dtype or scale_dtype
+        width = part.columns
+        if part.integers is not None:
+            dtype, width = torch.int32, packed_words(part.columns, part.integers.bits)
+        tensors[name] = torch.empty(rows, width, dtype=dtype, device="meta")
+    return tensors
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def unpack_weight(tensors: dict[str, Tensor], scheme: QuantScheme, shape: tuple[
         ValueError: the tensors do not fit the scheme.
     """
     if scheme.salient is None:
-        expect_parts(tensors, {"codes", *scheme.parts(shape[1])})
+        expect_parts(tensors, {*scheme.grid.fields(shape[1]), *scheme.parts(shape[1])})
         return QuantizedTensor.unpack(tensors, scheme, shape)
     if scheme.salient.layout == "element":
         return ElementTensor.unpack(tensors, scheme, shape)

@@ -1,5 +1,6 @@
 """Each callback alone, in a plain Lightning script with a module of its own."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_gsq.callbacks import BlockProgress, GumbelAnnealing, HardRounding, QuantizationMonitor
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -196,3 +198,37 @@ def test_progress_prints_one_line_a_block_without_a_terminal(capsys: pytest.Capt
         Trainer(max_epochs=1, callbacks=[progress], num_sanity_val_steps=0, **QUIET).fit(module, block_batches(module))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("block ")]
     assert [line.split("  ")[0] for line in lines] == ["block 1/2", "block 2/2"]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_block_of_a_run_leaves_its_line(terminal: bool) -> None:
+    """Once the run has measured it, with its error before and after."""
+    progress, shown = BlockProgress(), _Terminal()
+    progress.console = Console(file=shown, force_terminal=terminal, width=200, markup=False, highlight=False)
+    module = block_module(position=(2, 30))
+    module.measured_afterwards = True
+    Trainer(max_epochs=1, callbacks=[progress], num_sanity_val_steps=0, **QUIET).fit(module, block_batches(module))
+    assert "error" not in shown.getvalue()
+    progress.on_block_measured(module, {"start": 0.142, "final": 0.088, "flip_rate": 0.041, "seconds": 17.7})
+    progress.close()
+    line = "error 0.1420 -> 0.0880  codes moved 4.1%  17.7 s"
+    assert shown.getvalue().count(line) == 1
+    assert "block 3/30" in shown.getvalue()
+    assert ("min left" in shown.getvalue().partition(line)[2]) is not terminal
+
+
+def test_short_fits_have_curves(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path), name="", version="short")
+    module = block_module()
+    monitor = QuantizationMonitor(every_n_steps=20, histograms=False)
+    settings = {**QUIET, "logger": logger}
+    Trainer(max_steps=10, max_epochs=-1, callbacks=[monitor], num_sanity_val_steps=0, **settings).fit(
+        module, block_batches(module)
+    )
+    events = EventAccumulator(str(tmp_path / "short")).Reload()
+    assert len(events.Scalars("block/loss_hard")) == 5

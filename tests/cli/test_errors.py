@@ -1,6 +1,7 @@
 """One line an error: which option, what it got, what it takes, the nearest name; and a traceback on demand."""
 
 import errno
+import threading
 from pathlib import Path
 
 import jinja2
@@ -153,6 +154,32 @@ def test_nearest(name: str, option: str | None) -> None:
 )
 def test_kinds_of_errors(error: Exception, code: int, line: str) -> None:
     assert errors.line_of(error) == (code, line)
+
+
+def test_a_disk_that_fails_says_what_is_lost() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+    code, line = errors.line_of(error)
+    assert code == 1 and line.startswith("No space left on device: what was finished is kept, and the same command")
+
+
+def test_a_thread_that_cannot_write_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TensorBoard's writer, which runs in one."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back afterwards
+    main(["plan", "nowhere", "--data.num_sequences", "0"])
+    capsys.readouterr()
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    for error in (OSError(errno.EFBIG, "File too large"), ValueError("a mistake")):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+        shown = capsys.readouterr().err
+        assert ("Traceback" in shown) == isinstance(error, ValueError), shown
+        assert str(error.args[-1]) in shown
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

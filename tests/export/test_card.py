@@ -1,13 +1,15 @@
 """Names from a run folder stay text in a model card, whatever they are made of."""
 
 import dataclasses
+import html
+from pathlib import Path
 
 import pytest
 import yaml
 
 from lightning_gsq.export import open_run
-from lightning_gsq.export.card import as_code, as_text, model_card
-from lightning_gsq.export.formats import NativeFormat
+from lightning_gsq.export.card import as_code, as_text, licence_of, model_card
+from lightning_gsq.export.formats import DequantizedFormat, NativeFormat
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 from tests.support.finished import MakeRun
 
@@ -48,3 +50,29 @@ def test_a_card_with_hostile_names(new_run: MakeRun, name: str) -> None:
     assert len(headings) == 5
     for sign in ("<img", "<script", "](javascript", "](http://", "\nhttps://", "**bold"):
         assert sign not in text
+
+
+def test_a_card_says_what_was_measured_and_how_it_was_made(new_run: MakeRun) -> None:
+    run = open_run(new_run())
+    Path(run.model.address.pretrained, "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    about = {"text": "TextFile wiki.raw", "windows": 24, "tokens": 1024, "starts_with_bos": False}
+    run.summary["evaluation"] = {**about, "precision": "bf16-mixed", "digest": "abc123"}
+    run.recipe["command"] = "lightning-gsq fit /home/someone/model --data '~/texts/my text.txt' --model.scheme.bits 3"
+    card = model_card(run, NativeFormat(), Ledger((LedgerEntry("w", 8, codes=8),), {"model.safetensors": 0}), None)
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == "mit"
+    assert "On TextFile wiki.raw, 24 windows of 1,024 tokens, bf16-mixed; digest of the tokens abc123." in text
+    assert "lightning-gsq fit model --data 'my text.txt' --model.scheme.bits 3" in html.unescape(text)
+    assert "someone" not in text
+    assert "`pip install lightning-gsq`" in text
+    assert "pip install lightning-gsq" not in model_card(run, DequantizedFormat(), Ledger(), None)
+
+
+FRONTS = ["license: [a, b]", ": : :", "license: a b <c>", "license: 3"]
+
+
+@pytest.mark.parametrize("content", ["no front matter", *(f"---\n{front}\n---\n" for front in FRONTS)])
+def test_a_licence_that_is_not_plain_is_left_out(content: str, new_run: MakeRun) -> None:
+    run = open_run(new_run())
+    Path(run.model.address.pretrained, "README.md").write_text(content)
+    assert licence_of(run) is None

@@ -240,3 +240,70 @@ def test_without_the_package_nothing_is_checked_and_that_is_said(mixed, monkeypa
         'NOT CHECKED with mlx-lm, which is not installed (pip install "mlx[cpu]" mlx-lm)'
     )
     assert FORMAT.refuse(run) is None
+
+
+OUTER = {"bits": 8, "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "schemes", "count"),
+    [
+        (LlamaConfig(**SHAPE, tie_word_embeddings=True), {"embedding": OUTER}, 15),
+        (LlamaConfig(**SHAPE), {"embedding": "mlx4g64", "head": {"bits": 6, "group_size": 64}}, 16),
+        (LlamaConfig(**SHAPE), {"head": "q4_1"}, 15),
+        (Gemma3TextConfig(**SHAPE, head_dim=32, sliding_window=8, sliding_window_pattern=2), {"embedding": OUTER}, 15),
+        (Qwen2Config(**SHAPE, tie_word_embeddings=True), {"embedding": {"bits": 3, "group_size": 128}}, 15),
+    ],
+    ids=["tied", "untied", "head", "gemma3", "qwen2"],
+)
+def test_a_quantized_embedding_and_head(
+    tmp_path: Path, config: PretrainedConfig, schemes: dict[str, object], count: int
+) -> None:
+    """By mlx_lm's account the run's own: weights bit for bit, logits, text; in the file instead of 16-bit numbers."""
+    run = quantize(save_model(tmp_path / "model", config), tmp_path / "run", 4, 64, **schemes)
+    assert FORMAT.refuse(FORMAT.view(run)) is None
+    (tmp_path / "out").mkdir()
+    ledger = FORMAT.write(FORMAT.view(run), tmp_path / "out", ExportOptions())
+    report = FORMAT.check(FORMAT.view(run), tmp_path / "out")
+    assert report.weights == (count, count) and report.same_text
+    assert report.logits is not None and report.logits[0] <= 1e-4 * report.logits[1]
+    ledger.verify(FORMAT.weight_files(tmp_path / "out"))
+    stored, settings = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization"],
+    )
+    for name in run.outer:
+        weight = run.weights[name]
+        assert stored[name].dtype == torch.uint32
+        own = settings.get(weight.stem, settings)  # those of most layers stand for themselves
+        assert (own["group_size"], own["bits"]) == (weight.scheme.group_size, weight.scheme.storage_bits)
+    assert ("lm_head.weight" in stored) == ("head" in schemes)
+
+
+def test_bfloat16_scales_of_an_embedding(tmp_path: Path) -> None:
+    config = LlamaConfig(**SHAPE, tie_word_embeddings=True)
+    run = quantize(
+        save_model(tmp_path / "model", config), tmp_path / "run", 3, 64, scale_dtype="bfloat16", embedding=OUTER
+    )
+    (tmp_path / "out").mkdir()
+    FORMAT.write(run, tmp_path / "out", ExportOptions())
+    assert FORMAT.check(run, tmp_path / "out").weights == (15, 15)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "message"),
+    [
+        (
+            "q5_k",
+            "is q5_k; native holds it, and gguf or mlx if it is a type of theirs; --model.embedding (or head) w8g32",
+        ),
+        ({"bits": 7, "group_size": 32}, "no kernels for 7 bits (model.embed_tokens.weight)"),
+        ({"bits": 8, "group_size": 16}, "groups of 16, for which it computes wrong numbers"),
+    ],
+)
+def test_an_embedding_that_mlx_cannot_hold_is_refused_before_training(
+    tmp_path: Path, embedding: object, message: str
+) -> None:
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "num_hidden_layers": 1})
+    run = quantize(save_model(tmp_path / "model", config), tmp_path / "run", 4, 32, embedding=embedding)
+    assert message in (FORMAT.refuse(FORMAT.view(run)) or "")

@@ -154,7 +154,20 @@ def test_what_is_no_matrix_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_a_file_of_the_old_form_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.dat").write_bytes(struct.pack("<ii", 1, 3) + b"abc" + struct.pack("<iif", 1, 1, 0.5))
-    with pytest.raises(ConfigurationError, match="does not begin with GGUF"):
-        read_imatrix(tmp_path / "x.dat")
+def test_a_file_of_the_old_form(tmp_path: Path) -> None:
+    """Numbers are mean squares times the calls; what follows the entries may be missing."""
+    entry = struct.pack("<i", 3) + b"abc" + struct.pack("<iiff", 4, 2, 2.0, 6.0)
+    (tmp_path / "x.dat").write_bytes(struct.pack("<i", 1) + entry)
+    matrix = read_imatrix(tmp_path / "x.dat")
+    assert matrix.entries["abc"].mean().tolist() == [[0.5, 1.5]] and matrix.datasets == ()
+    (tmp_path / "x.dat").write_bytes(struct.pack("<i", 1) + entry + struct.pack("<ii", 9, 2) + b"de")
+    assert (read_imatrix(tmp_path / "x.dat").datasets, read_imatrix(tmp_path / "x.dat").chunk_count) == (("de",), 9)
+
+
+def test_damaged_files_of_the_old_form_are_refused(tmp_path: Path) -> None:
+    entry = struct.pack("<i", 3) + b"abc" + struct.pack("<iiff", 4, 2, 2.0, 6.0)
+    whole = struct.pack("<i", 1) + entry
+    for content in (whole[:-1], whole[4:], b"", struct.pack("<i", 2) + entry, whole[:-4] + struct.pack("<f", -1.0)):
+        (tmp_path / "x.dat").write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"x\.dat"):
+            read_imatrix(tmp_path / "x.dat")

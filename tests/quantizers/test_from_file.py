@@ -1,5 +1,6 @@
 """A GGUF file's codes and scales as the start: they come in, and go out, bit by bit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_codes_and_scales_come_back(tmp_path: Path, bits: int, group_size: int) 
         assert torch.equal(own.scales_OG, tensor.scales_OG.float())
         assert float((own.position_OI - own.codes_OI).abs().max()) < 2**bits
     warm_start = {"class_path": "lightning_gsq.quantizers.FromFile", "init_args": {"file": str(file)}}
-    again = quantize(model, tmp_path / "again", bits, group_size, warm_start=warm_start)
+    again = quantize(model, tmp_path / "again", bits, group_size, warm_start=warm_start, embedding="auto")
     (tmp_path / "out").mkdir()
     GGUFFormat().write(again, tmp_path / "out", ExportOptions())
     assert (tmp_path / "out" / FILE).read_bytes() == file.read_bytes()
@@ -54,3 +55,18 @@ def test_what_does_not_fit_is_refused_before_the_run(tmp_path: Path) -> None:
         )  # type: ignore[dict-item]
     with pytest.raises(ConfigurationError, match="cannot be read"):
         FromFile(str(tmp_path / "none.gguf"))
+
+
+def test_the_types_of_a_file_of_several_are_named_as_options(tmp_path: Path) -> None:
+    overrides = {"*.down_proj": "q4_k", "model.layers.1.self_attn.v_proj": "q8_0"}
+    model = save_model(tmp_path / "model")
+    run = quantize(model, tmp_path / "run", 3, 64, scheme="q4_0", overrides=overrides)
+    GGUFFormat().write(run, tmp_path, ExportOptions())
+    start = FromFile(str(tmp_path / FILE))
+    with pytest.raises(ConfigurationError, match=r"All types of the file are") as caught:
+        start.check({name: (QuantScheme(preset="q4_0"), weight.shape) for name, weight in run.weights.items()})
+    options = str(caught.value).partition("All types of the file are ")[2]
+    assert options.startswith("--model.scheme q4_0 --model.overrides '")
+    said = json.loads(options.partition("--model.overrides ")[2].strip("'"))
+    assert said == overrides
+    start.check({name: (weight.scheme, weight.shape) for name, weight in run.weights.items()})

@@ -11,9 +11,9 @@ from lightning_gsq.quantizers.trained_scales import SCALE_PARAMETERS
 from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.training.student_weights import trainable_weight
 from lightning_gsq.weights.assignment import scheme_of
-from lightning_gsq.weights.presets import GGML
+from lightning_gsq.weights.presets import LEVEL_TYPES
 
-NAMES = [*GGML, "mlx1g32", "mlx3g64", "mlx8g128"]
+NAMES = [*LEVEL_TYPES, "mlx1g32", "mlx3g64", "mlx8g128"]
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,6 +103,20 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         Matrix(torch.randn(4, 2), [torch.full((2, 2), torch.inf)], QuantScheme(2), "up.weight")
 
 
+@pytest.mark.parametrize(
+    ("w_OI", "hessians", "message"),
+    [
+        (torch.zeros(4), None, r"up.weight: expected a matrix \(O, I\), got shape \(4,\)"),
+        (torch.zeros(4, 2), [torch.zeros(3, 3)], r"expected Hessians of shape \(2, 2\), got \(3, 3\)"),
+        (torch.zeros(4, 2), [torch.zeros(2, 2)] * 3, "4 rows are not 3 matrices of one size"),
+        (torch.zeros(4, 2), [], "4 rows are not 0 matrices of one size"),
+    ],
+)
+def test_shapes_that_do_not_go_together(w_OI: torch.Tensor, hessians: list[torch.Tensor] | None, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Matrix(w_OI, hessians, QuantScheme(2), "up.weight")
+
+
 @pytest.mark.parametrize(("options", "said"), [({"damping": 1.5}, "damping"), ({"block_columns": 0}, "block_columns")])
 def test_options_out_of_range_are_refused(options: dict, said: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"warm_start\.{said} must"):

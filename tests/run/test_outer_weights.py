@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +11,17 @@ from transformers import LlamaConfig
 
 from lightning_gsq.cli import main
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export import open_run
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import embed
 from lightning_gsq.models.ends import find_ends, head_inputs
 from lightning_gsq.run import blocks as blocks_module
+from lightning_gsq.run import outer_weights as outer_module
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.outer_weights import round_rows, visiting
 from lightning_gsq.run.substitution import outer_installed
 from lightning_gsq.training import EndToEndOptions, EndToEndQuantization, ModelQuantization
-from lightning_gsq.training.settings import OuterOptions
+from lightning_gsq.training.outer_options import OuterOptions
 from lightning_gsq.weights.salient_part import SalientPart
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.outer import EMBEDDING, HEAD
@@ -207,3 +210,57 @@ def test_end_to_end_trains_the_scales_and_keeps_the_codes(tmp_path: Path, corpus
     assert torch.equal(saved.get_input_embeddings().weight, end.dequantize())  # type: ignore[arg-type]
     report = json.loads((folder / "run/export/native/ledger.json").read_text())
     assert report["check"]["weights"][0] == report["check"]["weights"][1] == 15
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scheme", "expected"),
+    [
+        ({"hidden_size": 64}, QuantScheme(3, 32), QuantScheme(8, 32)),
+        ({"hidden_size": 64}, QuantScheme(preset="q4_0"), QuantScheme(preset="q8_0")),
+        ({"hidden_size": 48}, QuantScheme(3, 16), None),
+    ],
+)
+def test_an_embedding_has_eight_bits_by_itself_where_its_rows_are_whole_groups(
+    sizes: dict[str, int], scheme: QuantScheme, expected: QuantScheme | None
+) -> None:
+    model = ModelQuantization("x", scheme=scheme, embedding="auto")
+    network = random_model(LlamaConfig(**{**COMMON, **sizes}, tie_word_embeddings=True))
+    assert [own for own, _ in model.outer.expected(network).values()] == ([] if expected is None else [expected])
+    line = model.outer.left(network)
+    assert (line is None) == (expected is not None)
+    if line is not None:
+        assert "model.embed_tokens.weight has rows of 48 weights, no whole groups of 32; kept at 16 bits" in line
+    with pytest.raises(ConfigurationError, match="there is no preset 'auto'"):
+        ModelQuantization("x", head="auto")
+
+
+@pytest.mark.parametrize(("hidden_size", "quantized"), [(64, True), (48, False)])
+def test_a_run_without_the_option(
+    hidden_size: int, quantized: bool, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe's own setting: opened again, exported, and never refused."""
+    network = random_model(LlamaConfig(**{**COMMON, "hidden_size": hidden_size}, tie_word_embeddings=True))
+    network.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    changes = {"model__phases": ["init"], "model__scheme": {"bits": 4, "group_size": 16}, "model__embedding": "auto"}
+    config = write_config(tmp_path / "model", corpus, tmp_path, **changes)
+    formats = "[native,dequantized,compressed-tensors]"
+    assert main(["fit", "--config", str(config), "--export", formats]) == 0
+    assert ("kept at 16 bits" in capsys.readouterr().out.replace("\n", " ")) != quantized
+    assert open_run(tmp_path / "run").outer == ([EMBEDDING] if quantized else [])
+
+
+def test_a_head_that_is_not_called_is_no_obstacle_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: object) -> Tensor:
+        raise ConfigurationError("does not call")
+
+    lines: list[str] = []
+    monkeypatch.setattr(outer_module, "head_moments", refuse)
+    automatic, asked = (
+        SimpleNamespace(model=ModelQuantization("x", embedding=embedding), say=lines.append)
+        for embedding in ("auto", SCHEME)
+    )
+    assert outer_module._moments_if_known(automatic) is None  # type: ignore[arg-type]
+    assert lines == ["note: all columns of the embedding count alike: does not call"]
+    with pytest.raises(ConfigurationError):
+        outer_module._moments_if_known(asked)  # type: ignore[arg-type]

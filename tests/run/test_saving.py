@@ -1,5 +1,6 @@
 """The folder of the quantized model: what cannot be written is known before, what is there and whole stays."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.saving import save_tokenizer
 from lightning_gsq.run.saving import MARK, check_saving, save_model
 
 
@@ -36,3 +38,20 @@ def test_a_folder_is_written_anew_if_it_is_not_what_it_should_be(tiny_llama: Pat
     (folder / MARK).unlink()
     with pytest.raises(ConfigurationError, match="was written by something else"):
         save("b")
+
+
+def test_a_disk_that_fails_while_the_tokenizer_is_written(tmp_path: Path) -> None:
+    """The library that writes it raises no OSError."""
+
+    class Tokenizer:
+        text = "No space left on device (os error 28)"
+
+        def save_pretrained(self, _: Path) -> None:
+            raise Exception(self.text)
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_tokenizer(Tokenizer(), tmp_path)  # type: ignore[arg-type]
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path)
+    Tokenizer.text = "something else"
+    with pytest.raises(Exception, match="something else"):
+        save_tokenizer(Tokenizer(), tmp_path)  # type: ignore[arg-type]

@@ -13,6 +13,16 @@ from tests.support.processes import clean_environment
 
 WORK = {
     "python": "while True: pass",
+    # Python ignores what a finalizer raises, and says so.
+    "a finalizer": """
+class Slow:
+    def __del__(self):
+        for _ in range(60): time.sleep(0.005)
+while True:
+    slow = Slow()
+    del slow
+    time.sleep(0.2)
+""",
     "sleeping": "time.sleep(60)",
     "swallowed": """
 while True:

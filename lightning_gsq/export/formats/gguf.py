@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,9 +24,9 @@ import torch
 import yaml
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Runtime
+from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, FileSizes, Runtime
 from lightning_gsq.export.formats.gguf_check import check_file
-from lightning_gsq.export.formats.gguf_layout import layout_of
+from lightning_gsq.export.formats.gguf_layout import Layout, layout_of
 from lightning_gsq.export.formats.gguf_storage import (
     FILE,
     SUPPORTED_BY_TRANSFORMERS,
@@ -33,14 +34,16 @@ from lightning_gsq.export.formats.gguf_storage import (
     fitting_schemes,
     source_file,
 )
-from lightning_gsq.export.formats.gguf_tensors import from_file, from_folder, ledger_of
+from lightning_gsq.export.formats.gguf_tensors import from_file, from_folder, ledger_of, quantized
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.gguf.file import Field
 from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, storage_fields
-from lightning_gsq.gguf.write import write_gguf
+from lightning_gsq.gguf.write import NewTensor, file_size, write_gguf
 from lightning_gsq.weights.ledger import Ledger
+from lightning_gsq.weights.scheme import QuantScheme
 
 WORTH_SAYING = 0.6
 """Bits a weight that a block type wastes before that is said."""
@@ -74,17 +77,45 @@ class GGUFFormat(ExportFormat):
                 f"{options.gguf_embedding}, leave it out"
             )
         layout = layout_of(run)
-        if layout.source is not None:
-            fields, tensors = fields_of_file(layout.source), from_file(run, layout, layout.source, options)
-        else:
-            assert layout.architecture is not None
-            fields = fields_of_model(run.config, run.tokenizer, Path(run.address).name)
-            tensors = from_folder(run, layout, layout.architecture, options)
+        fields = self._fields(run, layout)
         fields |= storage_fields(self._most_common(run, options))
-        planned = list(tensors)
+        planned = list(self._tensors(run, layout, options))
         write_gguf(folder / FILE, fields, planned)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")
         return ledger_of(folder / FILE, planned, layout.parameters, set(run.weights))
+
+    def sizes(self, run: PlannedRun) -> FileSizes:
+        """Those of the file that :meth:`write` writes."""
+        layout, options = layout_of(run), ExportOptions()
+        fields = self._fields(run, layout)
+
+        def weight(name: str, scheme: QuantScheme) -> int:
+            own = replace(run.weights[name], scheme=scheme)
+            return sum(quantized(run, own, place, options).padded_bytes for place in layout.weights[name].places)
+
+        def total(schemes: Mapping[str, QuantScheme]) -> int:
+            other = run.with_schemes(schemes)
+            storage = storage_fields(self._most_common(other, options))
+            return file_size(fields | storage, self._tensors(other, layout, options))
+
+        return FileSizes(weight, total)
+
+    def holds_exactly(self, scheme: QuantScheme, in_features: int) -> bool:
+        """Whether it has a block type for that."""
+        return Storage.of(scheme, in_features, "Q8_0").exact
+
+    def _fields(self, run: PlannedRun, layout: Layout) -> dict[str, Field]:
+        """Key-values, but for those that say how weights are stored."""
+        if layout.source is not None:
+            return fields_of_file(layout.source)
+        return fields_of_model(run.config, run.tokenizer, Path(run.address).name)
+
+    def _tensors(self, run: PlannedRun, layout: Layout, options: ExportOptions) -> Iterator[NewTensor]:
+        """What the file holds; the values are those of a finished run."""
+        if layout.source is not None:
+            return from_file(run, layout, layout.source, options)
+        assert layout.architecture is not None
+        return from_folder(run, layout, layout.architecture, options)
 
     def check(self, run: FinishedRun, folder: Path) -> CheckReport:
         """Reads the file back bit by bit, and loads it with transformers (where it can) and with llama.cpp."""
@@ -105,6 +136,11 @@ class GGUFFormat(ExportFormat):
         """Those of the block type."""
         return Storage.of(weight.scheme, weight.site.in_features, "Q8_0").bits
 
+    def stored_as(self, weight: ExportedWeight) -> str:
+        """The block type."""
+        storage = Storage.of(weight.scheme, weight.site.in_features, "Q8_0")
+        return storage.name if storage.exact else f"{storage.name}, rounded anew"
+
     def remarks(self, run: PlannedRun) -> list[str]:
         """Says of each scheme that fills its block type badly which schemes fit it, and the next smaller one."""
         remarks = {}
@@ -123,7 +159,7 @@ class GGUFFormat(ExportFormat):
         """The GGUF file."""
         return [folder / FILE]
 
-    def _most_common(self, run: FinishedRun, options: ExportOptions) -> str:
+    def _most_common(self, run: PlannedRun, options: ExportOptions) -> str:
         counts: Counter[str] = Counter()
         for weight in run.weights.values():
             storage = Storage.of(weight.scheme, weight.site.in_features, options.gguf_projection)

@@ -16,15 +16,14 @@ from lightning_gsq.export.contract import ExportOptions
 from lightning_gsq.export.formats.gguf_layout import Layout
 from lightning_gsq.export.formats.gguf_storage import F16, F32, Storage
 from lightning_gsq.export.formats.linear import fits_dtype
-from lightning_gsq.export.planned import ExportedWeight
+from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.architectures.table import Architecture
 from lightning_gsq.gguf.blocks import BLOCK_TYPES, encode, projection
 from lightning_gsq.gguf.file import GGUFFile, StoredTensor
 from lightning_gsq.gguf.layout import EMBEDDINGS, Stored
 from lightning_gsq.gguf.rows import Place
-from lightning_gsq.gguf.types.codec import dequantize
-from lightning_gsq.gguf.types.levels import scale_bits
+from lightning_gsq.gguf.types.codec import dequantize, scale_bits
 from lightning_gsq.gguf.types.table import BY_NUMBER
 from lightning_gsq.gguf.write import NewTensor
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
@@ -33,7 +32,7 @@ ROUTER = "ffn_gate_inp"
 """What chooses among experts: llama.cpp wants it in fp32."""
 
 
-def from_file(run: FinishedRun, layout: Layout, source: GGUFFile, options: ExportOptions) -> Iterator[NewTensor]:
+def from_file(run: PlannedRun, layout: Layout, source: GGUFFile, options: ExportOptions) -> Iterator[NewTensor]:
     """The tensors of a file, byte by byte but for what a run quantized or trained, and embeddings where asked for.
 
     Args:
@@ -61,7 +60,7 @@ def from_file(run: FinishedRun, layout: Layout, source: GGUFFile, options: Expor
 
 
 def from_folder(
-    run: FinishedRun, layout: Layout, architecture: Architecture, options: ExportOptions
+    run: PlannedRun, layout: Layout, architecture: Architecture, options: ExportOptions
 ) -> Iterator[NewTensor]:
     """The tensors of a Hugging Face model.
 
@@ -90,7 +89,7 @@ def from_folder(
 
 
 def quantized(
-    run: FinishedRun,
+    run: PlannedRun,
     weight: ExportedWeight,
     place: Place,
     options: ExportOptions,
@@ -111,6 +110,7 @@ def quantized(
         shape = (experts, rows // experts, weight.shape[1]) if experts else (rows, weight.shape[1])
 
     def content() -> np.ndarray:
+        assert isinstance(run, FinishedRun)
         tensor = run.tensor(weight.name)
         if storage.kind is None:
             return fits_dtype(weight.name, place.of_file(tensor.dequantize(torch.float16)), torch.float16).numpy()
@@ -133,7 +133,7 @@ def _kind(name: str, stored: StoredTensor, options: ExportOptions) -> str:
     return kind if kind in ("F32", "F16", *BLOCK_TYPES) and kind not in ("Q1_0", "Q2_0") else "F16"
 
 
-def _other(run: FinishedRun, stored: Stored, parameter: str, name: str, shape: tuple[int, ...], kind: str) -> NewTensor:
+def _other(run: PlannedRun, stored: Stored, parameter: str, name: str, shape: tuple[int, ...], kind: str) -> NewTensor:
     """A parameter that is not quantized, or the part of it that a tensor holds."""
     place = next(place for place in stored.places if place.name == name)
 

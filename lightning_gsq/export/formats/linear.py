@@ -29,6 +29,8 @@ class LinearFormat(ExportFormat):
     """Which of a layer's tensors holds the codes."""
     scales: ClassVar[str]
     """Which of them holds the scales."""
+    levels: ClassVar[str] = "symmetric levels with one scale"
+    """What it holds, in words."""
 
     @abstractmethod
     def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -47,11 +49,15 @@ class LinearFormat(ExportFormat):
         return linear_bits(scheme)
 
     def refuse(self, run: PlannedRun) -> str | None:
-        """Refuses fused experts, transposed weights, and what :meth:`refuse_weight` names."""
+        """Refuses fused experts, transposed weights, what :meth:`refuse_weight` names, and numbers that do not fit."""
+        return self.refuse_weights(run) or self.refuse_values(run)
+
+    def refuse_weights(self, run: PlannedRun) -> str | None:
+        """All of it but the numbers."""
         weights = list(run.weights.values())
         reasons = [*map(self._refuse_layout, weights), *map(self.refuse_weight, weights)]
         reasons.append(refuse_other_than_linear(self.name, weights))
-        return next((reason for reason in reasons if reason), None) or self.refuse_values(run)
+        return next((reason for reason in reasons if reason), None)
 
     def holds(self, scheme: QuantScheme) -> bool:
         """Whether the format knows such scales and levels at all."""
@@ -60,9 +66,10 @@ class LinearFormat(ExportFormat):
     def _refuse_layout(self, weight: ExportedWeight) -> str | None:
         if self.holds(weight.scheme):
             return None
+        outside = "; --model.embedding (or head) w8g32 is such a scheme" if weight.block is None else ""
         return (
-            f"{self.name} holds symmetric levels with one scale a group, and {weight.name} is {weight.scheme}; "
-            "native holds it, and gguf or mlx if it is a type of theirs"
+            f"{self.name} holds {self.levels} a group, and {weight.name} is {weight.scheme}; native holds it, and gguf "
+            f"or mlx if it is a type of theirs{outside}"
         )
 
     def refuse_values(self, run: PlannedRun) -> str | None:

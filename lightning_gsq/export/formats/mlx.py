@@ -8,7 +8,9 @@ A linear layer ``x`` is stored as
 
 so that a weight is ``scales * code + biases``. With a group's scale ``s``, both are ``s`` times a power of two: ``s``
 and ``-2^(bits - 1) s``, at 1 bit ``2 s`` and ``-s``; a scheme with offsets has them as biases. Nothing is rounded.
-``quantization`` in config.json names bits and group size of most layers, and by name those of the others.
+``quantization`` in config.json names bits and group size of most layers, and by name those of the others. A quantized
+embedding is such a layer too: its rows are unpacked as they are looked up, and a head that is tied to it multiplies
+with it.
 
 Layers compute in the dtype of their scales, and what is not quantized is stored in that dtype too: mixed with another
 one of 16 bits, MLX would compute everything in fp32.
@@ -53,6 +55,8 @@ class MLXFormat(LinearFormat):
     name: ClassVar[str] = "mlx"
     codes: ClassVar[str] = "weight"
     scales: ClassVar[str] = "scales"
+    levels: ClassVar[str] = "evenly spaced levels with a scale, or a scale and an offset,"
+    outer: ClassVar[bool] = True
     package: ClassVar[str] = mlx.PACKAGE
 
     def bits(self, scheme: QuantScheme) -> int:
@@ -88,14 +92,18 @@ class MLXFormat(LinearFormat):
         """Refuses 7 bits, and groups that MLX has no kernels for."""
         bits, length = self.bits(weight.scheme), weight.group_length
         if bits not in BITS:
-            return f"mlx has no kernels for {bits} bits ({weight.name}); it holds 1 to 6 and 8 bits"
+            return f"mlx has no kernels for {bits} bits ({weight.name}); it holds 1 to 6 and 8 bits{_way(weight)}"
         if length not in GROUPS:
             return (
                 f"mlx holds groups of 32, 64 and 128 weights, and {weight.name} has groups of {length}, for which it "
                 "computes wrong numbers without an error; choose --model.scheme.group_size 32, 64 or 128"
+                f"{_way(weight)}"
             )
         if weight.shape[1] % length:
-            return f"mlx needs rows of whole groups of {length}, and {weight.name} has {weight.shape[1]} weights a row"
+            return (
+                f"mlx needs rows of whole groups of {length}, and {weight.name} has {weight.shape[1]} weights a row"
+                f"{_way(weight)}"
+            )
         return None
 
     def refuse(self, run: PlannedRun) -> str | None:
@@ -144,6 +152,11 @@ class MLXFormat(LinearFormat):
             Runtime("mlx_lm", "exact", "mlx_lm.chat --model {folder}"),
             Runtime("mlx_lm server", "exact", "mlx_lm.server --model {folder}"),
         ]
+
+
+def _way(weight: ExportedWeight) -> str:
+    """What else to do about a weight outside of the blocks, whose scheme has an option of its own."""
+    return "" if weight.block is not None else "; for this one: --model.embedding (or head) w8g32, or null"
 
 
 def quantization_config(layers: Mapping[str, QuantScheme], bits: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ It holds every scheme exactly, and a loaded model takes as much memory as the fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,16 +26,18 @@ from transformers import PreTrainedModel
 
 from lightning_gsq.export.check import compare_model
 from lightning_gsq.export.companions import file_names, write_companions
-from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, Runtime
+from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, FileSizes, Run, Runtime
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.export.writer import ShardWriter
+from lightning_gsq.export.writer import PlannedShards, ShardWriter
 from lightning_gsq.packed.config import GSQConfig
 from lightning_gsq.packed.embedding import is_packable_embedding
 from lightning_gsq.packed.layers import PackedWeight
 from lightning_gsq.packed.salient_linear import SageLinear
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
+from lightning_gsq.weights.quantized import packed_like
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 @register
@@ -45,15 +48,19 @@ class NativeFormat(ExportFormat):
     salient: ClassVar[bool] = True
     outer: ClassVar[bool] = True
 
+    def view(self, run: Run) -> Run:
+        """Without embedding and head where one is a module that does more than to look rows up, or to multiply."""
+        owners = [run.network.get_submodule(name.rpartition(".")[0]) for name in run.outer]
+        packable = all(type(owner) is nn.Linear or is_packable_embedding(owner) for owner in owners)
+        return run if packable else run.within_blocks
+
     def refuse(self, run: PlannedRun) -> str | None:
-        """Holds everything but salient parts of fused experts, and embeddings that do more than to look rows up."""
+        """Holds everything but salient parts of fused experts."""
+        return self.refuse_weights(run)
+
+    def refuse_weights(self, run: PlannedRun) -> str | None:
+        """The same."""
         for weight in run.weights.values():
-            owner = run.network.get_submodule(weight.name.rpartition(".")[0])
-            if weight.block is None and not (type(owner) is nn.Linear or is_packable_embedding(owner)):
-                return (
-                    f"native has no packed form of {weight.name}, a {type(owner).__name__}; use dequantized, or "
-                    "--model.embedding null"
-                )
             if weight.scheme.mixed and weight.site.experts:
                 return f"native has no salient weights in fused experts ({weight.name}); use dequantized"
         return None
@@ -75,6 +82,30 @@ class NativeFormat(ExportFormat):
         write_companions(run, folder, GSQConfig.of(layouts).to_dict())
         return writer.finish()
 
+    def sizes(self, run: PlannedRun) -> FileSizes:
+        """Those of the files that :meth:`write` writes."""
+        dtype, shard_size = run.model.storage.scale_dtype, ExportOptions().shard_size
+
+        def packed(weight: ExportedWeight) -> dict[str, Tensor]:
+            parts = packed_like(weight.scheme, *weight.shape, dtype)
+            return {f"{weight.stem}.{part}": value for part, value in parts.items()}
+
+        def weight(name: str, scheme: QuantScheme) -> int:
+            return sum(tensor.nbytes for tensor in packed(replace(run.weights[name], scheme=scheme)).values())
+
+        def total(schemes: Mapping[str, QuantScheme]) -> int:
+            other, shards = run.with_schemes(schemes), PlannedShards(shard_size)
+            for names in other.units():
+                plain = {name: _empty(other, name) for name in names if name not in other.weights}
+                for name, value in file_names(other, plain).items():
+                    shards.add({name: value})
+                for name in names:
+                    if name in other.weights:
+                        shards.add(packed(other.weights[name]))
+            return shards.num_bytes
+
+        return FileSizes(weight, total)
+
     def check(self, run: FinishedRun, folder: Path) -> CheckReport:
         """Loads it with the project's runtime."""
         return compare_model(run, folder, "lightning-gsq", _dense_of)
@@ -89,6 +120,12 @@ class NativeFormat(ExportFormat):
                 'import lightning_gsq; AutoModelForCausalLM.from_pretrained("{folder}")',
             ),
         ]
+
+
+def _empty(run: PlannedRun, name: str) -> Tensor:
+    """A parameter or buffer as :meth:`PlannedRun.parameter` gives it, on the meta device."""
+    value = run.values[name]
+    return torch.empty(value.shape, dtype=run.dtype if value.is_floating_point() else value.dtype, device="meta")
 
 
 def _dense_of(model: PreTrainedModel, name: str) -> Tensor:

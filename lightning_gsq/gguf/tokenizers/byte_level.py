@@ -57,6 +57,6 @@ def split_name(content: Mapping[str, Any]) -> str | None:
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex"):
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex"):
-        known = {pattern: name for name, pattern in SPLITS.items()}
-        return known.get(steps[0]["pattern"].get("Regex")) if steps[0].get("behavior") == "Isolated" else None
+        rules = {pattern: name for name, pattern in SPLITS.items()}
+        return rules.get(steps[0]["pattern"].get("Regex")) if steps[0].get("behavior") == "Isolated" else None
     return None

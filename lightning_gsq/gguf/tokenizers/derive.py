@@ -31,24 +31,24 @@ def tokenizer_fields(size: int, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     tokens, kinds = vocabulary(size, tokenizer.get_vocab(), content)
     model, split = content["model"], split_name(content)
     if split is not None:
-        own = byte_level_fields(content, split)
+        fields = byte_level_fields(content, split)
     elif model.get("type") == "BPE" and model.get("byte_fallback"):
-        own = bpe_fields(content, tokens, kinds)
+        fields = bpe_fields(content, tokens, kinds)
     elif model.get("type") == "Unigram":
-        own = unigram_fields(content, tokens, kinds)
+        fields = unigram_fields(content, tokens, kinds)
     else:
         raise ConfigurationError(
             f"format: gguf: the tokenizer ({type(tokenizer).__name__}) is not one of those that can be written "
             "(byte-level BPE of GPT-2, SmolLM, Llama 3, Qwen2, GPT-4o or Tekken; SentencePiece with a token for every "
             f"byte; unigram); {WAY_OUT}"
         )
-    kind = own.pop("ggml.model")
+    kind = fields.pop("ggml.model")
     fields = {
         "ggml.model": kind,
-        "ggml.pre": own.pop("ggml.pre"),
+        "ggml.pre": fields.pop("ggml.pre"),
         "ggml.tokens": array(tokens, GGUFValueType.STRING),
         "ggml.token_type": array(kinds, GGUFValueType.INT32),
-        **own,
+        **fields,
         **_ends(tokenizer, kind.value),
     }
     if isinstance(tokenizer.chat_template, str):

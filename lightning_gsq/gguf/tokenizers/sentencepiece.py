@@ -62,8 +62,8 @@ def unigram_fields(content: Mapping[str, Any], tokens: list[str], kinds: list[in
             "format: gguf: the tokenizer is a unigram model that falls back to bytes, llama.cpp's has none"
         )
     normalizer, before = content.get("normalizer"), content.get("pre_tokenizer") or {}
-    known = normalizer is None or normalizer["type"] == "Precompiled"
-    if not known or before.get("type") != "Metaspace" or before.get("replacement") != SPACE:
+    usual = normalizer is None or normalizer["type"] == "Precompiled"
+    if not usual or before.get("type") != "Metaspace" or before.get("replacement") != SPACE:
         raise ConfigurationError(
             "format: gguf: the tokenizer is a unigram model; those are written with a Metaspace pre_tokenizer and no "
             "normalizer or a Precompiled one"

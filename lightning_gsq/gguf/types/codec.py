@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.gguf.types import levels, vectors
+from lightning_gsq.gguf.types import levels
 from lightning_gsq.gguf.types.level_bytes import decode_levels, encode_levels
 from lightning_gsq.gguf.types.levels import LevelBlocks
 from lightning_gsq.gguf.types.table import BY_NUMBER, TYPES, GgmlType
 from lightning_gsq.gguf.types.vector_bytes import decode_vectors, encode_vectors
 from lightning_gsq.gguf.types.vectors import VectorBlocks
+from lightning_gsq.weights.code_vectors import VECTORS
 
 Stored = LevelBlocks | VectorBlocks | Tensor
 """A matrix as its type stores it: blocks, or for F32, F16 and BF16 a tensor ``O I`` of that dtype."""
@@ -37,7 +38,7 @@ def decode(raw: np.ndarray, kind: GgmlType) -> Stored:
         )
     if kind.name in levels.GRIDS:
         return decode_levels(raw, kind)
-    if kind.name in vectors.GRIDS:
+    if kind.name in VECTORS:
         return decode_vectors(raw, kind)
     dtype = _FLOATS[kind.name]
     words = np.ascontiguousarray(raw).view(f"<i{kind.num_bytes}").astype(f"=i{kind.num_bytes}")
@@ -94,6 +95,17 @@ def dequantize(raw: np.ndarray, number: int) -> Tensor:
             f"ggml's type {number} holds no weights that can be read; those that can are {', '.join(TYPES)}"
         ) from error
     return torch.from_numpy(np.array(dense, np.float32))
+
+
+def scale_bits(kind: GgmlType) -> int:
+    """Bits of a block that say its scales and offsets; the others are codes."""
+    if kind.name in VECTORS:
+        own = VECTORS[kind.name]
+        return 16 + own.high.bit_length() * kind.length // own.group
+    grid = levels.GRIDS[kind.name]
+    floats = 16 * (1 + ("min" in grid.parts.split()))
+    integers = sum((high - low).bit_length() for low, high in (limits for limits in (grid.sc, grid.m) if limits))
+    return floats + (integers * kind.length // grid.group if grid.group else 0)
 
 
 def verify_finite(stored: Stored, name: str) -> None:

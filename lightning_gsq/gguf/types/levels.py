@@ -130,14 +130,6 @@ class LevelBlocks:
         return [self.d_OB] if self.dmin_OB is None else [self.d_OB, self.dmin_OB]
 
 
-def scale_bits(kind: GgmlType) -> int:
-    """Bits of a block that say its scales and offsets; the others are codes."""
-    grid = GRIDS[kind.name]
-    floats = 16 * (1 + ("min" in grid.parts.split()))
-    integers = sum((high - low).bit_length() for low, high in (limits for limits in (grid.sc, grid.m) if limits))
-    return floats + (integers * kind.length // grid.group if grid.group else 0)
-
-
 def level_values(
     level_OI: Tensor, d_OB: Tensor, sc_OG: Tensor | None, dmin_OB: Tensor | None, m_OG: Tensor | None
 ) -> Tensor:

@@ -25,7 +25,8 @@ import torch
 from lightning_gsq.gguf.types.bits import pack, unpack
 from lightning_gsq.gguf.types.parts import fp16_bytes, fp16_tensor, whole_blocks, whole_numbers
 from lightning_gsq.gguf.types.table import GgmlType
-from lightning_gsq.gguf.types.vectors import GRIDS, VectorBlocks
+from lightning_gsq.gguf.types.vectors import VectorBlocks
+from lightning_gsq.weights.code_vectors import VECTORS
 
 Parts = dict[str, np.ndarray]
 """``d``: bytes ``O B 2``; ``index``, ``s``, ``negative`` and ``down`` as in VectorBlocks, ``O B n``."""
@@ -39,7 +40,7 @@ def decode_vectors(raw: np.ndarray, kind: GgmlType) -> VectorBlocks:
 
     Args:
         raw: uint8, ``O row_bytes``, whole blocks.
-        kind: One of :data:`~lightning_gsq.gguf.types.vectors.GRIDS`.
+        kind: One of :data:`~lightning_gsq.weights.code_vectors.VECTORS`.
     """
     rows = len(raw)
     parts = _LAYOUTS[kind.name][0](np.ascontiguousarray(raw.reshape(rows, -1, kind.num_bytes)))
@@ -226,4 +227,4 @@ _LAYOUTS: dict[str, tuple[Callable[[np.ndarray], Parts], Callable[[Parts], list[
     "IQ1_M": (_read_iq1_m, _write_iq1_m),
 }
 """How a block is read and written, by the type's name."""
-assert set(_LAYOUTS) == set(GRIDS)
+assert set(_LAYOUTS) == set(VECTORS)

@@ -6,68 +6,23 @@ small whole number ``s``. With the fp16 scale ``d`` of the block of 256, a weigh
     IQ2, IQ3    d * (2 s + 1) * unit * vector * sign
     IQ1         d * (2 s + 1) * (vector + 1/8), or (vector - 1/8), one choice for all weights of a shift group
 
-| type    | vectors | of | weights of s | s       | unit | signs                          | bits |
-|---------|---------|----|--------------|---------|------|--------------------------------|------|
-| IQ2_XXS | 256     | 8  | 32           | 0 ... 15| 1/8  | an even number of - among 8    | 2.06 |
-| IQ2_XS  | 512     | 8  | 16           | 0 ... 15| 1/8  | an even number of - among 8    | 2.31 |
-| IQ2_S   | 1,024   | 8  | 16           | 0 ... 15| 1/8  | free                           | 2.56 |
-| IQ3_XXS | 256     | 4  | 32           | 0 ... 15| 1/4  | an even number of - among 8    | 3.06 |
-| IQ3_S   | 512     | 4  | 32           | 0 ... 15| 1    | free                           | 3.44 |
-| IQ1_S   | 2,048   | 8  | 32           | 0 ... 7 | 1    | none; a shift for 32           | 1.56 |
-| IQ1_M   | 2,048   | 8  | 16           | 0 ... 7 | 1    | none; a shift for 8            | 1.75 |
+How many vectors each type has, of how many weights, and the like: :mod:`lightning_gsq.weights.code_vectors`.
 
 All products are exact in fp32, so that their order does not matter. Every pattern of bits is one structure and the
-other way round. The vectors are those of the ``gguf`` package.
+other way round.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Literal
 
-import gguf
 import torch
 from torch import Tensor
 
 from lightning_gsq.gguf.types.table import GgmlType
+from lightning_gsq.weights.code_vectors import VECTORS, CodeVectors, codebook
 
 SHIFT = 0.125
-
-
-@dataclass(frozen=True)
-class VectorGrid:
-    """What a type can say of some weights.
-
-    Args:
-        count: Vectors.
-        length: Weights of a vector.
-        group: Weights that share ``s``.
-        high: Largest ``s``.
-        unit: What the vectors are multiplied by.
-        signs: ``even``: an even number of minus signs among eight weights; ``free``; ``none``.
-        shift_group: Weights that share a shift; 0 where there is none.
-    """
-
-    count: int
-    length: int
-    group: int
-    high: int
-    unit: float
-    signs: Literal["even", "free", "none"]
-    shift_group: int = 0
-
-
-GRIDS = {
-    "IQ2_XXS": VectorGrid(256, 8, 32, 15, 0.125, "even"),
-    "IQ2_XS": VectorGrid(512, 8, 16, 15, 0.125, "even"),
-    "IQ2_S": VectorGrid(1024, 8, 16, 15, 0.125, "free"),
-    "IQ3_XXS": VectorGrid(256, 4, 32, 15, 0.25, "even"),
-    "IQ3_S": VectorGrid(512, 4, 32, 15, 1.0, "free"),
-    "IQ1_S": VectorGrid(2048, 8, 32, 7, 1.0, "none", 32),
-    "IQ1_M": VectorGrid(2048, 8, 16, 7, 1.0, "none", 8),
-}
-"""By the type's name."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +47,9 @@ class VectorBlocks:
     down_OS: Tensor | None = None
 
     @property
-    def grid(self) -> VectorGrid:
+    def grid(self) -> CodeVectors:
         """What the type can say of some weights."""
-        return GRIDS[self.kind.name]
+        return VECTORS[self.kind.name]
 
     def values(self) -> Tensor:
         """The fp32 weights ``O I``, bit for bit as llama.cpp computes them; NaN scales give NaN weights."""
@@ -119,15 +74,7 @@ def vector_scales(d_OB: Tensor, s_OG: Tensor, unit: float) -> Tensor:
     Args:
         d_OB: A scale a block, any float type.
         s_OG: A whole number (or a float that stands for it) a group.
-        unit: As in :class:`VectorGrid`.
+        unit: As in :class:`~lightning_gsq.weights.code_vectors.CodeVectors`.
     """
     per_block = s_OG.shape[-1] // d_OB.shape[-1] if d_OB.shape[-1] else 1
     return d_OB.float().repeat_interleave(per_block, -1) * ((2 * s_OG.float() + 1) * unit)
-
-
-@functools.cache
-def codebook(name: str) -> Tensor:
-    """The vectors of a type, fp32 ``count length``; not to be written to."""
-    holder = getattr(gguf.quants, name)
-    holder.init_grid()
-    return torch.tensor(holder.grid.reshape(GRIDS[name].count, GRIDS[name].length), dtype=torch.float32)

@@ -61,23 +61,23 @@ class DistillationLoss(torch.autograd.Function):
             rows = _Rows(student, temperature, mix, count / labelled)
             sums_2 = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=hidden_ND.device)
             for start in range(0, count, chunk):
-                own = slice(start, min(start + chunk, count))
-                hidden_CD = hidden_ND[own].to(dtype)
+                chunk_N = slice(start, min(start + chunk, count))
+                hidden_CD = hidden_ND[chunk_N].to(dtype)
                 raw_CV = rows.product("student", hidden_CD, student)
-                teacher = target.part(own)
+                teacher = target.part(chunk_N)
                 if isinstance(teacher, HiddenTarget):
                     teacher_raw_CV = rows.product("teacher", teacher.hidden_ND, teacher.head)
                 size = ROWS.get(device, chunk)
                 for first in range(0, len(hidden_CD), size):
                     few = slice(first, first + size)
                     if isinstance(teacher, HiddenTarget):
-                        sums_2 += rows.losses(raw_CV[few], labels_N[own][few], teacher.head, teacher_raw_CV[few])
+                        sums_2 += rows.losses(raw_CV[few], labels_N[chunk_N][few], teacher.head, teacher_raw_CV[few])
                     else:
-                        sums_2 += rows.losses(raw_CV[few], labels_N[own][few], teacher.part(few))
+                        sums_2 += rows.losses(raw_CV[few], labels_N[chunk_N][few], teacher.part(few))
                 # The gradient is largest where student and teacher disagree, about 1: safe in half precision until the
                 # share of a position in the mean is applied, after the product.
                 if grad_ND is not None:
-                    grad_ND[own] = (raw_CV @ student.weight_VD).to(grad_ND.dtype) / count
+                    grad_ND[chunk_N] = (raw_CV @ student.weight_VD).to(grad_ND.dtype) / count
                 if grad_VD is not None:
                     grad_VD += (raw_CV.T @ hidden_CD).to(grad_VD.dtype) / count
                 if grad_V is not None:

@@ -52,9 +52,9 @@ class HiddenTarget:
     hidden_ND: Tensor
     head: Head
 
-    def part(self, own: slice) -> HiddenTarget:
+    def part(self, positions: slice) -> HiddenTarget:
         """Some of the positions."""
-        return HiddenTarget(self.hidden_ND[own], self.head)
+        return HiddenTarget(self.hidden_ND[positions], self.head)
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class TopKTarget:
     tokens_NK: Tensor
     log_probs_NK: Tensor
 
-    def part(self, own: slice) -> TopKTarget:
+    def part(self, positions: slice) -> TopKTarget:
         """Some of the positions."""
-        return TopKTarget(self.tokens_NK[own], self.log_probs_NK[own])
+        return TopKTarget(self.tokens_NK[positions], self.log_probs_NK[positions])
 
 
 Target = HiddenTarget | TopKTarget

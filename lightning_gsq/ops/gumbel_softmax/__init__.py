@@ -4,6 +4,7 @@ reference  the specification
 fused      the same in one pass, compiled where there is a compiler
 kernels    Triton
 noise      uniform numbers from a seed and a counter
+vectors    the same where neighbouring weights choose together
 op         the operator that torch knows
 """
 

@@ -102,9 +102,9 @@ def dequantize(
 
 
 def _library(bits: int) -> ctypes.CDLL:
-    found = library(bits)
-    assert found is not None, "callers ask library() first"
-    return found
+    loaded = library(bits)
+    assert loaded is not None, "callers ask library() first"
+    return loaded
 
 
 def _scales(scales_OG: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.gguf.types import levels, vectors
+from lightning_gsq.gguf.types import levels
 from lightning_gsq.gguf.types.codec import decode, dequantize, encode, type_of, values, verify_finite
 from lightning_gsq.gguf.types.levels import LevelBlocks
 from lightning_gsq.gguf.types.table import TYPES, GgmlType
-from lightning_gsq.gguf.types.vectors import VectorBlocks, codebook
+from lightning_gsq.gguf.types.vectors import VectorBlocks
+from lightning_gsq.weights.code_vectors import VECTORS, codebook
 from tests.gguf import llama_cpp
 
 NOT_IN_THE_PACKAGE = {"Q1_0", "Q2_0"}
@@ -89,9 +90,9 @@ def test_any_levels_and_scales_come_back(name: str) -> None:
     assert np.array_equal(blocks.values().numpy(), expected)
 
 
-@pytest.mark.parametrize("name", vectors.GRIDS)
+@pytest.mark.parametrize("name", VECTORS)
 def test_any_vectors_signs_and_scales_come_back(name: str) -> None:
-    kind, grid = TYPES[name], vectors.GRIDS[name]
+    kind, grid = TYPES[name], VECTORS[name]
     generator = torch.Generator().manual_seed(kind.number)
     columns = 2 * kind.length
 

@@ -1,0 +1,261 @@
+"""A size becomes widths: what each choice is worth, what is chosen, and who chooses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+from lightning_gsq.commands.menu import Menu, make_menu, mixture_name
+from lightning_gsq.commands.tables import print_choice
+from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export import format_of
+from lightning_gsq.models.ends import end_names
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.run.block_plan import BlockPlan, make_plan, with_schemes
+from lightning_gsq.run.claim import claimed
+from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.recipe import make_recipe
+from lightning_gsq.run.recipe_file import known_choice
+from lightning_gsq.system.digests import data_digest
+from lightning_gsq.system.files import write_atomically
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.assignment import scheme_of
+from lightning_gsq.widths import Choice, Group, Item, Worth, measure_worth, pick
+from lightning_gsq.widths.choice import FILE
+from lightning_gsq.widths.picture import draw_widths
+from lightning_gsq.widths.size import SLACK
+from lightning_gsq.widths.worth import Candidate, samples
+
+WORTH = "worth.json"
+TELL_SECONDS = 60.0
+"""After so many seconds a line says how far predictions are."""
+WAIT_SECONDS, PAUSE_SECONDS = 6 * 3600, 1.0
+"""How long other processes wait for the first one's choice, and between two looks."""
+
+
+def choose(
+    menu: Menu,
+    folder: RunFolder,
+    recipe: Mapping[str, Any],
+    ids_NT: Tensor,
+    device: torch.device,
+    seed: int,
+    say: Callable[[str], None],
+) -> Choice:
+    """The choice of a run: the one that it has, or a new one, which the model takes.
+
+    The first process makes it; others wait until it stands in the recipe.
+
+    Args:
+        menu: What there is to choose.
+        folder: The run folder; it gets ``worth.json`` and ``choice.yaml``.
+        recipe: The run's recipe without a choice.
+        ids_NT: Calibration sequences.
+        device: Where to compute.
+        seed: Seed of the run.
+        say: Prints a line for the user.
+
+    Raises:
+        ConfigurationError: the folder belongs to another run, or its ``choice.yaml`` was edited.
+    """
+    known = known_choice(folder, recipe)
+    if known is None and folder.rank:
+        known = _waited_for(folder, recipe)
+    if known is not None:
+        choice = Choice.of_plain(known)
+        _say_of_another_runtime(menu, choice, say)
+    else:
+        choice = decide(menu, worth_of(menu, folder, recipe, ids_NT, device, seed, say), say)
+    if not folder.rank:
+        choice.write(folder.root)
+    menu.model.take(choice.widths, mixture_name(menu.model))
+    return choice
+
+
+def chosen_plan(menu: Menu, choice: Choice) -> list[BlockPlan]:
+    """The plan with the chosen widths."""
+    return with_schemes(menu.plan, {name: scheme_of(width) for name, width in choice.widths.items()})
+
+
+def picture(menu: Menu, choice: Choice) -> Figure:
+    """Bits of every matrix over depth, and where the bytes go."""
+    parts = {name: (weights, float(size)) for name, (_, weights, size) in menu.parts(choice).items()}
+    return draw_widths(parts, choice.num_bytes - sum(size for _, size in parts.values()))
+
+
+def choose_before(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    evaluation: PerplexityData,
+    trainer: Trainer,
+    settings: dict[str, Any],
+    seed: int,
+    formats: Sequence[str],
+    console: Console,
+) -> None:
+    """Makes the choice of a run before the run, for :func:`~lightning_gsq.commands.plan.plan`.
+
+    The run folder gets what the choice was made by and the choice; a run in it goes on from there. Arguments as of
+    :func:`~lightning_gsq.commands.fit.fit`. The model takes the choice and is not loaded afterwards.
+
+    Raises:
+        ConfigurationError: as of :func:`choose` and :func:`~lightning_gsq.commands.menu.make_menu`.
+    """
+    exports = [format_of(name) for name in dict.fromkeys(formats)]
+    source = model.address.source()
+    say = functools.partial(console.print, soft_wrap=True)
+    data.run_folder = Path(trainer.default_root_dir) / "calibration"
+    data.check(None)
+    evaluation.check(None)
+    with claimed(trainer.default_root_dir, 0, source, say) as folder:
+        model.load(source)
+        menu = make_menu(model, make_plan(model), exports, settings["model"])
+        evaluation.tokenize(model.tokenizer, model.network)
+        data.tokenize(model.tokenizer, model.network)
+        recipe = make_recipe(settings, seed, model, data, evaluation)
+        choice = choose(menu, folder, recipe, data.train_ids_NT, trainer.strategy.root_device, seed, say)
+        print_choice(console, choice, menu.parts(choice))
+        say(f"{folder.root / FILE} keeps it; fit with the same options takes it as it is")
+    del model.network
+
+
+def decide(menu: Menu, worth: Worth, say: Callable[[str], None]) -> Choice:
+    """The choice of the least predicted divergence within the size."""
+    assert menu.model.size is not None
+    items = [
+        Item(group.name, menu.sizes(group), {choice: _cost(worth, group, choice) for choice in group.schemes})
+        for group in menu.groups
+    ]
+    least = menu.extreme()
+    rest = menu.file.total(menu.schemes(least)) - sum(item.sizes[least[item.name]] for item in items)
+    spare, floor = 0, math.ceil((1 - SLACK) * menu.limit)
+    while True:
+        # A header has a few bytes more or fewer with other choices: what is over is taken off, until nothing is.
+        budget = menu.limit - rest - spare
+        found = pick(items, budget, floor - rest - spare) or pick(items, budget)
+        if found is None:
+            raise ConfigurationError(
+                f"model.size: no choice takes at most {menu.limit:,} bytes, header included; give a few bytes more"
+            )
+        total = menu.file.total(menu.schemes(found.options))
+        if total <= menu.limit:
+            break
+        spare += total - menu.limit
+    if total < floor:
+        say(
+            f"note: no choice comes nearer to {menu.limit:,} bytes than {total:,} "
+            f"({total / menu.limit:.1%}): the matrices are few, and their widths far apart"
+        )
+    if found.gap > 0:
+        say(f"note: the choice is within {found.gap:.2%} of the best one; the search for it was ended there")
+    return Choice(
+        menu.widths(found.options),
+        menu.model.size.size.text,
+        menu.runtime.name,
+        total,
+        menu.limit,
+        found.cost,
+    )
+
+
+def worth_of(
+    menu: Menu,
+    folder: RunFolder,
+    recipe: Mapping[str, Any],
+    ids_NT: Tensor,
+    device: torch.device,
+    seed: int,
+    say: Callable[[str], None],
+) -> Worth:
+    """The worth of every choice, from ``worth.json`` where it is that of this model, text and choices."""
+    free = {name: dict(group.schemes) for group in menu.groups if not group.pinned for name in group.members}
+    ids_NT = samples(ids_NT)
+    scale_dtype = menu.model.storage.scale_dtype
+    prints, offered = recipe["fingerprints"], {name: sorted(schemes) for name, schemes in free.items()}
+    made_from = data_digest(
+        [prints["model"], prints["calibration"], list(ids_NT.shape), seed, str(scale_dtype), offered]
+    )
+    file = folder.root / WORTH
+    known = _read(file)
+    if known.get("made_from") == made_from:
+        worth: Worth = known["worth"]
+        return worth
+    say(f"what each of {len(free)} matrices is worth: {len(ids_NT)} sequences of {ids_NT.shape[1]} tokens")
+    began = time.perf_counter()
+    inside = {
+        own.index: [
+            Candidate(site, free[f"{own.name}.{site.name}"])
+            for site in own.weights
+            if f"{own.name}.{site.name}" in free
+        ]
+        for own in menu.plan
+    }
+    network = menu.model.network
+    shapes = {name: network.get_parameter(name).shape for name in end_names(network) if name in free}
+    outside = [
+        Candidate(LinearSite(name, 0, rows, columns, False), free[name]) for name, (rows, columns) in shapes.items()
+    ]
+    told = began
+
+    def left(count: int) -> None:
+        nonlocal told
+        if count and time.perf_counter() - told > TELL_SECONDS:
+            told = time.perf_counter()
+            say(f"  {count} blocks left, {told - began:.0f} s so far")
+
+    worth = measure_worth(network, inside, outside, ids_NT, device, scale_dtype, seed, left)
+    lost = next((name for name, own in worth.items() if not all(map(math.isfinite, own.values()))), None)
+    if lost is not None:
+        raise ConfigurationError(
+            f"model.size: what {lost} is worth is not finite: activations or gradients overflow "
+            "(--model.dtype float32), or the model is damaged"
+        )
+    seconds = time.perf_counter() - began
+    content = {"made_from": made_from, "seconds": seconds, "sequences": list(ids_NT.shape), "worth": worth}
+    write_atomically(file, json.dumps(content, indent=1).encode())
+    folder.add_seconds("worth", seconds)
+    return worth
+
+
+def _cost(worth: Worth, group: Group, choice: str) -> float:
+    return 0.0 if group.pinned else math.fsum(worth[name][choice] for name in group.members)
+
+
+def _waited_for(folder: RunFolder, recipe: Mapping[str, Any]) -> Any:
+    """The choice of the first process, once it stands in the recipe."""
+    for _ in range(int(WAIT_SECONDS / PAUSE_SECONDS)):
+        known = known_choice(folder, recipe) if folder.recipe_file.exists() else None
+        if known is not None:
+            return known
+        time.sleep(PAUSE_SECONDS)
+    raise ConfigurationError(f"model.size: the first process made no choice of widths within {WAIT_SECONDS} s")
+
+
+def _say_of_another_runtime(menu: Menu, choice: Choice, say: Callable[[str], None]) -> None:
+    if menu.runtime.name == choice.runtime:
+        return
+    total = menu.file.total({name: scheme_of(choice.widths[name]) for name in choice.widths})
+    say(
+        f"note: the widths of this run were chosen for a {choice.runtime} file of {choice.num_bytes:,} bytes; as "
+        f"{menu.runtime.name} they take {total:,}"
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

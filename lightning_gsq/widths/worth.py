@@ -1,0 +1,187 @@
+"""What a matrix is worth: how far the model's predictions move when it alone takes a choice, before any is tried.
+
+For a change ``D`` of one matrix the divergence of the model from itself begins with the second order (the first is
+zero, as the model is its own optimum), and that order is the Fisher information along ``D``:
+
+    KL  ~  1/2 E (G . D)^2        G: gradient of -log p(y | text), summed over a sequence, with labels y drawn from p
+
+Labels at different positions are independent given the text, so that one draw of a whole sequence sums up the
+divergences of all of its positions without bias; over the length it is nats a token. ``D`` is the change that plain
+rounding makes of this very matrix, so that direction, correlations and all columns count, and no factorization is
+needed: one gradient a sequence serves every matrix and every choice.
+
+The model stays where it is. One forward pass a sequence records what enters each block; then blocks go through the
+device from the last to the first, each with its gradient, its changes and nothing else. The head and the embedding are
+linear in what they are given, so that theirs needs no gradient of a matrix. Tensors that a block hands to later blocks
+beside the hidden states (shared keys and values) count as constants.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_gsq.models.calls import BlockCall
+from lightning_gsq.models.chain import find_blocks, run_block, trace
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.models.survey import survey
+from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.widths.ends import EndChanges
+from lightning_gsq.widths.rounding import change_of, importances_of
+
+SEQUENCES, TOKENS = 64, 128
+"""How many sequences are looked at, and how long: each is a sample, so that many short ones are better than few."""
+Worth = dict[str, dict[str, float]]
+"""Predicted divergence in nats a token, by parameter name and by the name of the choice."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A matrix and the schemes that it may take.
+
+    Args:
+        site: Its shape; its name inside its block, or in the model where it is outside of the blocks.
+        schemes: By the name of the choice.
+    """
+
+    site: LinearSite
+    schemes: Mapping[str, QuantScheme]
+
+
+def samples(ids_NT: Tensor) -> Tensor:
+    """The sequences that predictions are made from: the beginnings of all calibration sequences first, then more."""
+    length = min(TOKENS, ids_NT.shape[1])
+    pieces_NPT = ids_NT[:, : ids_NT.shape[1] // length * length].unflatten(1, (-1, length))
+    return pieces_NPT.transpose(0, 1).flatten(0, 1)[:SEQUENCES]
+
+
+def measure_worth(
+    network: PreTrainedModel,
+    inside: Mapping[int, Sequence[Candidate]],
+    outside: Sequence[Candidate],
+    ids_NT: Tensor,
+    device: torch.device,
+    scale_dtype: torch.dtype,
+    seed: int,
+    left: Callable[[int], None] = lambda _: None,
+) -> Worth:
+    """Predicts the divergence of every choice of every matrix.
+
+    Args:
+        network: The model; it is left as it was.
+        inside: Matrices of each block, by its number.
+        outside: The embedding and the head, where they have a choice.
+        ids_NT: Calibration sequences; each is one sample.
+        device: Where blocks are computed, in fp32.
+        scale_dtype: Stored dtype of scales that have none of their own.
+        seed: Of the labels.
+        left: Told after each block how many are left.
+
+    Returns:
+        By full parameter name, then by the name of the choice.
+    """
+    prefix, blocks = find_blocks(network)
+    traces = [trace(network, ids_T[None]) for ids_T in ids_NT]
+    calls, inputs = [traced.calls for traced in traces], [traced.inputs_BTD for traced in traces]
+    schemes = {candidate.site.name: candidate.schemes for candidate in outside}
+    ends = EndChanges(network, survey(network).forms, schemes, scale_dtype, seed)
+    gradients = ends.gradients(ids_NT, [traced.output_BTD for traced in traces])
+    worth: Worth = {}
+    # Gradients go no further down than something wants them.
+    lowest = 0 if ends.wants_embedding else min((index for index, own in inside.items() if own), default=len(blocks))
+    for index in reversed(range(lowest, len(blocks))):
+        block = copy.deepcopy(blocks[index]).to(device, torch.float32).requires_grad_(False)
+        own = list(inside.get(index, ()))
+        batches = [(inputs[n][index], on_device(calls[n][index], device)) for n in range(len(ids_NT))]
+        changes = changes_of(block, own, batches, device, scale_dtype)
+        products: dict[tuple[str, str], list[float]] = {key: [] for key in changes}
+        for candidate in own:
+            block.get_parameter(candidate.site.name).requires_grad_(True)
+        for n, (hidden_BTD, call) in enumerate(batches):
+            gradients[n], along = _backward(block, own, changes, hidden_BTD.to(device), call, gradients[n])
+            for key, product in along.items():
+                products[key].append(product)
+        for (name, choice), values in products.items():
+            worth.setdefault(f"{prefix}.{index}.{name}", {})[choice] = _divergence(values, ids_NT.shape[1])
+        for calls_of, inputs_of in zip(calls, inputs, strict=True):
+            del calls_of[index], inputs_of[index]
+        left(index - lowest)
+    ends.enter(ids_NT, gradients)
+    for (name, choice), nats in ends.divergences().items():
+        worth.setdefault(name, {})[choice] = nats / ids_NT.shape[1]
+    return worth
+
+
+def _divergence(products: list[float], tokens: int) -> float:
+    """Half the mean square, a token."""
+    return math.fsum(value * value for value in products) / len(products) / 2 / tokens
+
+
+def on_device(call: BlockCall, device: torch.device) -> BlockCall:
+    """A call on the device, in fp32."""
+    return call.mapped(lambda _, t: t.to(device, torch.float32 if t.is_floating_point() else t.dtype))
+
+
+def changes_of(
+    block: nn.Module,
+    candidates: Sequence[Candidate],
+    batches: Sequence[tuple[Tensor, BlockCall]],
+    device: torch.device,
+    scale_dtype: torch.dtype,
+) -> dict[tuple[str, str], Tensor]:
+    """What rounding adds to each matrix of a block.
+
+    Args:
+        block: The block, on the device in fp32.
+        candidates: Its matrices.
+        batches: Hidden states that enter it and its call, for each calibration sequence.
+        device: The device.
+        scale_dtype: Stored dtype of scales that have none of their own.
+
+    Returns:
+        fp32 ``O I``, by the matrix's name in the block and the name of the choice.
+    """
+    if not candidates:
+        return {}
+
+    def run() -> None:
+        for hidden_BTD, call in batches:
+            run_block(block, hidden_BTD.to(device, torch.float32), call)
+
+    importances, changes = importances_of(block, [candidate.site for candidate in candidates], run), {}
+    for candidate in candidates:
+        site = candidate.site
+        w_OI = site.to_matrix(block.get_parameter(site.name)).detach()
+        for choice, scheme in candidate.schemes.items():
+            changes[site.name, choice] = change_of(w_OI, importances[site.name], scheme, scale_dtype)
+    return changes
+
+
+def _backward(
+    block: nn.Module,
+    candidates: Sequence[Candidate],
+    changes: Mapping[tuple[str, str], Tensor],
+    hidden_BTD: Tensor,
+    call: BlockCall,
+    gradient_BTD: Tensor,
+) -> tuple[Tensor, dict[tuple[str, str], float]]:
+    """The gradient at a block's input, and along each change of its matrices."""
+    hidden_BTD = hidden_BTD.float().requires_grad_(True)
+    parameters = [block.get_parameter(candidate.site.name) for candidate in candidates]
+    with torch.enable_grad():
+        output_BTD = run_block(block, hidden_BTD, call)
+    found = torch.autograd.grad(output_BTD, [hidden_BTD, *parameters], gradient_BTD.to(output_BTD), allow_unused=True)
+    along = {}
+    for candidate, gradient in zip(candidates, found[1:], strict=True):
+        for choice in candidate.schemes:
+            change_OI = changes[candidate.site.name, choice]
+            product = 0.0 if gradient is None else float((candidate.site.to_matrix(gradient) * change_OI).sum())
+            along[candidate.site.name, choice] = product
+    entering = found[0]
+    return torch.zeros_like(hidden_BTD) if entering is None else entering.detach(), along

