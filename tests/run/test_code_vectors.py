@@ -48,7 +48,9 @@ def test_a_run_is_exported_bit_for_bit(tmp_path: Path, scheme: str) -> None:
     ledger = GGUFFormat().write(run, tmp_path / "gguf", ExportOptions())
     file = GGUFFile(tmp_path / "gguf" / FILE)
     stored, kind = file.tensors["blk.0.ffn_down.weight"], TYPES[scheme.upper()]
-    assert stored.number == kind.number and kind.bits == pytest.approx(tensor.ledger().per_weight()["total"])
+    assert stored.number == kind.number
+    # Packed scales of a row begin with a word of their own: three bits for each of 16 leave half a word empty.
+    assert 0 <= tensor.ledger().per_weight()["total"] - kind.bits < 32 / 256
     assert torch.equal(dequantize(file.raw("blk.0.ffn_down.weight"), stored.number), tensor.dequantize())
     assert next(own for own in ledger.entries if own.name == DOWN).codes > 0
     loaded = lightning_gsq.load(run.folder.root / "export" / "native", dtype=torch.float32)
