@@ -32,6 +32,7 @@ ALIASES = {
     "groupsize": "model.scheme.group_size",
     "iters": "trainer.max_steps",
     "learning_rate": "model.optimizer.lr",
+    "logits_learning_rate": "end_to_end.code_learning_rate",
     "lr": "model.optimizer.lr",
     "model_id": "model",
     "model_name": "model",
