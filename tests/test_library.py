@@ -89,7 +89,6 @@ class Numbers(TextSource):
         ({"options": ["a"]}, "options: expected option names and values"),
         ({"options": {"trainer.callbacks": [GumbelAnnealing()]}}, "is no plain data"),
     ],
-    ids=str,
 )
 def test_bad_input(arguments: dict[str, Any], message: str, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"model": tiny_llama, "text": corpus, "folder": tmp_path / "run", "quiet": True}

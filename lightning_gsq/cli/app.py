@@ -250,7 +250,7 @@ class GSQCLI(LightningCLI):
     def _say_what_is_unusual(self) -> None:
         """Lines on settings that somebody may not know to have made."""
         callbacks = self.objects.trainer.callbacks or []
-        if "blocks" in self.model.phases and not any(isinstance(own, GumbelAnnealing) for own in callbacks):
+        if "blocks" in self.model.phases and not any(isinstance(callback, GumbelAnnealing) for callback in callbacks):
             self.console.print(
                 "note: trainer.callbacks holds no GumbelAnnealing: temperature and logit scale stay where they start, "
                 "and blocks come out worse; --trainer.callbacks GumbelAnnealing adds it",

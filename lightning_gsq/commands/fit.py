@@ -196,7 +196,7 @@ def _check_plan(model: ModelQuantization, plan: list[BlockPlan], end_to_end: End
     model.outer.expected(model.network)
     check_layouts(plan, model.phases, end_to_end.train)
     check_scales(model, plan)
-    expected = {f"{own.name}.{name}": what for own in plan for name, what in own.expected.items()}
+    expected = {f"{block.name}.{name}": what for block in plan for name, what in block.expected.items()}
     model.start.warm_start.check(expected)
     check_names(model, plan)
     return read_importance(model, plan)

@@ -148,9 +148,9 @@ def _parts(file: Path) -> list[Path]:
 def _beside(file: Path, files: Any) -> Any:
     """Names of data files, relative to a task file."""
     if isinstance(files, Mapping):
-        return {split: _beside(file, own) for split, own in files.items()}
+        return {split: _beside(file, data) for split, data in files.items()}
     if isinstance(files, list):
-        return [_beside(file, own) for own in files]
+        return [_beside(file, data) for data in files]
     path = file.parent / Path(str(files)).expanduser()
     if not path.exists() and "*" not in str(files):
         raise ConfigurationError(f"tasks: {file} names the data file {files}, and there is no {path}")
@@ -207,7 +207,7 @@ def measure(
     size: int | str = batch_size or automatic_batch(network)
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         model = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=size, backend="causal")
-        found: Any = simple_evaluate(
+        answers: Any = simple_evaluate(
             model=model,
             tasks=list(tasks),
             num_fewshot=num_fewshot,
@@ -218,7 +218,7 @@ def measure(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    results = {name: _result(name, found) for name in found["results"]}
+    results = {name: _result(name, answers) for name in answers["results"]}
     return Measured(
         {name: result for name, result in results.items() if result.metrics},
         f"lm-eval {version('lm-eval')}",
@@ -237,15 +237,15 @@ def automatic_batch(network: PreTrainedModel) -> int | str:
     return max(1, min(LARGEST_BATCH, int(psutil.virtual_memory().available / 4 / logits)))
 
 
-def _result(name: str, found: Mapping[str, Any]) -> TaskResult:
-    own: Mapping[str, Any] = found["results"][name]
+def _result(name: str, answers: Mapping[str, Any]) -> TaskResult:
+    figures: Mapping[str, Any] = answers["results"][name]
     metrics: dict[str, tuple[float, float | None]] = {}
-    for key, value in own.items():
+    for key, value in figures.items():
         metric, _, filter_ = str(key).partition(",")
         if metric.endswith("_stderr") or not filter_ or not isinstance(value, int | float):
             continue
-        error = own.get(f"{metric}_stderr,{filter_}")
+        error = figures.get(f"{metric}_stderr,{filter_}")
         label = metric if filter_ == "none" else f"{metric} ({filter_})"
         metrics[label] = (float(value), float(error) if isinstance(error, int | float) else None)
-    counted = found.get("n-samples", {}).get(name, {})
-    return TaskResult(metrics, counted.get("effective"), found.get("n-shot", {}).get(name))
+    counted = answers.get("n-samples", {}).get(name, {})
+    return TaskResult(metrics, counted.get("effective"), answers.get("n-shot", {}).get(name))

@@ -155,9 +155,9 @@ def _pins(model: ModelQuantization, plan: list[BlockPlan]) -> tuple[dict[str, Qu
         columns[name] = network.get_parameter(name).shape[1]
         if name in given:
             pinned[name] = given[name][0]
-    for own in plan:
-        for site, scheme in own.weights.items():
-            name = f"{own.name}.{site.name}"
+    for block in plan:
+        for site, scheme in block.weights.items():
+            name = f"{block.name}.{site.name}"
             columns[name] = site.in_features
             if selection.pins(name):
                 pinned[name] = scheme
@@ -168,7 +168,7 @@ def _options(
     model: ModelQuantization, runtime: ExportFormat, choices: Sequence[QuantScheme], name: str, columns: int
 ) -> dict[str, QuantScheme]:
     """What a matrix may take, by its name; where a type does not hold its rows, what presets take instead."""
-    fitting = [fit_rows({name: own}, {name: columns}, model.selection.fallback)[name] for own in choices]
+    fitting = [fit_rows({name: choice}, {name: columns}, model.selection.fallback)[name] for choice in choices]
     for scheme in fitting:
         if not runtime.holds_exactly(scheme, columns):
             raise ConfigurationError(
@@ -181,7 +181,7 @@ def _options(
 def _refuse(menu: Menu, choices: Sequence[QuantScheme]) -> None:
     """Refuses a size below the least or above the most that there is."""
     assert menu.model.size is not None
-    asked, names = menu.model.size.size.text, ", ".join(scheme_name(own) for own in choices)
+    asked, names = menu.model.size.size.text, ", ".join(scheme_name(choice) for choice in choices)
     least = menu.file.total(menu.schemes(menu.extreme()))
     most = menu.file.total(menu.schemes(menu.extreme(largest=True)))
     if most < (1 - SLACK) * menu.limit:

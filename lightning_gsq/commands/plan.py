@@ -78,5 +78,6 @@ def plan(
 def _exported(model: ModelQuantization, planned: Estimate) -> PlannedRun:
     """The run as the formats see it; its model has no weights."""
     model.network = planned.skeleton.model
-    blocks = [BlockPlan(index, f"{planned.skeleton.prefix}.{index}", own) for index, own in planned.plan.items()]
+    prefix = planned.skeleton.prefix
+    blocks = [BlockPlan(index, f"{prefix}.{index}", weights) for index, weights in planned.plan.items()]
     return PlannedRun(model, blocks, {})

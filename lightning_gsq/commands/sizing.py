@@ -70,11 +70,11 @@ def choose(
     Raises:
         ConfigurationError: the folder belongs to another run, or its ``choice.yaml`` was edited.
     """
-    known = known_choice(folder, recipe)
-    if known is None and folder.rank:
-        known = _waited_for(folder, recipe)
-    if known is not None:
-        choice = Choice.of_plain(known)
+    earlier = known_choice(folder, recipe)
+    if earlier is None and folder.rank:
+        earlier = _waited_for(folder, recipe)
+    if earlier is not None:
+        choice = Choice.of_plain(earlier)
         _say_of_another_runtime(menu, choice, say)
     else:
         choice = decide(menu, worth_of(menu, folder, recipe, ids_NT, device, seed, say), say)
@@ -144,12 +144,12 @@ def decide(menu: Menu, worth: Worth, say: Callable[[str], None]) -> Choice:
     while True:
         # A header has a few bytes more or fewer with other choices: what is over is taken off, until nothing is.
         budget = menu.limit - rest - spare
-        found = pick(items, budget, floor - rest - spare) or pick(items, budget)
-        if found is None:
+        solution = pick(items, budget, floor - rest - spare) or pick(items, budget)
+        if solution is None:
             raise ConfigurationError(
                 f"model.size: no choice takes at most {menu.limit:,} bytes, header included; give a few bytes more"
             )
-        total = menu.file.total(menu.schemes(found.options))
+        total = menu.file.total(menu.schemes(solution.options))
         if total <= menu.limit:
             break
         spare += total - menu.limit
@@ -158,15 +158,15 @@ def decide(menu: Menu, worth: Worth, say: Callable[[str], None]) -> Choice:
             f"note: no choice comes nearer to {menu.limit:,} bytes than {total:,} "
             f"({total / menu.limit:.1%}): the matrices are few, and their widths far apart"
         )
-    if found.gap > 0:
-        say(f"note: the choice is within {found.gap:.2%} of the best one; the search for it was ended there")
+    if solution.gap > 0:
+        say(f"note: the choice is within {solution.gap:.2%} of the best one; the search for it was ended there")
     return Choice(
-        menu.widths(found.options),
+        menu.widths(solution.options),
         menu.model.size.size.text,
         menu.runtime.name,
         total,
         menu.limit,
-        found.cost,
+        solution.cost,
     )
 
 
@@ -188,19 +188,19 @@ def worth_of(
         [prints["model"], prints["calibration"], list(ids_NT.shape), seed, str(scale_dtype), offered]
     )
     file = folder.root / WORTH
-    known = _read(file)
-    if known.get("made_from") == made_from:
-        worth: Worth = known["worth"]
+    content = _read(file)
+    if content.get("made_from") == made_from:
+        worth: Worth = content["worth"]
         return worth
     say(f"what each of {len(free)} matrices is worth: {len(ids_NT)} sequences of {ids_NT.shape[1]} tokens")
     began = time.perf_counter()
     inside = {
-        own.index: [
-            Candidate(site, free[f"{own.name}.{site.name}"])
-            for site in own.weights
-            if f"{own.name}.{site.name}" in free
+        block.index: [
+            Candidate(site, free[f"{block.name}.{site.name}"])
+            for site in block.weights
+            if f"{block.name}.{site.name}" in free
         ]
-        for own in menu.plan
+        for block in menu.plan
     }
     network = menu.model.network
     shapes = {name: network.get_parameter(name).shape for name in end_names(network) if name in free}
@@ -216,7 +216,7 @@ def worth_of(
             say(f"  {count} blocks left, {told - began:.0f} s so far")
 
     worth = measure_worth(network, inside, outside, ids_NT, device, scale_dtype, seed, left)
-    lost = next((name for name, own in worth.items() if not all(map(math.isfinite, own.values()))), None)
+    lost = next((name for name, costs in worth.items() if not all(map(math.isfinite, costs.values()))), None)
     if lost is not None:
         raise ConfigurationError(
             f"model.size: what {lost} is worth is not finite: activations or gradients overflow "
@@ -236,9 +236,9 @@ def _cost(worth: Worth, group: Group, choice: str) -> float:
 def _waited_for(folder: RunFolder, recipe: Mapping[str, Any]) -> Any:
     """The choice of the first process, once it stands in the recipe."""
     for _ in range(int(WAIT_SECONDS / PAUSE_SECONDS)):
-        known = known_choice(folder, recipe) if folder.recipe_file.exists() else None
-        if known is not None:
-            return known
+        earlier = known_choice(folder, recipe) if folder.recipe_file.exists() else None
+        if earlier is not None:
+            return earlier
         time.sleep(PAUSE_SECONDS)
     raise ConfigurationError(f"model.size: the first process made no choice of widths within {WAIT_SECONDS} s")
 

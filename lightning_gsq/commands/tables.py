@@ -92,10 +92,10 @@ def print_choice(console: Console, choice: Choice, parts: Mapping[str, tuple[str
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name).removesuffix(".weight"), []).append(part)
     for column in ("matrices", "widths", "bits a weight", "size"):
         table.add_column(column)
-    for kind, own in kinds.items():
-        counts = Counter(width for width, _, _ in own)
-        widths = ", ".join(width if count == len(own) else f"{count} × {width}" for width, count in counts.items())
-        weights, size = sum(part[1] for part in own), sum(part[2] for part in own)
+    for kind, shares in kinds.items():
+        counts = Counter(width for width, _, _ in shares)
+        widths = ", ".join(width if count == len(shares) else f"{count} × {width}" for width, count in counts.items())
+        weights, size = sum(part[1] for part in shares), sum(part[2] for part in shares)
         table.add_row(kind, widths, f"{8 * size / weights:.2f}", _size(size))
     console.print(table)
     console.print(
@@ -129,8 +129,8 @@ def print_estimate(
     for name, (scheme, ledger) in plan.outer.items():
         table.add_row(f"{name}, {scheme}", f"{ledger.weights:,} weights, {_size(ledger.num_bytes)}")
         weights, packed = weights + ledger.weights, packed + ledger.num_bytes
-    kept = 2 * (skeleton.parameters - weights)
-    table.add_row("result", f"{_size(packed + kept)}, {_size(kept)} of it at 16 bits")
+    dense = 2 * (skeleton.parameters - weights)
+    table.add_row("result", f"{_size(packed + dense)}, {_size(dense)} of it at 16 bits")
     console.print(table)
     console.print(_memory(plan))
     table = _table("Disk", "", "")

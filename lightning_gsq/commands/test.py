@@ -70,27 +70,27 @@ def test(
     addresses = [model] if against is None else [model, against]
     sources = [loading.resolve(written_model(address), revision, trust_remote_code) for address in addresses]
     chosen = load_tasks(list(dict.fromkeys(tasks)), task_data, trust_remote_code)
-    found: list[Measured] = []
+    measured: list[Measured] = []
     for address, source in zip(addresses, sources, strict=True):
         began = time.perf_counter()
         tokenizer = loading.load_tokenizer(source)
         network = loading.load_model(source, dtype, quantized=True)
         nn.Module.to(network, place)
-        found.append(measure(network, tokenizer, chosen, num_fewshot, limit, batch_size, seed))
+        measured.append(measure(network, tokenizer, chosen, num_fewshot, limit, batch_size, seed))
         console.print(f"{address}: {time.perf_counter() - began:.0f} s", soft_wrap=True)
         del network
         if place.type == "cuda":
             torch.cuda.empty_cache()
-    content = zero_shot.entry(found[0], model, found[1] if against else None, against)
+    content = zero_shot.entry(measured[0], model, measured[1] if against else None, against)
     console.print(_table(content))
-    console.print(_about(found[0]), soft_wrap=True)
+    console.print(_about(measured[0]), soft_wrap=True)
     if run is not None:
         folder, export = run
         zero_shot.record(RunFolder(folder, create=False), content, export)
         if export is not None:
             put_zero_shot(Path(model).expanduser(), content)
-        kept = f"{folder / 'summary.json'}" + (f" and {Path(model) / 'README.md'}" if export else "")
-        console.print(f"kept in {kept}", soft_wrap=True)
+        places = f"{folder / 'summary.json'}" + (f" and {Path(model) / 'README.md'}" if export else "")
+        console.print(f"kept in {places}", soft_wrap=True)
     return content
 
 

@@ -62,10 +62,10 @@ def validate(
     if reference is not None:
         other = loading.load_model(reference, model.address.dtype, quantized=True)
         with Ranks.joined(trainer) as ranks:
-            found = compare(model.network, other, evaluation.ids_NT, trainer, ranks)
+            agreement = compare(model.network, other, evaluation.ids_NT, trainer, ranks)
         say(
-            f"against {against}: mean KL divergence {found.divergence:.4f} nats a token, the same first choice for "
-            f"{found.same_choice:.2%} of {found.tokens:,} tokens, perplexity there {found.perplexity:.3f}"
+            f"against {against}: mean KL divergence {agreement.divergence:.4f} nats a token, the same first choice for "
+            f"{agreement.same_choice:.2%} of {agreement.tokens:,} tokens, perplexity there {agreement.perplexity:.3f}"
         )
     return perplexity
 

@@ -49,8 +49,8 @@ def _inactive(statistics: Path) -> int:
 def device_bytes(device: torch.device) -> int | None:
     """Memory of an accelerator that this process may take; None if the device is the host or does not say."""
     if device.type == "cuda" and torch.cuda.is_available():
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reusable
     return None
 
 

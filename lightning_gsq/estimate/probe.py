@@ -126,7 +126,7 @@ def _rounding(model: ModelQuantization, weights: Weights, device: torch.device) 
     x_NI = torch.randn(2 * site.in_features, site.in_features, device=device)
     hessian_II = x_NI.T @ x_NI / len(x_NI) if model.start.warm_start.needs_hessian else None
     seconds = _seconds(lambda _: model.start.warm_start(w_OI, hessian_II, scheme), device, repeats=1)
-    return seconds * sum(_size(own) for own in weights) / (site.out_features * site.in_features)
+    return seconds * sum(_size(weight) for weight in weights) / (site.out_features * site.in_features)
 
 
 def _size(site: LinearSite) -> int:
@@ -135,11 +135,11 @@ def _size(site: LinearSite) -> int:
 
 def _seconds(action: Callable[[int], object], device: torch.device, repeats: int = STEPS) -> float:
     """Median seconds after one call that is not counted: it compiles, allocates, and fills caches."""
-    found = []
+    seconds = []
     for number in range(repeats + 1):
         began = time.perf_counter()
         action(number)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])

@@ -79,24 +79,24 @@ def make_skeleton(source: loading.ModelSource, config: PretrainedConfig, dtype: 
     Raises:
         ConfigurationError: the architecture is no chain of blocks.
     """
-    kept = _dtype(config, dtype, source.gguf_file is not None)
+    loaded_as = _dtype(config, dtype, source.gguf_file is not None)
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
-    model = empty_model(source, config, kept)
+    model = empty_model(source, config, loaded_as)
     prefix, blocks = find_blocks(model)
-    found = _watch(copy.deepcopy(model), len(blocks))
+    watched = _watch(copy.deepcopy(model), len(blocks))
     head = model.get_output_embeddings()
     vocabulary = int(head.weight.shape[0]) if head is not None else int(config.get_text_config().vocab_size)
-    parts = [BlockSkeleton(block, sites, call) for block, (sites, call, _) in zip(blocks, found, strict=True)]
-    return Skeleton(model, prefix, parts, kept, found[0][2], vocabulary)
+    parts = [BlockSkeleton(block, sites, call) for block, (sites, call, _) in zip(blocks, watched, strict=True)]
+    return Skeleton(model, prefix, parts, loaded_as, watched[0][2], vocabulary)
 
 
 def _dtype(config: PretrainedConfig, dtype: loading.Dtype, is_gguf: bool) -> torch.dtype:
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
         return named
-    own = getattr(config, "dtype", None)
-    return torch.float32 if is_gguf or own is None else own
+    stated = getattr(config, "dtype", None)
+    return torch.float32 if is_gguf or stated is None else stated
 
 
 def zeros_on_cpu(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -112,8 +112,8 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], BlockCall, int]]:
     """Sites, call and input width of every block; ``model`` is used up."""
     blocks = find_blocks(model)[1]
-    known: dict[Any, tuple[list[LinearSite], BlockCall, Any]] = {}
-    found: list[tuple[list[LinearSite], BlockCall, int]] = []
+    seen: dict[Any, tuple[list[LinearSite], BlockCall, Any]] = {}
+    watched: list[tuple[list[LinearSite], BlockCall, int]] = []
     writes: list[nn.Module] = []
     """Blocks that leave something for others in what they are called with: then all have to run."""
 
@@ -123,19 +123,19 @@ def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], B
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden_BTD, call = split_hidden(args, kwargs, ids_BT)
             signature = (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
-            if signature not in known or writes:
+            if signature not in seen or writes:
                 outputs: list[Any] = []
                 block._apply(_zeros_like)
                 before = _count(kwargs)
                 call = fitting(block, hidden_BTD, with_containers(call))
                 sites = find_all_sites(block, lambda: outputs.append(original(*args, **kwargs)))
-                known[signature] = sites, call, outputs[0]
+                seen[signature] = sites, call, outputs[0]
                 block.to("meta")
                 writes.extend([block] if _count(kwargs) > before else [])
-            sites, fitted, output = known[signature]
+            sites, fitted, output = seen[signature]
             call = replace(call, repeated=fitted.repeated)
-            found.append((sites, call, int(hidden_BTD.shape[-1])))
-            if len(found) == depth:
+            watched.append((sites, call, int(hidden_BTD.shape[-1])))
+            if len(watched) == depth:
                 raise Reached
             return output
 
@@ -154,8 +154,8 @@ def _watch(model: PreTrainedModel, depth: int) -> list[tuple[list[LinearSite], B
         block.forward = instead_of(block)
     with torch.no_grad(), contextlib.suppress(Reached), running(model, "on a few tokens"):
         model(ids_BT, use_cache=False)
-    check_count(model, depth, len(found))
-    return found
+    check_count(model, depth, len(watched))
+    return watched
 
 
 def _count(kwargs: dict[str, Any]) -> int:

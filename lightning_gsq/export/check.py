@@ -99,9 +99,9 @@ def compare(
     texts = []
     for prompt in PROMPTS:
         ids_BT = token_ids(run.tokenizer, prompt)
-        own, other = (model(ids_BT, use_cache=False).logits.float() for model in (reference, loaded))
-        difference = max(difference, float((own - other).abs().max()))
-        largest = max(largest, float(own.abs().max()))
+        ours, other = (model(ids_BT, use_cache=False).logits.float() for model in (reference, loaded))
+        difference = max(difference, float((ours - other).abs().max()))
+        largest = max(largest, float(ours.abs().max()))
         texts.append(follows(loaded, ids_BT, greedy(reference, ids_BT)))
     if not difference <= LOGIT_TOLERANCE * largest:
         raise CheckFailedError(f"{runtime}: logits differ by {difference:.3g}, the largest is {largest:.3g}")

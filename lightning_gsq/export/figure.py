@@ -50,5 +50,5 @@ def draw_ledger(ledger: Ledger, file: Path) -> None:
 
 def _group(name: str) -> str:
     """The number of the block that a parameter belongs to; ``other`` outside of the blocks."""
-    found = re.search(r"\.(\d+)\.", name)
-    return found[1] if found else REST
+    number = re.search(r"\.(\d+)\.", name)
+    return number[1] if number else REST

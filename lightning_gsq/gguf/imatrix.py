@@ -80,8 +80,8 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     """
     if _begins_otherwise(path):
         entries, text, chunks = read_dat(path.read_bytes(), path)
-        found = {name: InputSquares(sums[None], torch.tensor([calls])) for name, (sums, calls) in entries.items()}
-        return ImportanceMatrix(found, (text,) if text else (), chunks, 0)
+        squares = {name: InputSquares(sums[None], torch.tensor([calls])) for name, (sums, calls) in entries.items()}
+        return ImportanceMatrix(squares, (text,) if text else (), chunks, 0)
     file = GGUFFile(path)
     if _value(file, KIND, str) != "imatrix":
         raise ConfigurationError(

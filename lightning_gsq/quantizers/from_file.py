@@ -91,9 +91,10 @@ class FromFile(WarmStart):
             verify_finite(blocks, f"model.warm_start.file: {self.file.path}: {name}")
             stored.append(tensor_of(blocks))
         codes_OI, scales_OG = (
-            to_model(places, parts) for parts in ([own.codes_OI for own in stored], [own.scales_OG for own in stored])
+            to_model(places, parts)
+            for parts in ([piece.codes_OI for piece in stored], [piece.scales_OG for piece in stored])
         )
-        others = {part: to_model(places, [own.others[part] for own in stored]) for part in stored[0].others}
+        others = {part: to_model(places, [piece.others[part] for piece in stored]) for part in stored[0].others}
         if scheme.preset is None and kind is Q2_0:  # -1 ... 2 as -2 ... 1
             return QuantizedTensor(-codes_OI, -scales_OG, scheme)
         return QuantizedTensor(codes_OI, scales_OG, stored[0].scheme, others)
@@ -106,7 +107,7 @@ class FromFile(WarmStart):
         """An entry of the architecture: one number, or one a block."""
         field = self.file.fields.get(f"{architecture_name(self.file)}.{key}")
         value = None if field is None else field.value
-        numbers = [own for own in (value if isinstance(value, list) else [value]) if isinstance(own, int)]
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         if not numbers:
             raise ConfigurationError(f"model.warm_start.file: {self.file.path} has no number in an entry {key}")
         return numbers
@@ -150,12 +151,13 @@ def options_of(kinds: Mapping[str, GgmlType]) -> str:
     names = {name: kind.name.lower() for name, kind in kinds.items()}
     (usual, _), *_ = Counter(names.values()).most_common(1)
     endings: dict[str, set[str]] = {}
-    for name, own in names.items():
-        endings.setdefault(_ending(name), set()).add(own)
+    for name, type_name in names.items():
+        endings.setdefault(_ending(name), set()).add(type_name)
     overrides: dict[str, str] = {}
-    for name, own in names.items():
-        if own != usual:
-            overrides[f"*.{_ending(name)}" if len(endings[_ending(name)]) == 1 else name.removesuffix(".weight")] = own
+    for name, type_name in names.items():
+        if type_name != usual:
+            alike = len(endings[_ending(name)]) == 1
+            overrides[f"*.{_ending(name)}" if alike else name.removesuffix(".weight")] = type_name
     return f"--model.scheme {usual} --model.overrides '{json.dumps(overrides)}'"
 
 

@@ -168,8 +168,8 @@ class ScaleFit:
                 better_R = error_R < best_error_R
                 best_error_R = torch.where(better_R, error_R, best_error_R)
                 best = {name: torch.where(better_R, value, best.get(name, value)) for name, value in tried.items()}
-        kept = {name: self._keep(name, value.view(-1, count)).reshape(-1) for name, value in best.items()}
-        return _under(d_R, dmin_R, kept)
+        rounded = {name: self._keep(name, value.view(-1, count)).reshape(-1) for name, value in best.items()}
+        return _under(d_R, dmin_R, rounded)
 
 
 def _under(d_R: Tensor, dmin_R: Tensor | None, integers: dict[str, Tensor]) -> GroupScales:

@@ -36,11 +36,11 @@ def near_codes(codes_OI: Tensor, position_OI: Tensor, grid: VectorGrid, count: i
         Codes ``L O I``.
     """
     present_RC, x_RC = codes_OI.reshape(-1, grid.unit), position_OI.reshape(-1, grid.unit).float()
-    found = [
+    near = [
         _of_groups(present_RC[part], x_RC[part], grid, count)
         for part in slices(len(x_RC), max(1, AT_ONCE // (2 * grid.vectors.count)))
     ]
-    return torch.cat(found, dim=1).reshape(count, *codes_OI.shape)
+    return torch.cat(near, dim=1).reshape(count, *codes_OI.shape)
 
 
 def _of_groups(present_RC: Tensor, x_RC: Tensor, grid: VectorGrid, count: int) -> Tensor:
@@ -64,14 +64,14 @@ def _shifted(present_RC: Tensor, x_RC: Tensor, grid: VectorGrid, count: int) -> 
 
 def _signed(x_RC: Tensor, grid: VectorGrid, count: int) -> Tensor:
     """The nearest vectors, each with the best signs and with the next best, ``R L C``."""
-    own, size_RC = grid.vectors, x_RC.abs()
-    codes_NC = codes_of_vectors(own.name).to(x_RC.device).float()
-    if own.length == grid.unit:
+    vectors, size_RC = grid.vectors, x_RC.abs()
+    codes_NC = codes_of_vectors(vectors.name).to(x_RC.device).float()
+    if vectors.length == grid.unit:
         entries_RMC = _nearest(size_RC, codes_NC, count)
     else:
         # Two vectors whose signs depend on each other: every pair of their nearest.
         few = math.ceil(math.sqrt(count)) + 1
-        halves = [_nearest(half, codes_NC, few) for half in size_RC.split(own.length, dim=1)]
+        halves = [_nearest(half, codes_NC, few) for half in size_RC.split(vectors.length, dim=1)]
         pair = [
             half.repeat_interleave(few, 1) if first else half.repeat(1, few, 1) for first, half in enumerate(halves)
         ]
@@ -80,7 +80,7 @@ def _signed(x_RC: Tensor, grid: VectorGrid, count: int) -> Tensor:
     cost_RMC = size_RC[:, None] * entries_RMC
     cheapest_RM2 = cost_RMC.topk(2, dim=-1, largest=False).indices
     first, second = (torch.zeros_like(negative_RMC).scatter(-1, cheapest_RM2[..., i : i + 1], True) for i in (0, 1))
-    if own.signs == "free":
+    if vectors.signs == "free":
         flips = (torch.zeros_like(first), first)
     else:
         odd_RM1 = negative_RMC.sum(-1, keepdim=True) % 2 == 1

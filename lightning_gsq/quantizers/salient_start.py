@@ -87,16 +87,16 @@ def mixed_tensor(
 ) -> MixedTensor:
     """Finished weights from the codes and scales of both parts; finds the table of scales where the scheme has one."""
     assert scheme.salient is not None
-    own = None
+    salient_tensor = None
     if salient is not None:
-        own = QuantizedTensor(salient[0], salient[1].to(scale_dtype), scheme.salient_scheme)
+        salient_tensor = QuantizedTensor(salient[0], salient[1].to(scale_dtype), scheme.salient_scheme)
     count = scheme.salient.scale_groups
     if not isinstance(count, int):
         plain = QuantizedTensor(rest[0], rest[1].to(scale_dtype), scheme.plain)
-        return MixedTensor(columns_K, own, plain, scheme)
+        return MixedTensor(columns_K, salient_tensor, plain, scheme)
     table_n, members_OG = scale_table(rest[1], count, scale_dtype)
     plain = QuantizedTensor(rest[0], table_n[members_OG.long()], scheme.plain)
-    return MixedTensor(columns_K, own, plain, scheme, table_n, members_OG)
+    return MixedTensor(columns_K, salient_tensor, plain, scheme, table_n, members_OG)
 
 
 def scale_table(scales_OG: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

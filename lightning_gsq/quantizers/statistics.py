@@ -51,12 +51,12 @@ class InputStatistics:
 
     def hessians(self, site: LinearSite) -> list[Tensor]:
         """The Hessian ``I I`` of each of the site's matrices; zeros for an expert that no token reached."""
-        found = []
+        per_expert = []
         for expert in range(max(site.experts, 1)):
             key = (site.name, expert)
             count = self.counts.get(key, 0)
-            found.append(self.sums[key] * (2 / count) if count else self.empty(site))
-        return found
+            per_expert.append(self.sums[key] * (2 / count) if count else self.empty(site))
+        return per_expert
 
     def moment(self, x_NI: Tensor) -> Tensor:
         """What is summed up over inputs: ``I I``."""

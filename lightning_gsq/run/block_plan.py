@@ -56,11 +56,11 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
     schemes = model.selection.schemes(sites, end_names(model.network))
     refuse_shared(model.network, schemes)
     plans = []
-    for index, own in of_block.items():
+    for index, sites_here in of_block.items():
         name = f"{prefix}.{index}"
-        weights = {site: schemes[f"{name}.{site.name}"] for site in own if f"{name}.{site.name}" in schemes}
+        weights = {site: schemes[f"{name}.{site.name}"] for site in sites_here if f"{name}.{site.name}" in schemes}
         if weights:
-            left = left_out.reasons(blocks[index], own, {site.name for site in weights})
+            left = left_out.reasons(blocks[index], sites_here, {site.name for site in weights})
             plans.append(BlockPlan(index, name, weights, left))
     return plans
 
@@ -68,8 +68,10 @@ def make_plan(model: ModelQuantization) -> list[BlockPlan]:
 def with_schemes(plan: Sequence[BlockPlan], schemes: Mapping[str, QuantScheme]) -> list[BlockPlan]:
     """The plan with other schemes, by full parameter name; those of weights that are not named stay."""
     return [
-        replace(own, weights={site: schemes.get(f"{own.name}.{site.name}", old) for site, old in own.weights.items()})
-        for own in plan
+        replace(
+            part, weights={site: schemes.get(f"{part.name}.{site.name}", old) for site, old in part.weights.items()}
+        )
+        for part in plan
     ]
 
 
@@ -77,9 +79,9 @@ def not_quantized(model: ModelQuantization, plan: list[BlockPlan]) -> list[str]:
     """A line for each kind of matrix in the planned blocks that stays as it is, and why."""
     _, blocks = find_blocks(model.network)
     left = {
-        f"{own.name}.{name}": (reason, blocks[own.index].get_parameter(name).numel())
-        for own in plan
-        for name, reason in own.left_out.items()
+        f"{block.name}.{name}": (reason, blocks[block.index].get_parameter(name).numel())
+        for block in plan
+        for name, reason in block.left_out.items()
     }
-    total = sum(p.numel() for own in plan for p in blocks[own.index].parameters())
+    total = sum(p.numel() for block in plan for p in blocks[block.index].parameters())
     return left_out.lines(left, total)

@@ -126,8 +126,8 @@ class RunFolder:
 
     def add_seconds(self, part: str, seconds: float) -> None:
         """Adds to the seconds of a part of the run."""
-        known = self.progress.get("seconds", {})
-        self.update_progress(seconds={**known, part: known.get(part, 0.0) + seconds})
+        so_far = self.progress.get("seconds", {})
+        self.update_progress(seconds={**so_far, part: so_far.get(part, 0.0) + seconds})
 
     def perplexity(self, name: str, of: str) -> float | None:
         """The perplexity of that name, if it was measured of what ``of`` is the digest of."""
@@ -136,8 +136,8 @@ class RunFolder:
 
     def note_perplexity(self, name: str, of: str, value: float) -> None:
         """Keeps a perplexity with the digest of what it was measured of."""
-        known = self.progress.get("perplexity", {})
-        self.update_progress(perplexity={**known, name: {**known.get(name, {}), of: value}})
+        so_far = self.progress.get("perplexity", {})
+        self.update_progress(perplexity={**so_far, name: {**so_far.get(name, {}), of: value}})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``."""

@@ -87,8 +87,8 @@ def arguments_of(network: PreTrainedModel, forms: Forms, call: BlockCall, index:
         for part in slices(len(stream.ids_NT), sequences_at_once(stream.ids_NT.shape[1])):
             computed = arguments_from_ids(network, forms, stream.ids_NT[part], index, call)
             tensors = tensors or [stream.store.room_for(tensor) for tensor in computed]
-            for tensor, own in zip(tensors, computed, strict=True):
-                tensor[part] = own.to(tensor.dtype)
+            for tensor, values in zip(tensors, computed, strict=True):
+                tensor[part] = values.to(tensor.dtype)
     return [*tensors, *(stream.beside[name] for name in call.from_blocks)]
 
 
@@ -135,8 +135,8 @@ def propagate(run: Run, block: nn.Module, index: int, source: Stream, out: Strea
     """Runs the ``index``-th block of a run over a stream, on the device, in fp32; ``out`` may be ``source``."""
     call = run.calls[index].to(run.device)
 
-    def through(hidden_BTD: Tensor, own: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_BTD, bound = fetch(run, hidden_BTD), call.bind(own, torch.float32)
+    def through(hidden_BTD: Tensor, tensors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_BTD, bound = fetch(run, hidden_BTD), call.bind(tensors, torch.float32)
         if call.gives:
             return run_block_giving(block, hidden_BTD, bound)
         return run.run_block(block, hidden_BTD, bound), {}

@@ -86,17 +86,17 @@ def save_imatrix(run: Run) -> None:
 def _squares(run: Run) -> dict[str, InputSquares]:
     """Sums over the inputs of every weight to quantize, in the full-precision model."""
     count = hessian_sequences(run)
-    found: dict[str, InputSquares] = {}
+    entries: dict[str, InputSquares] = {}
     with hidden_store((count, run.data.sequence_length, run.width), run.activations, streams=1) as store:
         stream = embedded(run.model.network, run.train_ids_NT[:count], store)
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:
                 sums = _watched(run, plan, block, stream)
-                found |= {f"{plan.name}.{site.name}": InputSquares(*sums.of(site)) for site in plan.weights}
+                entries |= {f"{plan.name}.{site.name}": InputSquares(*sums.of(site)) for site in plan.weights}
             if index < run.last_block:
                 propagate(run, block, index, stream, stream)
-    return found
+    return entries
 
 
 def _watched(run: Run, plan: BlockPlan, block: torch.nn.Module, stream: Stream) -> InputSquareSums:

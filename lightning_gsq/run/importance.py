@@ -97,6 +97,6 @@ def names_of(model: ModelQuantization) -> Names:
     source = model.address.source(need_weights=False)
     if source.gguf_file is not None and source.files:
         return names_in_file(GGUFFile(source.files[0]), config)
-    known = ARCHITECTURES.get(config.model_type)
+    architecture = ARCHITECTURES.get(config.model_type)
     blocks = int(config.get_text_config(decoder=True).num_hidden_layers)
-    return Names(config.model_type if known is None else known.name, blocks)
+    return Names(config.model_type if architecture is None else architecture.name, blocks)

@@ -116,26 +116,26 @@ def prepare_block(
     probe = functools.partial(run_block, block, surveyed.inputs_BTD[index].float(), surveyed.bound_call(index))
     sites = {site.name: site for site in find_all_sites(block, probe)}
     names = to_quantize(sites, ["*"])
-    statistics = InputStatistics([sites[own] for own in names], inputs_NTD.device)
+    statistics = InputStatistics([sites[key] for key in names], inputs_NTD.device)
     train = len(ids_NT) - held_out
     if start.needs_hessian:
         with torch.no_grad(), statistics.watching(block):
             for row in range(train):
                 run_block(block, inputs_NTD[row : row + 1], call.bind([a[row : row + 1] for a in arguments]))
     matrices = {
-        own: Matrix(
-            sites[own].to_matrix(block.get_parameter(own)).detach(),
-            statistics.hessians(sites[own]) if start.needs_hessian else None,
+        key: Matrix(
+            sites[key].to_matrix(block.get_parameter(key)).detach(),
+            statistics.hessians(sites[key]) if start.needs_hessian else None,
             chosen,
-            f"{name}.{own}",
+            f"{name}.{key}",
         )
-        for own in names
+        for key in names
     }
-    mixed = {own: matrix for own, matrix in matrices.items() if matrix.scheme.mixed}
+    mixed = {key: matrix for key, matrix in matrices.items() if matrix.scheme.mixed}
     choices = settle(mixed, SettleOptions()) if mixed else {}
     quantizers = {
-        sites[own]: make_quantizer(matrix, choices.get(own), start, gumbel, generator_of(seed, index, own, "logits"))
-        for own, matrix in matrices.items()
+        sites[key]: make_quantizer(matrix, choices.get(key), start, gumbel, generator_of(seed, index, key, "logits"))
+        for key, matrix in matrices.items()
     }
     module = BlockQuantization(
         block,
@@ -147,16 +147,16 @@ def prepare_block(
         index=index,
         name=name,
         seed=seed,
-        saliency={own: choice.figures for own, choice in choices.items()},
+        saliency={key: choice.figures for key, choice in choices.items()},
     )
     streams = (inputs_NTD, targets_NTD, *arguments)
     order = torch.Generator().manual_seed(seed_of(seed, index, "order"))
     training = ActivationDataset(*(stream[:train] for stream in streams))
-    kept = ActivationDataset(*(stream[train:] for stream in streams))
+    validation = ActivationDataset(*(stream[train:] for stream in streams))
     return PreparedBlock(
         module,
         DataLoader(training, batch_size, shuffle=True, generator=order, collate_fn=first),
-        DataLoader(kept, batch_size, collate_fn=first) if held_out else None,
+        DataLoader(validation, batch_size, collate_fn=first) if held_out else None,
     )
 
 
@@ -166,13 +166,13 @@ def _streams(
 ) -> tuple[Tensor, Tensor, BlockCall, list[Tensor]]:
     """What enters and leaves the block in the full-precision model, ``N T D`` fp32; its call, and what that takes."""
     inputs, targets, arguments = list[Tensor](), list[Tensor](), list[list[Tensor]]()
-    known, call = surveyed.calls[index], None
+    surveyed_call, call = surveyed.calls[index], None
     for row in range(len(ids_NT)):
         ids_BT = ids_NT[row : row + 1].to(network.device)
         traced = trace(network, ids_BT)
         inputs.append(traced.inputs_BTD[index].float())
         targets.append([*traced.inputs_BTD[1:], traced.output_BTD][index].float())
-        call = call or traced.calls[index].like(known)
+        call = call or traced.calls[index].like(surveyed_call)
         arguments.append(list(arguments_from_ids(network, surveyed.forms, ids_BT, index, call)) if call.bound else [])
     assert call is not None
     return torch.cat(inputs), torch.cat(targets), call, [torch.cat(parts) for parts in zip(*arguments, strict=True)]

@@ -145,13 +145,13 @@ class BlockwisePerplexity:
     def __init__(self, network: PreTrainedModel) -> None:
         self.network, self.blocks = network, find_blocks(network)[1]
         ids_BT, self._survey = probe_pair(network), survey(network)
-        found = find_head(
+        head = find_head(
             network, "evaluation.by_block: perplexity block by block", "set it to false, on a device that holds it all"
         )
-        self._scale, self._softcap = found.scale, found.softcap
+        self._scale, self._softcap = head.scale, head.softcap
         with torch.no_grad():
             wanted_BTV = network(ids_BT, use_cache=False).logits.float()
-        logits_BTV = found.logits(self._finish(ids_BT, self._survey.outputs_BTD[-1])).float()
+        logits_BTV = head.logits(self._finish(ids_BT, self._survey.outputs_BTD[-1])).float()
         error = float((logits_BTV - wanted_BTV).abs().max() / wanted_BTV.abs().max())
         if not error < TOLERANCE:
             raise ConfigurationError(
@@ -182,9 +182,9 @@ class BlockwisePerplexity:
             for part in slices(len(ids_NT), size):
                 last_BTD = self._finish(ids_NT[part], stream.hidden_NTD[part].to(dtype))
                 for number, (last_TD, ids_T) in enumerate(zip(last_BTD, ids_NT[part], strict=True), part.start):
-                    for own in slices(len(ids_T) - 1, LOSS_POSITIONS):
-                        logits_CV = head.logits(_fetch(last_TD[own], device))
-                        model.add_predictions(logits_CV, _fetch(ids_T[1:][own], device), number)
+                    for positions in slices(len(ids_T) - 1, LOSS_POSITIONS):
+                        logits_CV = head.logits(_fetch(last_TD[positions], device))
+                        model.add_predictions(logits_CV, _fetch(ids_T[1:][positions], device), number)
         perplexity = float(metric.compute().exp())
         metric.reset()
         metric.cpu()
@@ -206,8 +206,8 @@ class BlockwisePerplexity:
         block, call = self.blocks[index], self._calls[index].to(device)
         weights = {name: _fetch(t, device) for name, t in [*block.named_parameters(), *block.named_buffers()]}
 
-        def through(hidden_BTD: Tensor, own: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            bound = call.bind(own, dtype)
+        def through(hidden_BTD: Tensor, tensors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            bound = call.bind(tensors, dtype)
             return run_block_giving(block, _fetch(hidden_BTD, device, dtype), bound, weights)
 
         arguments = arguments_of(self.network, self._survey.forms, call, index, stream)
@@ -227,7 +227,7 @@ class BlockwisePerplexity:
     def _calls_for(self, ids_BT: Tensor) -> list[BlockCall]:
         """What each block is called with beside the hidden states, for sequences of this length."""
         calls = calls_without_blocks(self.network, self._survey.forms, ids_BT)
-        return [call.like(known) for call, known in zip(calls, self._survey.calls, strict=True)]
+        return [call.like(recorded) for call, recorded in zip(calls, self._survey.calls, strict=True)]
 
     def _finish(self, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """What enters the head if ``hidden_BTD`` leaves the last block."""

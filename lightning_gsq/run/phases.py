@@ -197,10 +197,10 @@ def save_and_summarize(
         )
         summary["evaluation"] = dict(perplexities.about)
     earlier = run.folder.summary
-    kept = {"exports": earlier.get("exports", {})}
+    earlier_entries = {"exports": earlier.get("exports", {})}
     if earlier.get("zero_shot", {}).get("made_from") == made_from:
-        kept["zero_shot"] = earlier["zero_shot"]
-    run.folder.write_summary({**summary, **kept})
+        earlier_entries["zero_shot"] = earlier["zero_shot"]
+    run.folder.write_summary({**summary, **earlier_entries})
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
     tensorboard.log_result(
         run.trainer.loggers, run.recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]}
@@ -226,7 +226,7 @@ def kind_before_end_to_end(model: ModelQuantization, plan: list[BlockPlan], fold
     Raises:
         ConfigurationError: there is none, because both phases were left out and never run.
     """
-    indices = [own.index for own in plan]
+    indices = [block.index for block in plan]
     if "blocks" in model.phases:
         return "block"
     if "end_to_end" not in model.phases:

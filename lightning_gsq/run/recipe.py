@@ -62,19 +62,19 @@ def make_recipe(
     choice: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The recipe of a run over this model and this text; ``choice`` is that of widths, as plain data."""
-    kept: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
     for key, value in settings.items():
         if key in LATER:
             continue
         dropped = BESIDE_THE_RECIPE.get(key, set())
-        kept[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
-    callbacks = kept["trainer"].get("callbacks") or []
-    kept["trainer"]["callbacks"] = [c for c in callbacks if not _watches_only(c["class_path"])]
+        groups[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
+    callbacks = groups["trainer"].get("callbacks") or []
+    groups["trainer"]["callbacks"] = [c for c in callbacks if not _watches_only(c["class_path"])]
     if not has_salient_part(settings["model"]):
-        kept["model"].pop("saliency", None)
+        groups["model"].pop("saliency", None)
     if settings["model"].get("size") is None:  # as in recipes from before there was one
         for name in ("size", "choices"):
-            kept["model"].pop(name, None)
+            groups["model"].pop(name, None)
     fingerprints = {
         "model": model_fingerprint(model),
         "calibration": fingerprint([data.train_ids_NT, data.validation_ids_NT]),
@@ -86,13 +86,13 @@ def make_recipe(
     if model.start.imatrix is not None:
         fingerprints["imatrix"] = file_digest(Path(model.start.imatrix).expanduser())
     else:
-        kept["model"].pop("imatrix", None)
+        groups["model"].pop("imatrix", None)
     return {
         "format": FORMAT,
         "seed": seed,
-        "settings": kept,
+        "settings": groups,
         **({} if choice is None else {"choice": dict(choice)}),
-        "addresses": dict(_addresses(kept)),
+        "addresses": dict(_addresses(groups)),
         "fingerprints": fingerprints,
         "versions": versions(),
     }
@@ -124,11 +124,11 @@ def is_whole(recipe: Any) -> bool:
     return isinstance(groups, Mapping) and isinstance(recipe["fingerprints"], Mapping) and "model" in groups
 
 
-def compare(known: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+def compare(recorded: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Lines that say where two nested mappings differ."""
     lines = []
-    for key in sorted({*known, *wanted}, key=str):
-        old, new, name = known.get(key), wanted.get(key), f"{prefix}{key}"
+    for key in sorted({*recorded, *wanted}, key=str):
+        old, new, name = recorded.get(key), wanted.get(key), f"{prefix}{key}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += compare(old, new, f"{name}.")
         elif old != new:

@@ -38,20 +38,20 @@ def open_recipe(folder: RunFolder, recipe: dict[str, Any], say: Callable[[str], 
     if folder.rank and not folder.recipe_file.exists():  # the first process has yet to write it
         folder.recipe = digest
         return
-    known, reason = _read(folder)
-    if known is None:
+    recorded, reason = _read(folder)
+    if recorded is None:
         _refuse_orphans(folder, digest, reason)
         if folder.recipe_file.exists():
             say(f"{folder.recipe_file} is damaged; it is written anew, with the settings that the finished blocks had")
         content = wanted
     else:
-        _refuse_another(folder, known, wanted)
-        if known["fingerprints"].get("evaluation") != wanted["fingerprints"].get("evaluation"):
+        _refuse_another(folder, recorded, wanted)
+        if recorded["fingerprints"].get("evaluation") != wanted["fingerprints"].get("evaluation"):
             say("Another text for perplexity than before: perplexities are measured anew, nothing is trained again")
         # Versions are there to be read: another one may change the last bits of a result, not what was asked for.
-        content = {**wanted, "versions": known["versions"]}
+        content = {**wanted, "versions": recorded["versions"]}
     folder.recipe = digest
-    if folder.rank == 0 and content != known:
+    if folder.rank == 0 and content != recorded:
         write_atomically(folder.recipe_file, yaml.safe_dump(content, sort_keys=False).encode())
 
 
@@ -65,11 +65,11 @@ def known_choice(folder: RunFolder, recipe: Mapping[str, Any]) -> Any:
     Raises:
         ConfigurationError: the folder belongs to a run with another recipe.
     """
-    known, _ = _read(folder)
-    if known is None:
+    recorded, _ = _read(folder)
+    if recorded is None:
         return None
-    _refuse_another(folder, {k: v for k, v in known.items() if k != "choice"}, json.loads(json.dumps(recipe)))
-    return known.get("choice")
+    _refuse_another(folder, {k: v for k, v in recorded.items() if k != "choice"}, json.loads(json.dumps(recipe)))
+    return recorded.get("choice")
 
 
 def _read(folder: RunFolder) -> tuple[dict[str, Any] | None, str]:
@@ -95,13 +95,13 @@ def _refuse_orphans(folder: RunFolder, digest: str | None, reason: str) -> None:
         )
 
 
-def _refuse_another(folder: RunFolder, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if known.get("format") != FORMAT:
+def _refuse_another(folder: RunFolder, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if recorded.get("format") != FORMAT:
         raise ConfigurationError(
             f"trainer.default_root_dir: {folder.root} holds a run of an earlier version, whose files do not say what "
             "they are; export it, or choose another folder"
         )
-    differences = compare(deciding(known), deciding(wanted))
+    differences = compare(deciding(recorded), deciding(wanted))
     if differences:
         raise ConfigurationError(
             f"trainer.default_root_dir: {folder.root} holds a run with another recipe; choose another folder, or "

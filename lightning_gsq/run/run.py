@@ -133,7 +133,7 @@ def make_run(
         ranks=ranks,
         trainer=trainer,
         blocks=find_blocks(model.network)[1],
-        calls=[call.like(known) for call, known in zip(traced.calls, surveyed.calls, strict=True)],
+        calls=[call.like(surveyed_call) for call, surveyed_call in zip(traced.calls, surveyed.calls, strict=True)],
         forms=surveyed.forms,
         width=traced.output_BTD.shape[-1],
         run_block=compiled_run_block() if compiled else run_block,

@@ -40,13 +40,15 @@ def installed(
         outer: Quantized weights outside of the blocks, by name in the model; what is tied to one goes along.
     """
     _, blocks = find_blocks(model.network)
-    originals = [{site.name: blocks[own.index].get_parameter(site.name).data for site in own.weights} for own in plan]
+    originals = [
+        {site.name: blocks[part.index].get_parameter(site.name).data for site in part.weights} for part in plan
+    ]
     with ExitStack() as undo:
         undo.enter_context(outer_installed(model.network, outer or {}))
-        for own, weights, parameters in zip(plan, tensors, originals, strict=True):
-            install(blocks[own.index], own, weights)
+        for part, weights, parameters in zip(plan, tensors, originals, strict=True):
+            install(blocks[part.index], part, weights)
             for name, data in parameters.items():
-                undo.callback(setattr, blocks[own.index].get_parameter(name), "data", data)
+                undo.callback(setattr, blocks[part.index].get_parameter(name), "data", data)
         for name, value in (dense or {}).items():
             undo.enter_context(replaced(model.network, name, value))
         yield
@@ -98,7 +100,7 @@ def replace(network: PreTrainedModel, name: str, value: Tensor) -> Callable[[], 
 @contextmanager
 def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]:
     """Inside the context, every parameter that is not quantized has the precision that the saved files give it."""
-    quantized = {f"{own.name}.{site.name}" for own in plan for site in own.weights}
+    quantized = {f"{block.name}.{site.name}" for block in plan for site in block.weights}
     quantized |= set(model.outer.expected(model.network))
     originals = {p: p.data for name, p in model.network.named_parameters() if name not in quantized}
     try:

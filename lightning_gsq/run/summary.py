@@ -31,8 +31,8 @@ def _ledger(
     """The bits of the files of quantized weights, and of everything else in the dtype of the saved model."""
     entries, headers = [], {}
     files = [
-        (folder.block_file(kind, own.index), {f"{own.name}.{name}": tensor for name, tensor in weights.items()})
-        for own, weights in zip(plan, tensors, strict=True)
+        (folder.block_file(kind, block.index), {f"{block.name}.{name}": tensor for name, tensor in weights.items()})
+        for block, weights in zip(plan, tensors, strict=True)
     ]
     if outer:
         files.append((folder.block_file(outer_kind(kind), OUTER), outer))
@@ -95,11 +95,11 @@ def make_summary(
     """
     model, folder, plan = run.model, run.folder, run.plan
     ledger = _ledger(model, plan, tensors, outer, folder, kind)
-    saliency = report.saliency_of({own.name: block for own, block in zip(plan, tensors, strict=True)})
+    saliency = report.saliency_of({block.name: weights for block, weights in zip(plan, tensors, strict=True)})
     progress, blocks = folder.progress, folder.measures()
     seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
     parameters = sum(p.numel() for p in model.network.parameters())
-    files = sum(folder.block_file(kind, own.index).stat().st_size for own in plan)
+    files = sum(folder.block_file(kind, block.index).stat().st_size for block in plan)
     peak = max(progress.get("peak_memory_bytes", 0), peak_memory_bytes())
     folder.update_progress(peak_memory_bytes=peak)
     summary = {

@@ -191,8 +191,8 @@ class EndToEndQuantization(LightningModule):
 
     def on_validation_start(self) -> None:
         """Learns how many batches the others have: held-out sequences are not always divided evenly."""
-        own = sum(int(count) for count in self.trainer.num_val_batches)
-        self.idle_passes = passes_of_others(self, own) if is_sharded(self) else 0
+        batches = sum(int(count) for count in self.trainer.num_val_batches)
+        self.idle_passes = passes_of_others(self, batches) if is_sharded(self) else 0
 
     def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Takes part in the last batches of the others, before the means over all processes are computed."""
@@ -269,15 +269,15 @@ class EndToEndQuantization(LightningModule):
         base = body(self.network)
         with whole(self):
             network = {id(parameter): name for name, parameter in self.network.named_parameters(remove_duplicate=False)}
-            found = copied([network[id(base.get_parameter(name))] for name in self.norm_names], self.norms)
+            copies = copied([network[id(base.get_parameter(name))] for name in self.norm_names], self.norms)
             if self.head is not None:
-                found |= copied([head_name(self.network)], [self.head])
+                copies |= copied([head_name(self.network)], [self.head])
         for index, block in self.blocks.items():
             assert isinstance(block, StudentBlock)
             if block.norm_names:
                 with whole(block):
-                    found |= copied([f"{self.prefix}.{index}.{name}" for name in block.norm_names], block.norms)
-        return found
+                    copies |= copied([f"{self.prefix}.{index}.{name}" for name in block.norm_names], block.norms)
+        return copies
 
     def _head_here(self) -> Head:
         """The teacher's head on the device where the module is now."""

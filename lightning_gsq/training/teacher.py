@@ -68,10 +68,10 @@ class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
             ConfigurationError: the disk is full.
         """
         for number in numbers:
-            found = [top(ids_BT) for ids_BT in self._part(number).split(size)]
+            tops = [top(ids_BT) for ids_BT in self._part(number).split(size)]
             content = {
-                "tokens": torch.cat([tokens_BTK.int().cpu() for tokens_BTK, _ in found]),
-                "log_probs": torch.cat([log_probs_BTK.half().cpu() for _, log_probs_BTK in found]),
+                "tokens": torch.cat([tokens_BTK.int().cpu() for tokens_BTK, _ in tops]),
+                "log_probs": torch.cat([log_probs_BTK.half().cpu() for _, log_probs_BTK in tops]),
             }
             metadata = {"key": json.dumps(self.key), "digest": tensors_digest(content)}
             write_atomically(self._file(number), save(content, metadata))

@@ -130,11 +130,11 @@ def assign_schemes(
     for name in names:
         if not any(_matches(name, p) for p in include) or any(_matches(name, p) for p in exclude):
             continue
-        own = scheme
+        fitting = scheme
         for pattern, override in overrides.items():
             if _matches(name, pattern):
-                own = applied(pattern, override, own)
-        chosen[name] = own
+                fitting = applied(pattern, override, fitting)
+        chosen[name] = fitting
     if not chosen:
         raise ConfigurationError(f"include={list(include)} and exclude={list(exclude)} leave no weight to quantize")
     return chosen

@@ -52,8 +52,8 @@ class CodeVectors:
 
 
 VECTORS = {
-    own.name: own
-    for own in (
+    entry.name: entry
+    for entry in (
         CodeVectors("IQ2_XXS", 256, 8, 32, 15, 0.125, "even"),
         CodeVectors("IQ2_XS", 512, 8, 16, 15, 0.125, "even"),
         CodeVectors("IQ2_S", 1024, 8, 16, 15, 0.125, "free"),
@@ -73,5 +73,5 @@ def codebook(name: str) -> Tensor:
 
     holder = getattr(gguf.quants, name)
     holder.init_grid()
-    own = VECTORS[name]
-    return torch.tensor(holder.grid.reshape(own.count, own.length), dtype=torch.float32)
+    entry = VECTORS[name]
+    return torch.tensor(holder.grid.reshape(entry.count, entry.length), dtype=torch.float32)

@@ -67,11 +67,11 @@ def _two_level(sub_scales: Integers, sub_offsets: Integers | None = None) -> Sca
 
 
 def _vectors(name: str) -> Preset:
-    own = VECTORS[name.upper()]
-    unit = own.unit / EIGHTHS if own.shift_group else own.unit
-    layout = ScaleLayout(block=256, sub_scales=Integers(0, own.high), dtype=torch.float16, odd_unit=unit)
+    vectors = VECTORS[name.upper()]
+    unit = vectors.unit / EIGHTHS if vectors.shift_group else vectors.unit
+    layout = ScaleLayout(block=256, sub_scales=Integers(0, vectors.high), dtype=torch.float16, odd_unit=unit)
     bits = int(name[2])  # of its name: a weight has no bits of its own
-    return Preset(name, bits, vector_grid(own.name, bits), own.group, layout, 256, "iq4_nl", own.name)
+    return Preset(name, bits, vector_grid(vectors.name, bits), vectors.group, layout, 256, "iq4_nl", vectors.name)
 
 
 _FOUR, _SIX, _SIGNED_SIX, _EIGHT = Integers(0, 15), Integers(0, 63), Integers(-32, 31), Integers(-128, 127)

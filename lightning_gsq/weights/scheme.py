@@ -123,10 +123,10 @@ class QuantScheme:
         if chosen.group_size != self.group_size or chosen.salient is None:
             return False
         # The ratio was rounded to whole columns or weights.
-        own = dataclasses.replace(self.salient, ratio=chosen.salient.ratio)
-        if not isinstance(own.scale_groups, int):
-            own = dataclasses.replace(own, scale_groups=chosen.salient.scale_groups)
-        return own == chosen.salient
+        part = dataclasses.replace(self.salient, ratio=chosen.salient.ratio)
+        if not isinstance(part.scale_groups, int):
+            part = dataclasses.replace(part, scale_groups=chosen.salient.scale_groups)
+        return part == chosen.salient
 
     @property
     def grid(self) -> Grid:

@@ -61,14 +61,14 @@ class VectorGrid(Grid):
 
     def fields(self, columns: int) -> dict[str, tuple[int, int]]:
         """See :meth:`Grid.fields`."""
-        own = self.vectors
-        fields = {"codes": (columns // own.length, int(math.log2(own.count)))}
-        if own.signs == "even":
+        vectors = self.vectors
+        fields = {"codes": (columns // vectors.length, int(math.log2(vectors.count)))}
+        if vectors.signs == "even":
             fields["signs"] = (columns // SIGN_GROUP, SIGN_GROUP - 1)
-        elif own.signs == "free":
+        elif vectors.signs == "free":
             fields["signs"] = (columns, 1)
         else:
-            fields["shifts"] = (columns // own.shift_group, 1)
+            fields["shifts"] = (columns // vectors.shift_group, 1)
         return fields
 
     def split(self, codes_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,34 +84,35 @@ class VectorGrid(Grid):
         Raises:
             ValueError: codes are none of the grid's.
         """
-        own, codes_OI = self.vectors, codes_OI.to(torch.int16)
-        if own.shift_group:
+        vectors, codes_OI = self.vectors, codes_OI.to(torch.int16)
+        if vectors.shift_group:
             steps_OI = (codes_OI + EIGHTHS // 2).div(EIGHTHS, rounding_mode="floor")
-            shifts_OSC = (codes_OI - EIGHTHS * steps_OI).unflatten(-1, (-1, own.shift_group))
+            shifts_OSC = (codes_OI - EIGHTHS * steps_OI).unflatten(-1, (-1, vectors.shift_group))
             if not bool(((shifts_OSC == shifts_OSC[..., :1]) & (shifts_OSC.abs() == 1)).all()):
-                raise ValueError(f"the weights of a shift group of {own.name} have different shifts, or none")
+                raise ValueError(f"the weights of a shift group of {vectors.name} have different shifts, or none")
             entries_OI, marks = steps_OI, shifts_OSC[..., 0] < 0
         else:
             entries_OI, marks = codes_OI.abs(), codes_OI < 0
-        if own.signs == "even" and bool((marks.unflatten(-1, (-1, SIGN_GROUP)).sum(-1) % 2).any()):
-            raise ValueError(f"{own.name} holds an even number of minus signs among eight weights, got an odd one")
-        table, low, high = (part.to(codes_OI.device) for part in _numbers(own.name))
+        if vectors.signs == "even" and bool((marks.unflatten(-1, (-1, SIGN_GROUP)).sum(-1) % 2).any()):
+            raise ValueError(f"{vectors.name} holds an even number of minus signs among eight weights, got an odd one")
+        table, low, high = (part.to(codes_OI.device) for part in _numbers(vectors.name))
         if codes_OI.numel() and (int(entries_OI.min()) < low or int(entries_OI.max()) > high):
-            raise ValueError(f"{own.name} holds entries of {int(low)} ... {int(high)}")
-        digits_OVC = _digits(own.name).to(codes_OI.device)[(entries_OI - low).long()].unflatten(-1, (-1, own.length))
-        base = len(_entries(own.name))
-        powers_C = base ** torch.arange(own.length, device=codes_OI.device)
+            raise ValueError(f"{vectors.name} holds entries of {int(low)} ... {int(high)}")
+        digits_OI = _digits(vectors.name).to(codes_OI.device)[(entries_OI - low).long()]
+        digits_OVC = digits_OI.unflatten(-1, (-1, vectors.length))
+        base = len(_entries(vectors.name))
+        powers_C = base ** torch.arange(vectors.length, device=codes_OI.device)
         index_OV = table[((digits_OVC.clamp_min(0)) * powers_C).sum(-1)]
         if bool((digits_OVC < 0).any()) or bool((index_OV < 0).any()):
-            raise ValueError(f"some codes are none of the {own.count} vectors of {own.name}")
+            raise ValueError(f"some codes are none of the {vectors.count} vectors of {vectors.name}")
         return index_OV, marks
 
     def join(self, index_OV: Tensor, marks: Tensor) -> Tensor:
         """Inverse of :meth:`split`, int8."""
-        own = self.vectors
-        codes_OI = codes_of_vectors(own.name).to(index_OV.device)[index_OV.long()].flatten(-2)
-        if own.shift_group:
-            shifts_OI = torch.where(marks, -1, 1).to(torch.int8).repeat_interleave(own.shift_group, -1)
+        vectors = self.vectors
+        codes_OI = codes_of_vectors(vectors.name).to(index_OV.device)[index_OV.long()].flatten(-2)
+        if vectors.shift_group:
+            shifts_OI = torch.where(marks, -1, 1).to(torch.int8).repeat_interleave(vectors.shift_group, -1)
             return codes_OI + shifts_OI
         return torch.where(marks, -codes_OI, codes_OI)
 
@@ -149,9 +150,9 @@ def vector_grid(name: str, bits: int) -> VectorGrid:
         name: In capitals.
         bits: What a width is called that has none: 1, 2 or 3.
     """
-    own = VECTORS[name]
+    vectors = VECTORS[name]
     levels = {"IQ1": 9, "IQ2": 43}.get(name[:3], 62 if name == "IQ3_XXS" else 15)
-    return VectorGrid(-levels, levels, storage_bits=bits, vectors=own)
+    return VectorGrid(-levels, levels, storage_bits=bits, vectors=vectors)
 
 
 @functools.cache
@@ -184,8 +185,8 @@ def _digits(name: str) -> Tensor:
 @functools.cache
 def _numbers(name: str) -> tuple[Tensor, Tensor, Tensor]:
     """The number of the vector whose digits are those of an index, -1 for none; the smallest entry and the largest."""
-    entries, own = _entries(name), VECTORS[name]
-    keys = _digits(name)[(codebook(name) - entries[0]).long()] @ (len(entries) ** torch.arange(own.length))
-    table = torch.full((len(entries) ** own.length,), -1, dtype=torch.int16)
-    table[keys] = torch.arange(own.count, dtype=torch.int16)
+    entries, vectors = _entries(name), VECTORS[name]
+    keys = _digits(name)[(codebook(name) - entries[0]).long()] @ (len(entries) ** torch.arange(vectors.length))
+    table = torch.full((len(entries) ** vectors.length,), -1, dtype=torch.int16)
+    table[keys] = torch.arange(vectors.count, dtype=torch.int16)
     return table, torch.tensor(entries[0]), torch.tensor(entries[-1])

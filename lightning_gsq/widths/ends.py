@@ -71,7 +71,7 @@ class EndChanges:
         """
         self.changes = self._round(ids_NT, outputs)
         self._head = {key: [] for key in self.changes if key[0] == self.ends.head}
-        return [self._head_pass(ids_T[None], own) for ids_T, own in zip(ids_NT, outputs, strict=True)]
+        return [self._head_pass(ids_T[None], output) for ids_T, output in zip(ids_NT, outputs, strict=True)]
 
     def enter(self, ids_NT: Tensor, gradients: Sequence[Tensor]) -> None:
         """Takes each sequence's gradient at the first block's input."""
@@ -105,7 +105,7 @@ class EndChanges:
         """The changes; those of a head weighted by its inputs, as a run does it."""
         moments_D: Tensor | None = None
         if self.ends.head in self.schemes:
-            seen = [self._tail(ids_T[None], own)[0].float() for ids_T, own in zip(ids_NT, outputs, strict=True)]
+            seen = [self._tail(ids_T[None], output)[0].float() for ids_T, output in zip(ids_NT, outputs, strict=True)]
             moments_D = torch.cat(seen).square().mean(0)
         changes = {}
         for name, choices in self.schemes.items():

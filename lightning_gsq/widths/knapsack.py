@@ -79,7 +79,7 @@ def pick(items: Sequence[Item], limit: int, floor: int = 0) -> Solution | None:
     scale = max(float(np.abs(costs).max()), 1e-300)
     unit = math.gcd(*(int(size) for size in sizes)) or 1
     rows = csr_matrix((np.ones(len(pairs)), ([row for row, _ in pairs], range(len(pairs)))))
-    found = milp(
+    result = milp(
         costs / scale,
         integrality=np.ones(len(pairs)),
         bounds=Bounds(0, 1),
@@ -89,12 +89,12 @@ def pick(items: Sequence[Item], limit: int, floor: int = 0) -> Solution | None:
         ],
         options={"node_limit": MAX_NODES, "mip_rel_gap": 0.0},
     )
-    if found.x is None:
+    if result.x is None:
         return None
-    taken = [(items[row], name) for (row, name), share in zip(pairs, found.x, strict=True) if share > 0.5]
+    taken = [(items[row], name) for (row, name), share in zip(pairs, result.x, strict=True) if share > 0.5]
     options = {item.name: name for item, name in taken}
     size = sum(item.sizes[name] for item, name in taken)
     if len(options) != len(items) or not floor <= size <= limit:  # within the solver's tolerance, not within the size
         return None
     cost = math.fsum(item.costs[name] for item, name in taken)
-    return Solution(options, size, cost, float(found.mip_gap or 0.0))
+    return Solution(options, size, cost, float(result.mip_gap or 0.0))

@@ -30,7 +30,7 @@ def draw_widths(parts: Mapping[str, tuple[int, float]], rest: float = 0.0) -> Fi
         of_block = kinds.setdefault(_short(_BLOCK.sub(".*.", name[block.end() :])), {})
         before = of_block.get(int(block[1]), (0, 0.0))  # experts of a list are one row
         of_block[int(block[1])] = (before[0] + weights, before[1] + size)
-    names, depth = list(kinds), 1 + max((index for own in kinds.values() for index in own), default=0)
+    names, depth = list(kinds), 1 + max((index for sizes in kinds.values() for index in sizes), default=0)
     bits = np.full((len(names), depth), np.nan)
     for row, name in enumerate(names):
         for index, (weights, size) in kinds[name].items():
@@ -41,7 +41,7 @@ def draw_widths(parts: Mapping[str, tuple[int, float]], rest: float = 0.0) -> Fi
     map_.set_yticks(range(len(names)), names, fontsize="small")
     map_.set_xlabel("block")
     figure.colorbar(image, ax=map_, label="bits a weight")
-    sums = {name: sum(size for _, size in own.values()) for name, own in kinds.items()}
+    sums = {name: sum(size for _, size in sizes.values()) for name, sizes in kinds.items()}
     sums |= {name: size for name, (_, size) in outside.items()} | ({"rest": rest} if rest else {})
     bottom = 0.0
     for number, (name, size) in enumerate(sums.items()):

@@ -94,17 +94,18 @@ def measure_worth(
     gradients = ends.gradients(ids_NT, [traced.output_BTD for traced in traces])
     worth: Worth = {}
     # Gradients go no further down than something wants them.
-    lowest = 0 if ends.wants_embedding else min((index for index, own in inside.items() if own), default=len(blocks))
+    wanting = [index for index, chosen in inside.items() if chosen]
+    lowest = 0 if ends.wants_embedding else min(wanting, default=len(blocks))
     for index in reversed(range(lowest, len(blocks))):
         block = copy.deepcopy(blocks[index]).to(device, torch.float32).requires_grad_(False)
-        own = list(inside.get(index, ()))
+        chosen = list(inside.get(index, ()))
         batches = [(inputs[n][index], on_device(calls[n][index], device)) for n in range(len(ids_NT))]
-        changes = changes_of(block, own, batches, device, scale_dtype)
+        changes = changes_of(block, chosen, batches, device, scale_dtype)
         products: dict[tuple[str, str], list[float]] = {key: [] for key in changes}
-        for candidate in own:
+        for candidate in chosen:
             block.get_parameter(candidate.site.name).requires_grad_(True)
         for n, (hidden_BTD, call) in enumerate(batches):
-            gradients[n], along = _backward(block, own, changes, hidden_BTD.to(device), call, gradients[n])
+            gradients[n], along = _backward(block, chosen, changes, hidden_BTD.to(device), call, gradients[n])
             for key, product in along.items():
                 products[key].append(product)
         for (name, choice), values in products.items():
@@ -176,12 +177,12 @@ def _backward(
     parameters = [block.get_parameter(candidate.site.name) for candidate in candidates]
     with torch.enable_grad():
         output_BTD = run_block(block, hidden_BTD, call)
-    found = torch.autograd.grad(output_BTD, [hidden_BTD, *parameters], gradient_BTD.to(output_BTD), allow_unused=True)
+    grads = torch.autograd.grad(output_BTD, [hidden_BTD, *parameters], gradient_BTD.to(output_BTD), allow_unused=True)
     along = {}
-    for candidate, gradient in zip(candidates, found[1:], strict=True):
+    for candidate, gradient in zip(candidates, grads[1:], strict=True):
         for choice in candidate.schemes:
             change_OI = changes[candidate.site.name, choice]
             product = 0.0 if gradient is None else float((candidate.site.to_matrix(gradient) * change_OI).sum())
             along[candidate.site.name, choice] = product
-    entering = found[0]
+    entering = grads[0]
     return torch.zeros_like(hidden_BTD) if entering is None else entering.detach(), along

@@ -121,15 +121,15 @@ class CompressedTensorsFormat(LinearFormat):
 
     def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """transformers; vLLM and SGLang by the width."""
-        found = [Runtime("transformers", "exact", 'AutoModelForCausalLM.from_pretrained("{folder}")')]
+        runtimes = [Runtime("transformers", "exact", 'AutoModelForCausalLM.from_pretrained("{folder}")')]
         if {self.bits(weight.scheme) for weight in weights} <= SERVED_EVERYWHERE:
-            found.append(Runtime("vLLM", "exact (not run here)", "vllm serve {folder}"))
-            found.append(
+            runtimes.append(Runtime("vLLM", "exact (not run here)", "vllm serve {folder}"))
+            runtimes.append(
                 Runtime("SGLang", "exact (not run here)", "python -m sglang.launch_server --model-path {folder}")
             )
         else:
-            found.append(Runtime("vLLM with Humming kernels, GPU", "exact (not run here)", "vllm serve {folder}"))
-        return found
+            runtimes.append(Runtime("vLLM with Humming kernels, GPU", "exact (not run here)", "vllm serve {folder}"))
+        return runtimes
 
 
 def _dense(model: PreTrainedModel, name: str) -> Tensor:

@@ -90,8 +90,8 @@ class GGUFFormat(ExportFormat):
         fields = self._fields(run, layout)
 
         def weight(name: str, scheme: QuantScheme) -> int:
-            own = replace(run.weights[name], scheme=scheme)
-            return sum(quantized(run, own, place, options).padded_bytes for place in layout.weights[name].places)
+            weight = replace(run.weights[name], scheme=scheme)
+            return sum(quantized(run, weight, place, options).padded_bytes for place in layout.weights[name].places)
 
         def total(schemes: Mapping[str, QuantScheme]) -> int:
             other = run.with_schemes(schemes)
@@ -126,11 +126,11 @@ class GGUFFormat(ExportFormat):
         storages = [Storage.of(weight.scheme, weight.site.in_features, "Q8_0") for weight in weights]
         exact, kinds = all(storage.exact for storage in storages), sorted({storage.name for storage in storages})
         how = ("exact" if exact else "a projection") + f" ({', '.join(kinds)})"
-        found = [Runtime("llama.cpp", how, f"llama-cli -m {{folder}}/{FILE}")]
+        runtimes = [Runtime("llama.cpp", how, f"llama-cli -m {{folder}}/{FILE}")]
         if {storage.number for storage in storages} <= SUPPORTED_BY_TRANSFORMERS:
             usage = f'AutoModelForCausalLM.from_pretrained("{{folder}}", gguf_file="{FILE}")'
-            found.append(Runtime("transformers", how, usage))
-        return found
+            runtimes.append(Runtime("transformers", how, usage))
+        return runtimes
 
     def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
         """Those of the block type."""

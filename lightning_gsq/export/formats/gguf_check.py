@@ -49,7 +49,7 @@ def check_file(run: FinishedRun, path: Path, layout: Layout) -> CheckReport:
         _compare_copies(file, layout.source, layout)
     network = run.reference()
     ids_BT = short_text(run.tokenizer)[:, :TEXT_TOKENS]
-    own = perplexity(network, ids_BT)
+    ours = perplexity(network, ids_BT)
     exact, error = _compare_values(run, network, file, layout)
     notes = [] if exact == len(run.weights) else [f"a projection: weights change by up to {error:.2g} of the largest"]
     notes.append(note_of_transformers(run, network, file))
@@ -62,7 +62,7 @@ def check_file(run: FinishedRun, path: Path, layout: Layout) -> CheckReport:
     report = CheckReport(
         f"{llama_cpp.PACKAGE} {version(llama_cpp.PACKAGE)}",
         weights=(len(run.weights), exact),
-        perplexity=(own, math.exp(-sum(answer.logprobs) / len(answer.logprobs))),
+        perplexity=(ours, math.exp(-sum(answer.logprobs) / len(answer.logprobs))),
         note="; ".join(notes),
     )
     gap = math.log(report.perplexity[1]) - math.log(perplexity(network, ids_BT))  # type: ignore[index]

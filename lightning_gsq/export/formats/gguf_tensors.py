@@ -49,7 +49,7 @@ def from_file(run: PlannedRun, layout: Layout, source: GGUFFile, options: Export
         elif parameter is not None:
             yield _other(run, layout.others[parameter], parameter, name, stored.shape, _kind(name, stored, options))
         elif name in EMBEDDINGS and options.gguf_embedding is not None:
-            dense = functools.partial(lambda own: dequantize(source.raw(own), source.tensors[own].number), name)
+            dense = functools.partial(lambda name_: dequantize(source.raw(name_), source.tensors[name_].number), name)
             yield _plain(name, stored.shape, dense, options.gguf_embedding)
         else:
             yield NewTensor(name, stored.shape, stored.number, functools.partial(source.raw, name))

@@ -65,9 +65,9 @@ def note_of_transformers(run: FinishedRun, network: PreTrainedModel, file: GGUFF
     return f"{name}: logits differ by {_compare(run, network, file):.2g}"
 
 
-def read_otherwise(own: PretrainedConfig, read: PretrainedConfig) -> list[str]:
+def read_otherwise(config: PretrainedConfig, read: PretrainedConfig) -> list[str]:
     """Which entries that change what a model computes transformers' reader has another value for."""
-    ours, theirs = own.to_dict(), read.to_dict()
+    ours, theirs = config.to_dict(), read.to_dict()
     return [key for key in COMPUTES if key in ours and not _same(ours[key], theirs.get(key))]
 
 
@@ -95,9 +95,9 @@ def _compare(run: FinishedRun, network: PreTrainedModel, file: GGUFFile) -> floa
     difference = largest = 0.0
     for prompt in PROMPTS:
         ids_BT = token_ids(run.tokenizer, prompt)
-        own, other = (model(ids_BT, use_cache=False).logits.float() for model in (network, loaded))
-        difference = max(difference, float((own - other).abs().max()))
-        largest = max(largest, float(own.abs().max()))
+        ours, other = (model(ids_BT, use_cache=False).logits.float() for model in (network, loaded))
+        difference = max(difference, float((ours - other).abs().max()))
+        largest = max(largest, float(ours.abs().max()))
     if not difference <= LOGIT_TOLERANCE * largest:
         raise CheckFailedError(f"transformers: logits differ by {difference:.3g}, the largest is {largest:.3g}")
     return difference

@@ -100,8 +100,8 @@ def dequantize(raw: np.ndarray, number: int) -> Tensor:
 def scale_bits(kind: GgmlType) -> int:
     """Bits of a block that say its scales and offsets; the others are codes."""
     if kind.name in VECTORS:
-        own = VECTORS[kind.name]
-        return 16 + own.high.bit_length() * kind.length // own.group
+        vectors = VECTORS[kind.name]
+        return 16 + vectors.high.bit_length() * kind.length // vectors.group
     grid = levels.GRIDS[kind.name]
     floats = 16 * (1 + ("min" in grid.parts.split()))
     integers = sum((high - low).bit_length() for low, high in (limits for limits in (grid.sc, grid.m) if limits))
