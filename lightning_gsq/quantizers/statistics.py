@@ -58,6 +58,10 @@ class InputStatistics:
             per_expert.append(self.sums[key] * (2 / count) if count else self.empty(site))
         return per_expert
 
+    def tokens(self, site: LinearSite) -> list[int]:
+        """How many tokens each of the site's matrices has seen."""
+        return [self.counts.get((site.name, expert), 0) for expert in range(max(site.experts, 1))]
+
     def moment(self, x_NI: Tensor) -> Tensor:
         """What is summed up over inputs: ``I I``."""
         return x_NI.T @ x_NI

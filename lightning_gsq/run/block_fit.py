@@ -58,7 +58,7 @@ def fit_block(
     training = ActivationDataset(*(stream[:count] for stream in streams))
     held_out = ActivationDataset(*(stream[count:] for stream in streams))
     power = _mean_square(run, *(stream[:count] for stream in (targets.hidden_NTD, *weights)))
-    module = _module(run, plan, block, matrices_of(run, plan, block, inputs, arguments), power)
+    module = _module(run, plan, block, matrices_of(run, plan, block, inputs, arguments, says=True), power)
     module.measured_afterwards = True
     batches = _training_batches(run, plan, training)
     validation: BlockLoader = DataLoader(held_out, batch_size=run.data.batch_size, collate_fn=first)

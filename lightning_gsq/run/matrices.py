@@ -28,7 +28,13 @@ def hessian_sequences(run: Run) -> int:
 
 
 def matrices_of(
-    run: Run, plan: BlockPlan, block: nn.Module, stream: Stream, arguments: Sequence[Tensor] | None = None
+    run: Run,
+    plan: BlockPlan,
+    block: nn.Module,
+    stream: Stream,
+    arguments: Sequence[Tensor] | None = None,
+    *,
+    says: bool,
 ) -> dict[str, Matrix]:
     """The block's weights with the second moments of their inputs.
 
@@ -38,6 +44,7 @@ def matrices_of(
         block: The block on the device.
         stream: What enters it; its first sequences are watched.
         arguments: What it is called with for each sequence, if that is known already.
+        says: Tell the user of matrices that few tokens reached.
     """
     needed, importance = run.model.start.watches_inputs, run.importance
     statistics = InputStatistics(list(plan.weights), run.device)
@@ -51,6 +58,9 @@ def matrices_of(
                 run_block(block, fetch(run, inputs_NTD[part]), bound)
         if run.ranks.world > 1:
             statistics.reduce(run.ranks.sum)
+        rare = rarely_reached(statistics, plan) if says else None
+        if rare is not None:
+            run.say(rare)
 
     def hessians(site: LinearSite) -> list[Tensor] | None:
         if importance is not None:
@@ -66,6 +76,20 @@ def matrices_of(
         )
         for site, scheme in plan.weights.items()
     }
+
+
+def rarely_reached(statistics: InputStatistics, plan: BlockPlan) -> str | None:
+    """A line on the matrices, such as those of experts, that few tokens reached; None where all saw enough."""
+    seen = [(count, site.in_features) for site in plan.weights for count in statistics.tokens(site)]
+    rare = [count for count, columns in seen if count < columns]
+    if not rare:
+        return None
+    none = rare.count(0)
+    what = f"; {none} of them saw none, and are rounded by their weights alone" if none else ""
+    return (
+        f"{plan.name}: {len(rare)} of {len(seen)} matrices saw fewer calibration tokens than they have columns (the "
+        f"fewest {min(rare)}){what}. More sequences: --model.hessian_sequences"
+    )
 
 
 def choose_salient(run: Run, matrices: dict[str, Matrix]) -> dict[str, Choice]:

@@ -36,7 +36,7 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
             if plan is not None:
                 tensors = finished.take(plan)
                 if tensors is None:
-                    matrices = matrices_of(run, plan, block, stream)
+                    matrices = matrices_of(run, plan, block, stream, says="blocks" not in run.model.phases)
                     choices = choose_salient(run, matrices)
                     with run.watch("warm_start"):
                         tensors = {
