@@ -53,7 +53,7 @@ def test_a_name_that_is_not_there() -> None:
 def test_quantize_and_open_again(tiny_llama: Path, texts: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = quantize(tiny_llama, QuantScheme(3, 16), texts, Texts(texts), folder, SMALL, quiet=True)
-    assert set(result.perplexity) == {"full_precision", "warm_start", "blocks"}
+    assert set(result.perplexity) == {"full_precision", "outer", "warm_start", "blocks"}
     assert result.ledger["bits_per_quantized_weight"] >= 3
     assert isinstance(result.model, PreTrainedModel)
     again = quantize(tiny_llama, {"bits": 3, "group_size": 16}, texts, Texts(texts), folder, SMALL, quiet=True)

@@ -5,6 +5,7 @@ Every error that a user can cause ends here. Anything else is a mistake of this 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import traceback
@@ -58,7 +59,8 @@ def run(arguments: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exception(error)
         code, line = line_of(error)
-        make_console(stderr=True).print(f"error: {line}", soft_wrap=True)
+        with contextlib.suppress(OSError):  # what fails may be the file that the error's line goes to
+            make_console(stderr=True).print(f"error: {line}", soft_wrap=True)
         return code
     return 0
 

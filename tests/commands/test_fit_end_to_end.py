@@ -116,7 +116,7 @@ def test_stored_teacher(tiny_llama: Path, corpus: Path, folder: Path, capsys: py
 
 
 def test_codes_and_a_head_of_its_own(tiny_llama: Path, corpus: Path, folder: Path) -> None:
-    arguments = ["--end_to_end.train", "[scales, head, logits]", "--end_to_end.max_steps", "4"]
+    arguments = ["--end_to_end.train", "[scales, head, codes]", "--end_to_end.max_steps", "4"]
     assert _fit(tiny_llama, corpus, folder, "[end_to_end]", *arguments) == 0
     model = AutoModelForCausalLM.from_pretrained(folder / "run" / "model")
     stored = load_file(folder / "run" / "end_to_end.safetensors")

@@ -82,30 +82,43 @@ def test_every_stored_number_trains(name: str) -> None:
     w, _ = problem()
     scheme = scheme_of(name)
     tensor = quantized(RTN()(w, None, scheme), scheme, torch.float16)
-    weight = trainable_weight(tensor, None, torch.Generator())
-    assert torch.equal(weight((0,), torch.float32), tensor.dequantize())
+    weight = trainable_weight(tensor, None)
+    assert torch.equal(weight(torch.float32), tensor.dequantize())
     optimizer = torch.optim.Adam([p for p in weight.parameters() if p.requires_grad], lr=0.02)
     for _ in range(20):
         optimizer.zero_grad()
-        (weight((0,), torch.float32) - 1.2 * w).square().sum().backward()
+        (weight(torch.float32) - 1.2 * w).square().sum().backward()
         optimizer.step()
     trained = weight.tensor()  # type: ignore[operator]
     assert all(not torch.equal(trained.scale_parts[part], value) for part, value in tensor.scale_parts.items())
-    assert torch.equal(weight.eval()((0,), torch.float32), trained.dequantize())
+    assert torch.equal(weight.eval()(torch.float32), trained.dequantize())
     error = float((trained.dequantize() - 1.2 * w).square().sum())
     assert error < 0.9 * float((tensor.dequantize() - 1.2 * w).square().sum())
 
 
-@pytest.mark.parametrize("name", ["q4_k", "iq4_nl", "mlx2g32"])
-def test_codes_that_train_end_to_end_are_levels(name: str) -> None:
+@pytest.mark.parametrize("name", ["w1g64", "wtg64", "w2g64", "w3g64", "q4_k", "iq4_nl", "mlx2g32", "tq2_0"])
+def test_codes_that_train_end_to_end_start_as_they_are_and_move(name: str) -> None:
     w, _ = problem()
     scheme = scheme_of(name)
-    tensor = quantized(RTN()(w, None, scheme), scheme, torch.float16)
-    weight = trainable_weight(tensor, GumbelOptions(noise=0.0), torch.Generator().manual_seed(0))
-    sampled = weight((0,), torch.float32)  # without noise: the most probable codes
-    stored = weight.tensor()  # type: ignore[operator]
-    torch.testing.assert_close(sampled, stored.dequantize(), rtol=1e-5, atol=1e-7)
-    assert torch.equal(weight.eval()((0,), torch.float32), stored.dequantize())
+    tensor = quantized(RTN(weighted=False)(w, None, scheme), scheme, torch.float16)
+    weight = trainable_weight(tensor, w)
+    assert torch.equal(weight.tensor().codes_OI, tensor.codes_OI)  # type: ignore[operator]
+    assert torch.equal(weight.eval()(torch.float32), tensor.dequantize())
+    weight.train()
+    for parameter in weight.parameters():
+        parameter.requires_grad_(parameter is weight.positions)
+    target = w.roll(1, 0)
+    optimizer = torch.optim.Adam([weight.positions], lr=0.2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (weight(torch.float32) - target).square().sum().backward()
+        optimizer.step()
+    moved = weight.tensor()  # type: ignore[operator]
+    assert scheme.grid.low <= int(moved.codes_OI.min()) and int(moved.codes_OI.max()) <= scheme.grid.high
+    assert torch.equal(weight.eval()(torch.float32), moved.dequantize())
+    best = quantized(RTN(weighted=False)(target, None, scheme), scheme, torch.float16).dequantize()
+    reached, start = (float((part.dequantize() - target).square().sum()) for part in (moved, tensor))
+    assert reached - float((best - target).square().sum()) < 0.5 * start
 
 
 def test_values_of_candidates_are_levels_where_they_are_evenly_spaced() -> None:

@@ -78,15 +78,6 @@ def test_on_one_device_it_is_a_run_like_any_other(tiny_llama: Path, corpus: Path
     assert "end_to_end" in summary_of(tmp_path)
 
 
-def test_logits_in_another_dtype_are_refused(
-    tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = write_config(tiny_llama, corpus, tmp_path)
-    options = ["--end_to_end.train", "[scales, logits]", "--model.gumbel.logits_dtype", "bfloat16"]
-    assert main(["fit", "--config", str(config), "--model.phases", "[init, end_to_end]", *FSDP2, *options]) == 2
-    assert "model.gumbel.logits_dtype: fsdp2 takes one dtype" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "strategy",
     [

@@ -4,8 +4,9 @@ import gguf
 import pytest
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.gguf.types import levels, vectors
+from lightning_gsq.gguf.types import levels
 from lightning_gsq.gguf.types.table import TYPES, GgmlType, fallback_type, type_named
+from lightning_gsq.weights.code_vectors import VECTORS
 from tests.gguf.llama_cpp import library
 
 
@@ -21,8 +22,8 @@ def test_sizes_agree_with_llama_cpp_and_the_gguf_package(kind: GgmlType) -> None
 
 
 def test_every_type_is_levels_vectors_or_floats() -> None:
-    assert not set(levels.GRIDS) & set(vectors.GRIDS)
-    assert set(TYPES) == {*levels.GRIDS, *vectors.GRIDS, "F32", "F16", "BF16"}
+    assert not set(levels.GRIDS) & set(VECTORS)
+    assert set(TYPES) == {*levels.GRIDS, *VECTORS, "F32", "F16", "BF16"}
 
 
 def test_bits_and_rows() -> None:
