@@ -23,6 +23,19 @@ from lightning_gsq.system.console import make_console
 from lightning_gsq.system.progress_bars import no_foreign_bars
 from lightning_gsq.training import NonFiniteLossError
 
+DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EIO}
+"""Numbers of errors that a disk raises, now or always."""
+
+
+def _of_the_system(error: OSError) -> str:
+    text = str(error.strerror or error)
+    if error.filename:
+        return f"{text}: {error.filename}"
+    if error.errno in DISK:
+        return f"{text}: what was finished is kept, and the same command goes on when the disk takes files again"
+    return text
+
+
 LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
     ConfigurationError: (EXIT_USAGE, str),
     MisconfigurationException: (EXIT_USAGE, str),
@@ -37,10 +50,9 @@ LINES: dict[type[Exception], tuple[int, Callable[..., str]]] = {
         EXIT_FAILURE,
         lambda error: f"this machine has too little memory: {str(error) or 'plan says how much is needed'}",
     ),
-    OSError: (EXIT_FAILURE, lambda error: _of_the_system(error)),
+    OSError: (EXIT_FAILURE, _of_the_system),
 }
 """Exit code and line of the errors that are told in one; the first that fits."""
-DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EIO}
 
 
 def run(arguments: list[str], debug: bool) -> int:
@@ -63,15 +75,6 @@ def run(arguments: list[str], debug: bool) -> int:
             make_console(stderr=True).print(f"error: {line}", soft_wrap=True)
         return code
     return 0
-
-
-def _of_the_system(error: OSError) -> str:
-    text = str(error.strerror or error)
-    if error.filename:
-        return f"{text}: {error.filename}"
-    if error.errno in DISK:
-        return f"{text}: what was finished is kept, and the same command goes on when the disk takes files again"
-    return text
 
 
 def _in_the_background(arguments: threading.ExceptHookArgs) -> None:

@@ -26,10 +26,12 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.block_plan import BlockPlan, make_plan, with_schemes
 from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.progress import read_json
 from lightning_gsq.run.recipe import make_recipe
 from lightning_gsq.run.recipe_file import known_choice
 from lightning_gsq.system.digests import data_digest
 from lightning_gsq.system.files import write_atomically
+from lightning_gsq.system.waiting import wait_for
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import scheme_of
 from lightning_gsq.widths import Choice, Group, Item, Worth, measure_worth, pick
@@ -188,7 +190,7 @@ def worth_of(
         [prints["model"], prints["calibration"], list(ids_NT.shape), seed, str(scale_dtype), offered]
     )
     file = folder.root / WORTH
-    content = _read(file)
+    content = read_json(file) or {}
     if content.get("made_from") == made_from:
         worth: Worth = content["worth"]
         return worth
@@ -235,12 +237,14 @@ def _cost(worth: Worth, group: Group, choice: str) -> float:
 
 def _waited_for(folder: RunFolder, recipe: Mapping[str, Any]) -> Any:
     """The choice of the first process, once it stands in the recipe."""
-    for _ in range(int(WAIT_SECONDS / PAUSE_SECONDS)):
-        earlier = known_choice(folder, recipe) if folder.recipe_file.exists() else None
-        if earlier is not None:
-            return earlier
-        time.sleep(PAUSE_SECONDS)
-    raise ConfigurationError(f"model.size: the first process made no choice of widths within {WAIT_SECONDS} s")
+
+    def look() -> Any:
+        return known_choice(folder, recipe) if folder.recipe_file.exists() else None
+
+    earlier = wait_for(look, WAIT_SECONDS, PAUSE_SECONDS)
+    if earlier is None:
+        raise ConfigurationError(f"model.size: the first process made no choice of widths within {WAIT_SECONDS} s")
+    return earlier
 
 
 def _say_of_another_runtime(menu: Menu, choice: Choice, say: Callable[[str], None]) -> None:
@@ -251,11 +255,3 @@ def _say_of_another_runtime(menu: Menu, choice: Choice, say: Callable[[str], Non
         f"note: the widths of this run were chosen for a {choice.runtime} file of {choice.num_bytes:,} bytes; as "
         f"{menu.runtime.name} they take {total:,}"
     )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -62,6 +62,25 @@ def compare_model(
     return compare(run, loaded.eval(), f"{package} {version(package)}", dense_of or nn.Module.get_parameter, rounded_to)
 
 
+def compare_logits(
+    runtime: str, reference: PreTrainedModel, loaded: Callable[..., Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[float, float]:
+    """The largest difference of two models' logits over the built-in prompts, and the largest logit.
+
+    Raises:
+        CheckFailedError: they differ by more than rounding explains.
+    """
+    difference = largest = 0.0
+    for prompt in PROMPTS:
+        ids_BT = token_ids(tokenizer, prompt)
+        ours, other = (model(ids_BT, use_cache=False).logits.float() for model in (reference, loaded))
+        difference = max(difference, float((ours - other).abs().max()))
+        largest = max(largest, float(ours.abs().max()))
+    if not difference <= LOGIT_TOLERANCE * largest:
+        raise CheckFailedError(f"{runtime}: logits differ by {difference:.3g}, the largest is {largest:.3g}")
+    return difference, largest
+
+
 @torch.no_grad()
 def compare(
     run: FinishedRun,
@@ -95,16 +114,11 @@ def compare(
             f"{runtime} loads {len(different)} of {len(run.weights)} weights with other values, first {different[0]}"
         )
     reference = run.reference(rounded_to or torch.float32)
-    difference = largest = 0.0
+    difference, largest = compare_logits(runtime, reference, loaded, run.tokenizer)
     texts = []
     for prompt in PROMPTS:
         ids_BT = token_ids(run.tokenizer, prompt)
-        ours, other = (model(ids_BT, use_cache=False).logits.float() for model in (reference, loaded))
-        difference = max(difference, float((ours - other).abs().max()))
-        largest = max(largest, float(ours.abs().max()))
         texts.append(follows(loaded, ids_BT, greedy(reference, ids_BT)))
-    if not difference <= LOGIT_TOLERANCE * largest:
-        raise CheckFailedError(f"{runtime}: logits differ by {difference:.3g}, the largest is {largest:.3g}")
     ids_BT = short_text(run.tokenizer)[:, : loading.max_length(run.config)]
     return CheckReport(
         runtime,

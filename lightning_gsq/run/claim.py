@@ -6,7 +6,6 @@ folder that a run made has its mark, the file ``.lock``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning_gsq.run.saving import MARK
 from lightning_gsq.system.files import tidy
 from lightning_gsq.system.locking import locked
 from lightning_gsq.system.owned_folders import obstacle
+from lightning_gsq.system.waiting import wait_for
 from lightning_gsq.system.yaml_files import read_yaml
 
 LOCK = ".lock"
@@ -78,13 +78,11 @@ def _wait_for_mark(root: Path) -> None:
     Raises:
         ConfigurationError: it has not within :data:`WAIT_SECONDS`.
     """
-    for _ in range(int(WAIT_SECONDS / PAUSE_SECONDS)):
-        if _is_marked(root):
-            return
-        time.sleep(PAUSE_SECONDS)
-    raise ConfigurationError(
-        f"{OPTION}: the first process has not claimed {root} within {WAIT_SECONDS} s; all processes must see one folder"
-    )
+    if wait_for(lambda: _is_marked(root) or None, WAIT_SECONDS, PAUSE_SECONDS) is None:
+        raise ConfigurationError(
+            f"{OPTION}: the first process has not claimed {root} within {WAIT_SECONDS} s; all processes must see one "
+            "folder"
+        )
 
 
 def check_apart(root: Path, source: ModelSource) -> None:

@@ -15,26 +15,20 @@ import torch
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.imatrix import ImportanceMatrix, InputSquares, write_imatrix
-from lightning_gsq.models.chain import run_block
 from lightning_gsq.quantizers.statistics import InputSquareSums
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.forward_passes import (
-    arguments_of,
     embedded,
-    fetch,
     hidden_store,
     propagate,
-    sequences_at_once,
     working_copy,
 )
-from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.importance import names_of
-from lightning_gsq.run.matrices import hessian_sequences
+from lightning_gsq.run.matrices import collect, hessian_sequences
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.digests import data_digest
 from lightning_gsq.system.files import hidden_name
 from lightning_gsq.system.fingerprint import file_digest
-from lightning_gsq.system.slices import slices
 from lightning_gsq.training import ModelQuantization
 
 FILE = "imatrix.gguf"
@@ -92,24 +86,12 @@ def _squares(run: Run) -> dict[str, InputSquares]:
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:
-                sums = _watched(run, plan, block, stream)
+                sums = InputSquareSums(list(plan.weights), run.device)
+                collect(run, sums, index, block, stream)
                 entries |= {f"{plan.name}.{site.name}": InputSquares(*sums.of(site)) for site in plan.weights}
             if index < run.last_block:
                 propagate(run, block, index, stream, stream)
     return entries
-
-
-def _watched(run: Run, plan: BlockPlan, block: torch.nn.Module, stream: Stream) -> InputSquareSums:
-    sums = InputSquareSums(list(plan.weights), run.device)
-    call = run.calls[plan.index].to(run.device)
-    arguments = arguments_of(run.model.network, run.forms, call, plan.index, stream)
-    with run.watch("statistics"), sums.watching(block), run.precision():
-        for part in slices(len(stream.hidden_NTD), sequences_at_once(stream.hidden_NTD.shape[1])):
-            bound = call.bind([tensor[part] for tensor in arguments], torch.float32)
-            run_block(block, fetch(run, stream.hidden_NTD[part]), bound)
-    if run.ranks.world > 1:
-        sums.reduce(run.ranks.sum)
-    return sums
 
 
 def _text(settings: Mapping[str, Any]) -> str:

@@ -49,15 +49,7 @@ def matrices_of(
     needed, importance = run.model.start.watches_inputs, run.importance
     statistics = InputStatistics(list(plan.weights), run.device)
     if needed:
-        call, inputs_NTD = run.calls[plan.index].to(run.device), stream.hidden_NTD[: hessian_sequences(run)]
-        if arguments is None:
-            arguments = arguments_of(run.model.network, run.forms, call, plan.index, stream)
-        with run.watch("statistics"), torch.no_grad(), statistics.watching(block), run.precision():
-            for part in slices(len(inputs_NTD), sequences_at_once(inputs_NTD.shape[1])):
-                bound = call.bind([tensor[part] for tensor in arguments], torch.float32)
-                run_block(block, fetch(run, inputs_NTD[part]), bound)
-        if run.ranks.world > 1:
-            statistics.reduce(run.ranks.sum)
+        collect(run, statistics, plan.index, block, stream, arguments)
         rare = rarely_reached(statistics, plan) if says else None
         if rare is not None:
             run.say(rare)
@@ -76,6 +68,35 @@ def matrices_of(
         )
         for site, scheme in plan.weights.items()
     }
+
+
+def collect(
+    run: Run,
+    statistics: InputStatistics,
+    index: int,
+    block: nn.Module,
+    stream: Stream,
+    arguments: Sequence[Tensor] | None = None,
+) -> None:
+    """Fills statistics with what the block's weights see, over all processes.
+
+    Args:
+        run: The run.
+        statistics: Of the block's weights.
+        index: The block's number.
+        block: The block on the device.
+        stream: What enters it; its first sequences are watched.
+        arguments: What it is called with for each sequence, if that is known already.
+    """
+    call, inputs_NTD = run.calls[index].to(run.device), stream.hidden_NTD[: hessian_sequences(run)]
+    if arguments is None:
+        arguments = arguments_of(run.model.network, run.forms, call, index, stream)
+    with run.watch("statistics"), torch.no_grad(), statistics.watching(block), run.precision():
+        for part in slices(len(inputs_NTD), sequences_at_once(inputs_NTD.shape[1])):
+            bound = call.bind([tensor[part] for tensor in arguments], torch.float32)
+            run_block(block, fetch(run, inputs_NTD[part]), bound)
+    if run.ranks.world > 1:
+        statistics.reduce(run.ranks.sum)
 
 
 def rarely_reached(statistics: InputStatistics, plan: BlockPlan) -> str | None:

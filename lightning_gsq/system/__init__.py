@@ -9,6 +9,7 @@ owned_folders        folders that may be replaced, because they were written her
 locking              one process at a time in a folder
 safetensors_headers  the weight files of a folder, looked at before anything is loaded
 processes            several processes that share the sequences
+waiting              for what another process leaves
 signals              the end of a command that is asked to stop
 sharding             a model spread over processes (FSDP2)
 stopwatch            where the seconds go

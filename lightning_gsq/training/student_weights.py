@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from lightning_gsq.ops.rounded_positions import rounded_positions
 from lightning_gsq.ops.scaled_codes import scaled_codes
 from lightning_gsq.quantizers.salient_start import mixed_tensor
 from lightning_gsq.quantizers.trained_scales import TrainedScales
+from lightning_gsq.quantizers.warm_start import start_at
 from lightning_gsq.weights.layout import SCALES
 from lightning_gsq.weights.mixed import MixedTensor, merge_order, other_columns
 from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, expand_groups
@@ -18,19 +21,16 @@ MARGIN = 0.02
 """Least distance, in codes, of a position from the border of its cell at the start."""
 
 
-class ScaledWeight(TrainedScales):
-    """A weight matrix whose codes stay and whose scales train.
+class StudentWeight(TrainedScales, ABC):
+    """A weight matrix whose scales train.
 
     Args:
         tensor: Codes and scales to start from.
     """
 
-    codes: Tensor
-
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__(tensor.scheme, tensor.scale_parts)
         self.scale_dtype = tensor.scales_OG.dtype
-        self.hold("codes", tensor.codes_OI)
 
     def hold(self, name: str, value: Tensor) -> None:
         """As a parameter rather than a buffer: DDP sends buffers with every step, and FSDP shards parameters only."""
@@ -41,6 +41,34 @@ class ScaledWeight(TrainedScales):
         parts = self.scale_parts() if self.training else self.stored_parts(self.scale_dtype)
         return self.scheme.layout.scales(parts), self.scheme.layout.offsets(parts)
 
+    @abstractmethod
+    def codes_now(self) -> Tensor:
+        """The codes ``O I`` as they stand."""
+
+    @torch.no_grad()
+    def tensor(self) -> QuantizedTensor:
+        """The quantized weight as it stands, its scales in their stored dtype."""
+        parts = self.stored_parts(self.scale_dtype)
+        return QuantizedTensor(self.codes_now(), parts.pop(SCALES), self.scheme, parts)
+
+
+class ScaledWeight(StudentWeight):
+    """A weight matrix whose codes stay and whose scales train.
+
+    Args:
+        tensor: Codes and scales to start from.
+    """
+
+    codes: Tensor
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        super().__init__(tensor)
+        self.hold("codes", tensor.codes_OI)
+
+    def codes_now(self) -> Tensor:
+        """Those of the start."""
+        return self.codes.data
+
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The dense weight ``O I``."""
         s_OG, o_OG = self.group_scales()
@@ -49,12 +77,6 @@ class ScaledWeight(TrainedScales):
         if o_OG is None:
             return scaled_codes(values_OI, s_OG, length, dtype)
         return (scaled_codes(values_OI, s_OG, length, torch.float32) + expand_groups(o_OG, columns, length)).to(dtype)
-
-    @torch.no_grad()
-    def tensor(self) -> QuantizedTensor:
-        """The quantized weight as it stands, its scales in their stored dtype."""
-        parts = self.stored_parts(self.scale_dtype)
-        return QuantizedTensor(self.codes.data, parts.pop(SCALES), self.scheme, parts)
 
 
 class TableWeight(ScaledWeight):
@@ -88,7 +110,7 @@ class TableWeight(ScaledWeight):
         return QuantizedTensor(self.codes.data, self.table()[self.members.long()], self.scheme)
 
 
-class MovingWeight(ScaledWeight):
+class MovingWeight(StudentWeight):
     """A weight matrix whose codes train as well: each weight has a position between the codes, and the nearest is its.
 
     Positions begin where the full-precision weight lies, moved into the cell of the code that the blocks phase chose:
@@ -101,20 +123,19 @@ class MovingWeight(ScaledWeight):
 
     def __init__(self, tensor: QuantizedTensor, original_OI: Tensor) -> None:
         super().__init__(tensor)
+        self.code_dtype = tensor.codes_OI.dtype
         self.positions = nn.Parameter(start_positions(tensor, original_OI))
+
+    @torch.no_grad()
+    def codes_now(self) -> Tensor:
+        """The nearest to each position."""
+        return self.scheme.grid.code_at(self.positions).to(self.code_dtype)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The dense weight ``O I``."""
         s_OG, o_OG = self.group_scales()
-        length = self.scheme.group_length(self.codes.shape[1])
+        length = self.scheme.group_length(self.positions.shape[1])
         return rounded_positions(self.positions, s_OG, o_OG, self.scheme.grid, length, dtype)
-
-    @torch.no_grad()
-    def tensor(self) -> QuantizedTensor:
-        """The quantized weight as it stands, its scales in their stored dtype."""
-        codes_OI = self.scheme.grid.code_at(self.positions).to(self.codes.dtype)
-        parts = self.stored_parts(self.scale_dtype)
-        return QuantizedTensor(codes_OI, parts.pop(SCALES), self.scheme, parts)
 
 
 @torch.no_grad()
@@ -125,14 +146,9 @@ def start_positions(tensor: QuantizedTensor, original_OI: Tensor) -> Tensor:
         tensor: Codes and scales.
         original_OI: The full-precision weight.
     """
-    grid, length, columns = tensor.scheme.grid, tensor.group_length, tensor.shape[1]
-    parts = {name: value.float() for name, value in tensor.scale_parts.items()}
-    s_OI = expand_groups(tensor.scheme.layout.scales(parts), columns, length)
-    o_OG = tensor.scheme.layout.offsets(parts)
-    lifted_OI = original_OI.float() if o_OG is None else original_OI.float() - expand_groups(o_OG, columns, length)
-    codes_OI, half = tensor.codes_OI.float(), grid.step / 2 - MARGIN
-    position_OI = torch.where(s_OI == 0, codes_OI, grid.coordinate(lifted_OI / s_OI))
-    return position_OI.clamp(codes_OI - half, codes_OI + half)
+    start, half = start_at(tensor, original_OI.float()), tensor.scheme.grid.step / 2 - MARGIN
+    codes_OI = start.codes_OI.float()
+    return start.position_OI.clamp(codes_OI - half, codes_OI + half)
 
 
 class MixedWeight(nn.Module):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_gsq.models.linear_weights import LinearSite, watch_inputs
 from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import quantized, stack
@@ -38,29 +37,3 @@ def change_of(
         for rows in part_OI.split(ROWS)
     ]
     return quantized(stack(starts), scheme, scale_dtype).dequantize() - w_OI
-
-
-def importances_of(block: nn.Module, sites: Sequence[LinearSite], run: Callable[[], None]) -> dict[str, list[Tensor]]:
-    """Sums of the squared inputs of each matrix, fp32 ``I`` for each of its experts, by the matrix's name.
-
-    Args:
-        block: The block.
-        sites: Its matrices.
-        run: Runs it over all sequences.
-    """
-    sums = {
-        site.name: [
-            torch.zeros(site.in_features, device=block.get_parameter(site.name).device)
-            for _ in range(max(site.experts, 1))
-        ]
-        for site in sites
-    }
-    experts = {site.name: site.experts for site in sites}
-
-    def add(name: str, expert: int, inputs: Tensor) -> None:
-        if name in sums:  # a plain weight may be used a few rows at a time
-            sums[name][expert if experts[name] else 0] += inputs.detach().float().flatten(0, -2).square().sum(0)
-
-    with torch.no_grad(), watch_inputs(block, add):
-        run()
-    return sums

@@ -31,9 +31,10 @@ from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.survey import survey
+from lightning_gsq.quantizers.statistics import InputSquareSums
 from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.widths.ends import EndChanges
-from lightning_gsq.widths.rounding import change_of, importances_of
+from lightning_gsq.widths.rounding import change_of
 
 SEQUENCES, TOKENS = 64, 128
 """How many sequences are looked at, and how long: each is a sample, so that many short ones are better than few."""
@@ -151,16 +152,16 @@ def changes_of(
     if not candidates:
         return {}
 
-    def run() -> None:
+    sums, changes = InputSquareSums([candidate.site for candidate in candidates], device), {}
+    with torch.no_grad(), sums.watching(block):
         for hidden_BTD, call in batches:
             run_block(block, hidden_BTD.to(device, torch.float32), call)
-
-    importances, changes = importances_of(block, [candidate.site for candidate in candidates], run), {}
     for candidate in candidates:
         site = candidate.site
         w_OI = site.to_matrix(block.get_parameter(site.name)).detach()
+        importances = list(sums.of(site)[0].to(device))
         for choice, scheme in candidate.schemes.items():
-            changes[site.name, choice] = change_of(w_OI, importances[site.name], scheme, scale_dtype)
+            changes[site.name, choice] = change_of(w_OI, importances, scheme, scale_dtype)
     return changes
 
 

@@ -184,3 +184,31 @@ def leftovers(run: Path) -> list[str]:
     return sorted(
         str(file.relative_to(run)) for file in run.rglob(".*") if "partial" in file.name or ".old" in file.name
     )
+
+
+def judged(
+    outcome: Outcome, codes: set[int] | None, resume: Callable[[], Outcome], run: Path, expected: dict[str, str]
+) -> tuple[str, bool]:
+    """What an interrupted run, and its resumption, came to, in a few words, and whether that is right.
+
+    Args:
+        outcome: How the interrupted run ended.
+        codes: The exit codes that it may have; None for any.
+        resume: Starts the same command again, until it ends with 0 or gives up.
+        run: The run folder.
+        expected: What an undisturbed run stored.
+    """
+    if outcome.code is None:
+        return "hang", False
+    if outcome.traceback:
+        return "traceback", False
+    if codes is not None and outcome.code not in codes:
+        return f"exit code {outcome.code}", False
+    last = resume()
+    if last.code != 0 or last.traceback:
+        return "not resumed", False
+    if results(run) != expected:
+        return "resumed to another result", False
+    if leftovers(run):
+        return "resumed, temporary files left", False
+    return "resumed to the same bits", True

@@ -13,11 +13,10 @@ from tests.support.attack import (
     after,
     at_operation,
     finish,
+    judged,
     largest_file,
-    leftovers,
     no_space,
     read_only,
-    results,
     run_forked,
     send,
 )
@@ -66,20 +65,12 @@ def failures(target: Target, first: int, count: int) -> Iterator[Case]:
 
 def _judged(target: Target, name: str, outcome: Outcome, codes: set[int]) -> tuple[str, bool]:
     """What an interrupted run, and its resumption, came to."""
-    if outcome.code is None:
-        return "hang", False
-    if outcome.traceback:
-        return "traceback", False
-    if outcome.code not in codes:
-        return f"exit code {outcome.code}", False
-    *_, last = finish(target.arguments(name), target.root / "log")
-    if last.code != 0 or last.traceback:
-        return "not resumed", False
-    if results(target.run_of(name)) != target.expected:
-        return "resumed to another result", False
-    if leftovers(target.run_of(name)):
-        return "resumed, temporary files left", False
-    return "resumed to the same bits", True
+
+    def resume() -> Outcome:
+        *_, last = finish(target.arguments(name), target.root / "log")
+        return last
+
+    return judged(outcome, codes, resume, target.run_of(name), target.expected)
 
 
 def mutations(target: Target, first: int, count: int) -> Iterator[Case]:

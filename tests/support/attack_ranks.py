@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from tests.support.attack import Outcome, leftovers, results
+from tests.support.attack import Outcome, judged, results
 from tests.support.attack_targets import Target
 from tests.support.processes import start_process
 
@@ -68,15 +68,10 @@ def _outcome(run: subprocess.Popen[str]) -> Outcome:
 
 
 def _judged(target: Target, name: str, alive: bool, outcome: Outcome, expected: dict[str, str]) -> tuple[str, bool]:
-    if outcome.code is None or alive:
+    if alive:
         return "hang", False
-    if outcome.traceback:
-        return "traceback", False
-    resumed = _outcome(start_process(*target.arguments(name), *RANKS))
-    if resumed.code != 0 or resumed.traceback:
-        return "not resumed", False
-    if results(target.run_of(name)) != expected:
-        return "resumed to another result", False
-    if leftovers(target.run_of(name)):
-        return "resumed, temporary files left", False
-    return "resumed to the same bits", True
+
+    def resume() -> Outcome:
+        return _outcome(start_process(*target.arguments(name), *RANKS))
+
+    return judged(outcome, None, resume, target.run_of(name), expected)

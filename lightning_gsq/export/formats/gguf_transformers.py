@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
 
-from lightning_gsq.export.check import LOGIT_TOLERANCE, PROMPTS, token_ids
+from lightning_gsq.export.check import compare_logits
 from lightning_gsq.export.contract import CheckFailedError
 from lightning_gsq.export.formats.gguf_storage import SUPPORTED_BY_TRANSFORMERS
 from lightning_gsq.export.source import FinishedRun
@@ -92,12 +92,4 @@ def _compare(run: FinishedRun, network: PreTrainedModel, file: GGUFFile) -> floa
         ).eval()
     except Exception as error:  # whatever the package raises, the file is not what it should be
         raise CheckFailedError(f"transformers cannot load {file.path}: {error}") from error
-    difference = largest = 0.0
-    for prompt in PROMPTS:
-        ids_BT = token_ids(run.tokenizer, prompt)
-        ours, other = (model(ids_BT, use_cache=False).logits.float() for model in (network, loaded))
-        difference = max(difference, float((ours - other).abs().max()))
-        largest = max(largest, float(ours.abs().max()))
-    if not difference <= LOGIT_TOLERANCE * largest:
-        raise CheckFailedError(f"transformers: logits differ by {difference:.3g}, the largest is {largest:.3g}")
-    return difference
+    return compare_logits("transformers", network, loaded, run.tokenizer)[0]
