@@ -39,12 +39,12 @@ def check_headers(source: ModelSource, config: PretrainedConfig) -> None:
     """Compares the names and shapes in a local model's files with the model, without reading a weight.
 
     Weights of modules that the model does not have, such as further heads, are one warning. A model on the hub has no
-    headers here; it is compared when it is loaded.
+    headers here, and quantized weights have other names and shapes; both are compared when they are loaded.
 
     Raises:
         ConfigurationError: see :func:`refuse_names`; for GGUF the names alone are compared.
     """
-    if not source.files:
+    if not source.files or (source.gguf_file is None and getattr(config, "quantization_config", None) is not None):
         return
     model = empty_model(source, config)
     if source.gguf_file is not None:
