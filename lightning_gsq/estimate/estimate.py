@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import limits, problems
+from lightning_gsq.estimate.advice import device_advice
 from lightning_gsq.estimate.perplexity_terms import by_block
 from lightning_gsq.estimate.phases import Phase, phases_of
 from lightning_gsq.estimate.probe import Timing, probe
@@ -142,6 +143,8 @@ def estimate(
     # What this process takes already is part of the plan's baseline.
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     misfits = problems.memory_problems(phases, on_host, host_room, around.device_room)
+    if around.device_room is not None and "blocks" in model.phases:
+        misfits += device_advice(model, data, skeleton, plan, around, around.device_room)
     if not mapped and streams > host_room:
         misfits.append(problems.stream_problem(streams, host_room))
     if mapped or windows:

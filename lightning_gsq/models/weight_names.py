@@ -95,13 +95,31 @@ def refuse_info(source: ModelSource, model: PreTrainedModel, info: Mapping[str, 
             ``unexpected_keys``; tied weights and those that the model's class lists to be ignored are in none.
 
     Returns:
-        Weights of modules that the model does not have.
+        Weights of modules that the model does not have, those included that its class leaves out.
     """
     unexpected = [name for name in sorted(info["unexpected_keys"]) if not COMPUTED.search(name)]
     belonging = [name for name in unexpected if _belongs(model, name)]
     mismatched = sorted(info["mismatched_keys"], key=str)
     refuse_names(source, sorted(info["missing_keys"]), mismatched, belonging, unexpected)
-    return unexpected
+    return [*unexpected, *_passed_over(source, model)]
+
+
+def _passed_over(source: ModelSource, model: PreTrainedModel) -> list[str]:
+    """Weights in local files that the model's class leaves out without a word, such as those that predict several
+    tokens (DeepSeek-V3, GLM-4.5)."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    if not source.files or source.gguf_file is not None:
+        return []
+    names, modules = read_headers(weight_files(source.files[0].parent)), dict(model.named_modules())
+    matching = (name for name in names if any(re.search(pattern, name) for pattern in patterns))
+    # A pattern may match what a model does have (that of GPT-2's mask matches a bias), or computes.
+    return sorted(name for name in matching if not COMPUTED.search(name) and _owner(model, name) not in modules)
+
+
+def _owner(model: PreTrainedModel, name: str) -> str:
+    """The module of a weight; files may leave out the prefix of the part without the head."""
+    owner, prefix = name.rpartition(".")[0], f"{model.base_model_prefix}."
+    return owner if owner.startswith(prefix) or not hasattr(model, owner.partition(".")[0]) else owner
 
 
 def refuse_names(

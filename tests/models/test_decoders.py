@@ -60,6 +60,12 @@ def test_blocks_that_share_weights_are_refused_in_one_line(sweep: ModuleType, tm
     assert "are the same" in result["line"]
 
 
+def test_two_lists_of_blocks_are_refused_in_one_line(sweep: ModuleType, tmp_path: Path) -> None:
+    result = sweep.examine("xlm", tmp_path)
+    assert result["outcome"] == "refused"
+    assert "has two lists of 4 blocks, transformer.ffns and transformer.attentions" in result["line"]
+
+
 def test_the_table(sweep: ModuleType) -> None:
     results = [
         {"kind": "one", "outcome": "ok", "share": 0.5, "line": ""},
