@@ -29,7 +29,7 @@ from lightning_gsq.models.chain import run_block
 from lightning_gsq.models.probe import PROBE_TOKENS
 
 FEW_TOKENS = (64, 128)
-FEW_EXPERTS = (32, 64)
+FEW_EXPERTS = (8, 16)
 """Of hundreds of experts so many run; what they take grows linearly with their number, all with the same tokens."""
 
 

@@ -113,13 +113,7 @@ def _passed_over(source: ModelSource, model: PreTrainedModel) -> list[str]:
     names, modules = read_headers(weight_files(source.files[0].parent)), dict(model.named_modules())
     matching = (name for name in names if any(re.search(pattern, name) for pattern in patterns))
     # A pattern may match what a model does have (that of GPT-2's mask matches a bias), or computes.
-    return sorted(name for name in matching if not COMPUTED.search(name) and _owner(model, name) not in modules)
-
-
-def _owner(model: PreTrainedModel, name: str) -> str:
-    """The module of a weight; files may leave out the prefix of the part without the head."""
-    owner, prefix = name.rpartition(".")[0], f"{model.base_model_prefix}."
-    return owner if owner.startswith(prefix) or not hasattr(model, owner.partition(".")[0]) else owner
+    return sorted(name for name in matching if not COMPUTED.search(name) and name.rpartition(".")[0] not in modules)
 
 
 def refuse_names(

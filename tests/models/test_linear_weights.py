@@ -1,5 +1,6 @@
 """Which parameters are linear weights, however a block multiplies with them, and which of those are left out."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -247,6 +248,6 @@ def test_a_router_that_is_multiplied_with_in_fp32_is_one_in_half_precision_too()
         model.to(dtype)
         traced = trace(model, ids)
         block = find_blocks(model)[1][1]
-        sites = find_all_sites(block, lambda: run_block(block, traced.inputs_BTD[1], traced.calls[1]))
+        sites = find_all_sites(block, functools.partial(run_block, block, traced.inputs_BTD[1], traced.calls[1]))
         roles = {site.name: site.role for site in sites if site.role}
         assert list(roles) == ["mlp.gate.weight"], dtype
