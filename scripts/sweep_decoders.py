@@ -93,6 +93,16 @@ FURTHER: dict[str, dict[str, Any]] = {
     "dots3_note": {"adapter_in_dim": HIDDEN},
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    **{
+        # rotary embeddings of time, height and width, whose dimensions are those of a head
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **share}}
+        for kind, sections, share in (
+            ("qwen2_vl_text", [2, 3, 3], {}),
+            ("qwen2_5_vl_text", [2, 3, 3], {}),
+            ("glm4v_text", [2, 3, 3], {}),
+            ("glm4v_moe_text", [1, 1, 2], {"partial_rotary_factor": 0.5}),
+        )
+    },
 }
 
 
@@ -137,7 +147,8 @@ def configuration(kind: str) -> Any:
 def build(kind: str) -> Any:
     """A random model of a type."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from lightning_gsq.models.classes import auto_class
 
     config = configuration(kind)
     if getattr(config, "is_encoder_decoder", False):
@@ -147,10 +158,10 @@ def build(kind: str) -> Any:
         config._experts_implementation = "eager"
     torch.manual_seed(0)
     with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=torch.float32).parameters())
+        count = sum(p.numel() for p in auto_class(config).from_config(config, dtype=torch.float32).parameters())
     if count > MOST_WEIGHTS:
         raise ValueError(f"{count:,} weights with these sizes")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -314,10 +325,10 @@ def prepare() -> None:
 
 
 def kinds() -> list[str]:
-    """Every type that transformers maps to a causal decoder."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Every type that transformers maps to a causal decoder, or to a model for more than text around one."""
+    from transformers.models.auto import modeling_auto as mappings
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted(mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | mappings.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 
 
 def page(results: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 skeleton          the model's structure without its weights
 quantities        sizes that several phases share
 simulate          the activations of a block, run on tensors without content
+experts           fused experts in such a run
 block_terms       memory of a block: its warm start, its training
 perplexity_terms  memory of measuring perplexity
 end_to_end_terms  memory of the end-to-end phase
@@ -10,6 +11,7 @@ phases            the memory of a run, phase by phase
 probe             seconds of a few steps on one block of random weights
 limits            what this machine has
 problems          what of a plan does not fit
+advice            what would make it fit
 estimate          all of it together
 """
 

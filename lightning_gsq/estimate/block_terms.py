@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate.quantities import Surroundings, Weights, candidate_bytes, num_logits, scale_numbers
 from lightning_gsq.estimate.simulate import activation_bytes
@@ -98,9 +100,10 @@ def _training_terms(
     count = sum(site.rows * site.in_features for site in weights)
     groups = scale_numbers(weights.items())
     logits = num_logits(weights.items(), model.block.gumbel)
-    trained = FP32 * (logits + groups)
+    dtype = model.block.gumbel.logits_dtype
+    trained = getattr(torch, dtype).itemsize * logits + FP32 * groups
     terms = {
-        f"logits (fp32, {logits / count:.3g} a weight) and scales": trained,
+        f"logits ({'fp32' if dtype == 'float32' else dtype}, {logits / count:.3g} a weight) and scales": trained,
         "their gradients": trained,
         "optimizer state": round(optimizer_state * trained),
     }

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import limits, problems
+from lightning_gsq.estimate.advice import device_advice
 from lightning_gsq.estimate.perplexity_terms import by_block
 from lightning_gsq.estimate.phases import Phase, phases_of
 from lightning_gsq.estimate.probe import Timing, probe
@@ -27,6 +28,7 @@ from lightning_gsq.estimate.quantities import (
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
+from lightning_gsq.models.dequantizing import method_of
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.shared_weights import refuse_shared
@@ -117,7 +119,7 @@ def estimate(
     loading.check_headers(source, config)
     skeleton = make_skeleton(source, config, model.address.dtype)
     plan = _assign(model, skeleton)
-    around = _surroundings(model, end_to_end, trainer, source, device_memory)
+    around = _surroundings(model, end_to_end, trainer, source, method_of(config) is not None, device_memory)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
     ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
@@ -141,6 +143,8 @@ def estimate(
     # What this process takes already is part of the plan's baseline.
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     misfits = problems.memory_problems(phases, on_host, host_room, around.device_room)
+    if around.device_room is not None and "blocks" in model.phases:
+        misfits += device_advice(model, data, skeleton, plan, around, around.device_room)
     if not mapped and streams > host_room:
         misfits.append(problems.stream_problem(streams, host_room))
     if mapped or windows:
@@ -170,6 +174,7 @@ def _surroundings(
     end_to_end: EndToEndOptions,
     trainer: Trainer,
     source: loading.ModelSource,
+    dequantized: bool,
     device_memory: float | None,
 ) -> Surroundings:
     device = trainer.strategy.root_device
@@ -179,7 +184,7 @@ def _surroundings(
         file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
         device_room=limits.device_bytes(device) if device_memory is None else int(device_memory),
         accelerated=device.type != "cpu" or device_memory is not None,
-        mapped=source.gguf_file is None and model.address.dtype == "auto",
+        mapped=source.gguf_file is None and model.address.dtype == "auto" and not dequantized,
         spread=1 if end_to_end.strategy is None else trainer.world_size,
     )
 

@@ -79,7 +79,7 @@ def candidate_bytes(weights: Iterable[tuple[LinearSite, QuantScheme]], options: 
 
 def optimizer_state(model: ModelQuantization) -> float:
     """Bytes of state for each byte of parameters, found by one step of the user's optimizer on a small tensor."""
-    parameter = torch.nn.Parameter(torch.zeros(4096))
+    parameter = torch.nn.Parameter(torch.zeros(4096, dtype=getattr(torch, model.block.gumbel.logits_dtype)))
     parameter.grad = torch.zeros_like(parameter)
     optimizer = model.block.optimizer([{"params": [parameter], "name": "logits"}])
     optimizer.step()

@@ -4,8 +4,8 @@ A forward and a backward pass run under ``FakeTensorMode``: shapes and dtypes on
 machine. A dispatch mode counts the bytes of every storage from its first sight until it is freed; the peak, less the
 weights, is what activations and temporaries take, the gradient of one weight at a time included.
 
-A block that looks at values (a router of experts) cannot run that way. It runs on real zeros instead, on few tokens,
-and the peak is extrapolated linearly.
+Experts get equal shares of the tokens (:mod:`lightning_gsq.estimate.experts`). A block that looks at values in another
+way cannot run so. It runs on real zeros instead, on few tokens, and the peak is extrapolated linearly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,12 +22,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from lightning_gsq.estimate.experts import equal_shares, most_experts, thinner
 from lightning_gsq.estimate.skeleton import BlockSkeleton, zeros_on_cpu
 from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import run_block
 from lightning_gsq.models.probe import PROBE_TOKENS
 
 FEW_TOKENS = (64, 128)
+FEW_EXPERTS = (8, 16)
+"""Of hundreds of experts so many run; what they take grows linearly with their number, all with the same tokens."""
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -86,16 +89,27 @@ def activation_bytes(
         bf16: Matrix products in bfloat16 (autocast).
         training: With a backward pass to the weights; otherwise a forward pass without gradients.
     """
+    if (experts := most_experts(block.module)) > FEW_EXPERTS[1]:
+        few, more = (
+            activation_bytes(replace(block, module=thinner(block.module, count)), width, batch, tokens, bf16, training)
+            for count in FEW_EXPERTS
+        )
+        return _further(few, more, (experts - FEW_EXPERTS[0]) / (FEW_EXPERTS[1] - FEW_EXPERTS[0]))
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), equal_shares(block.module):
             return _run(block, torch.empty, width, batch, tokens, bf16, training)
     except (DataDependentOutputException, DynamicOutputShapeException):
         few, more = (_run(block, zeros_on_cpu, width, 1, count, bf16, training) for count in FEW_TOKENS)
         further = (batch * tokens - FEW_TOKENS[0]) / (FEW_TOKENS[1] - FEW_TOKENS[0])
-        return PassBytes(
-            max(few.peak, int(few.peak + further * (more.peak - few.peak))),
-            max(few.kept, int(few.kept + further * (more.kept - few.kept))),
-        )
+        return _further(few, more, further)
+
+
+def _further(few: PassBytes, more: PassBytes, further: float) -> PassBytes:
+    """What two passes say of a larger one that is so many times their difference away from the first."""
+    return PassBytes(
+        max(few.peak, int(few.peak + further * (more.peak - few.peak))),
+        max(few.kept, int(few.kept + further * (more.kept - few.kept))),
+    )
 
 
 def _run(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import mmap
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,9 +102,14 @@ def _dtype(config: PretrainedConfig, dtype: loading.Dtype, is_gguf: bool) -> tor
 
 
 def zeros_on_cpu(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory only where they are written to."""
-    octets = torch.from_numpy(np.zeros(max(1, math.prod(shape)) * dtype.itemsize, np.uint8))
+    """Zeros that take memory only where they are written to, and may be more than there is."""
+    size = max(1, math.prod(shape)) * dtype.itemsize
+    octets = torch.from_numpy(np.frombuffer(mmap.mmap(-1, size, **_UNRESERVED), np.uint8))
     return octets.view(dtype)[: math.prod(shape)].view(shape)
+
+
+_UNRESERVED = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000} if sys.platform == "linux" else {}
+"""Linux refuses a mapping larger than its memory unless it is told not to reserve any (MAP_NORESERVE)."""
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:

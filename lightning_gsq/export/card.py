@@ -40,7 +40,7 @@ def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: 
         ledger: Its bits.
         report: What loading it back showed; None if that was not done.
     """
-    weights = list(run.weights.values())
+    weights, loader = list(run.weights.values()), run.auto_class.__name__
     schemes = sorted({str(weight.scheme) for weight in weights})
     name = as_text(_base_name(run.address))
     parts = [
@@ -53,7 +53,11 @@ def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: 
         _table(
             ("runtime", "weights", "how"),
             [
-                (runtime.name, runtime.exactness, f"`{runtime.usage.format(folder='FOLDER')}`")
+                (
+                    runtime.name,
+                    runtime.exactness,
+                    f"`{runtime.usage.format(folder='FOLDER', auto_class=loader)}`",
+                )
                 for runtime in format_.runtimes(weights)
             ],
         ),

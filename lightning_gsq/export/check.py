@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.data import PythonDocumentation
 from lightning_gsq.export.contract import CheckFailedError, CheckReport
@@ -36,7 +36,7 @@ def compare_model(
     dense_of: Callable[[PreTrainedModel, str], Tensor] | None = None,
     rounded_to: torch.dtype | None = None,
 ) -> CheckReport:
-    """Loads a folder through ``AutoModelForCausalLM`` and compares it with the run.
+    """Loads a folder through transformers, as the class that the run's model is of, and compares it with the run.
 
     Args:
         run: The run.
@@ -50,7 +50,7 @@ def compare_model(
         CheckFailedError: it does not load, or differs.
     """
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = run.auto_class.from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,

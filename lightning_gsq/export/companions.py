@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.export.source import FinishedRun
-from lightning_gsq.models.saving import save_tokenizer
+from lightning_gsq.models.saving import copy_processor, save_tokenizer
 
 CONFIG = "config.json"
 
@@ -61,4 +61,6 @@ def write_companions(
     if run.generation_config is not None:
         run.generation_config.save_pretrained(folder)
     save_tokenizer(run.tokenizer, folder)
+    if run.outside:
+        copy_processor(run.model.address.source(), folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")

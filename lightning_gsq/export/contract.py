@@ -46,16 +46,18 @@ class Runtime:
     Args:
         name: The program, such as ``transformers``.
         exactness: ``exact`` if it computes with the weights of the run bit for bit, else what it changes.
-        usage: How to load the folder there: a command or a line of Python, with ``{folder}`` for its address.
+        usage: How to load the folder there: a command or a line of Python, with ``{folder}`` for its address and
+            ``{auto_class}`` for the class of transformers that loads such a model.
     """
 
     name: str
     exactness: str
     usage: str
 
-    def how(self, folder: str) -> str:
+    def how(self, folder: str, auto_class: type) -> str:
         """The command or line of Python for a folder, whatever characters are in its name."""
-        return self.usage.replace('"{folder}"', json.dumps(folder, ensure_ascii=False)).replace(
+        usage = self.usage.replace("{auto_class}", auto_class.__name__)
+        return usage.replace('"{folder}"', json.dumps(folder, ensure_ascii=False)).replace(
             "{folder}", shlex.quote(folder)
         )
 
@@ -128,6 +130,8 @@ class ExportFormat(ABC):
     """Whether it holds weights of which some have more bits."""
     outer: ClassVar[bool] = False
     """Whether a quantized embedding and head are among the weights that it is given; else both are plain numbers."""
+    outside: ClassVar[bool] = False
+    """Whether it holds what a model for more than text has beside its text decoder: towers, projectors."""
     package: ClassVar[str | None] = None
     """The package that :meth:`check` loads a folder with, where it is not one that this project needs anyway."""
 

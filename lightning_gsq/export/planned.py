@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.models.chain import find_blocks
+from lightning_gsq.models.classes import auto_class, is_outside, outside_of_text
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
@@ -124,6 +125,16 @@ class PlannedRun:
         """Every parameter and buffer of the exported model that is not quantized is one of these."""
         return {name: value.detach() for name, value in self.network.state_dict().items()}
 
+    @functools.cached_property
+    def outside(self) -> list[str]:
+        """Modules that the text decoder does without: towers, projectors; their parameters keep their dtype."""
+        return outside_of_text(self.network)
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that loads the whole model."""
+        return auto_class(self.network.config, self.model.address.trust_remote_code)
+
     def other_names(self) -> list[str]:
         """Names of all stored parameters and buffers that are not quantized, in the model's order.
 
@@ -165,12 +176,17 @@ class PlannedRun:
         return other
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter or buffer that is not quantized, as a file stores it: floating point in :attr:`dtype`.
+        """A parameter or buffer that is not quantized, as a file stores it: in :meth:`dtype_of`.
 
         This is the one place where such values come from: the original model, with what a run trained in its place.
         """
-        value = self.values[name]
-        return value.to(self.dtype) if value.is_floating_point() else value
+        return self.values[name].to(self.dtype_of(name))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Stored dtype of a parameter or buffer that is not quantized: :attr:`dtype` for floating point in the text
+        decoder, its own for everything else."""
+        own = self.values[name].dtype
+        return self.dtype if own.is_floating_point and not is_outside(name, self.outside) else own
 
     @property
     def generation_config(self) -> GenerationConfig | None:

@@ -61,6 +61,11 @@ def model_obstacle(format_: ExportFormat, run: PlannedRun) -> str | None:
 
 def weights_obstacle(format_: ExportFormat, run: PlannedRun) -> str | None:
     """Why it cannot hold the weights, as far as schemes and shapes say; the model may be without weights."""
+    if run.outside and not format_.outside:
+        return (
+            f"{format_.name} is a file of a text decoder, and {run.address} is a {run.config.model_type} model with "
+            f"{', '.join(run.outside[:2])} outside of it; use native, dequantized or compressed-tensors, which hold all"
+        )
     mixed = next((weight.name for weight in run.weights.values() if weight.scheme.mixed), None)
     if mixed is not None and not format_.salient:
         return f"{mixed} has salient weights of other bits, which {format_.name} cannot hold; use native or dequantized"

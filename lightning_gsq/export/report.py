@@ -45,7 +45,9 @@ def print_usage(console: Console, chosen: Sequence[ExportFormat], run: PlannedRu
             weights = list(format_.view(run).weights.values())
             console.print(f"load {format_.name}:")
             for runtime in format_.runtimes(weights):
-                console.print(f"  {runtime.name}: {runtime.how(str(folders[format_.name]))}", soft_wrap=True)
+                console.print(
+                    f"  {runtime.name}: {runtime.how(str(folders[format_.name]), run.auto_class)}", soft_wrap=True
+                )
 
 
 def unpacked(run: PlannedRun) -> str:

@@ -3,6 +3,8 @@
 loading         a model and its tokenizer by an address; what other rooms use of the eight below
 address         where it is: folder, hub name, GGUF file, file in a package
 config          its configuration, and what that says of a model that cannot be quantized
+classes         the class of transformers that loads it, and what is no part of its text decoder
+dequantizing    files whose weights are quantized, read as plain numbers
 empty           the model without its weights
 weight_names    are its weights all in its files, and nothing beside them?
 gguf_weights    the same for a GGUF file

@@ -6,9 +6,10 @@ import contextlib
 import io
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_gsq.models.address import ModelSource
+from lightning_gsq.models.classes import auto_class
 from lightning_gsq.models.loader_errors import as_refusals
 
 
@@ -26,7 +27,7 @@ def empty_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtyp
     quiet = contextlib.redirect_stderr(io.StringIO())
     what = f"model.pretrained: cannot build a model from {source.shown}"
     with as_refusals(what, source.trust_remote_code), torch.device("meta"), quiet:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(config, source.trust_remote_code).from_config(
             config, trust_remote_code=source.trust_remote_code, **({} if dtype is None else {"dtype": dtype})
         )
     return model.eval().requires_grad_(False)

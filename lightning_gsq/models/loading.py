@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
@@ -16,7 +15,9 @@ from transformers import (
 )
 
 from lightning_gsq.models.address import ModelSource, finished_model, num_bytes, resolve
+from lightning_gsq.models.classes import auto_class
 from lightning_gsq.models.config import load_config, max_length
+from lightning_gsq.models.dequantizing import forget_quantization, to_plain_numbers
 from lightning_gsq.models.finite import check_finite
 from lightning_gsq.models.loader_errors import as_refusals
 from lightning_gsq.models.weight_names import check_headers, refuse_info, warn_unused
@@ -53,7 +54,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = False) -> PreTrainedModel:
     """The model on the CPU, in evaluation mode, without gradients; every weight of it from its files, and finite.
 
-    GGUF weights are dequantized. Fused experts run one by one, so that each shows as a matrix product.
+    GGUF weights are dequantized, and so are those of :mod:`lightning_gsq.models.dequantizing`. Fused experts run one by
+    one, so that each shows as a matrix product. A model for more than text is loaded as a whole.
 
     Args:
         source: The model.
@@ -68,6 +70,7 @@ def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = Fal
         config._experts_implementation = "eager"
     # A quantized model has other names until its weights are replaced, and one on the hub has no headers here.
     compare_first = bool(source.files) and getattr(config, "quantization_config", None) is None
+    plain = source.gguf_file is None and not quantized and to_plain_numbers(config, source.shown)
     if compare_first:
         check_headers(source, config)
     options: dict[str, Any] = {"config": config, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -82,9 +85,11 @@ def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = Fal
     model: PreTrainedModel
     info: dict[str, Any]
     with as_refusals(f"model.pretrained: cannot load {source.shown}", source.trust_remote_code), quiet:
-        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        model, info = auto_class(config, source.trust_remote_code).from_pretrained(
             source.path, **source.arguments, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    if plain:
+        forget_quantization(model)
     unused = refuse_info(source, model, info)
     if not compare_first:
         warn_unused(source, unused)

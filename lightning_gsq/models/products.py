@@ -64,10 +64,20 @@ class Parameters:
         )
         self._starts, self._ranges = [start for start, _, _ in ranges], ranges
         self._itemsizes = {name: p.itemsize for name, p in parameters.items()}
+        self._copies: list[tuple[Tensor, str, int]] = []
+
+    def note_cast(self, tensor: Tensor, copy: Tensor) -> None:
+        """A tensor in another dtype: routers are often multiplied with in fp32. It is kept, so that its address is."""
+        place = self.place(tensor)
+        if place is not None and tensor.is_contiguous() and copy.is_contiguous():
+            self._copies.append((copy, *place))
 
     def place(self, tensor: Tensor) -> tuple[str, int] | None:
         """Name of the parameter that a tensor begins in, and where, in elements; None if it is in none."""
         address = tensor.data_ptr()
+        for copy, name, offset in self._copies:
+            if copy.data_ptr() <= address < copy.data_ptr() + copy.nbytes:
+                return name, offset + (address - copy.data_ptr()) // copy.itemsize
         index = bisect.bisect_right(self._starts, address) - 1
         if index < 0 or not tensor.numel():
             return None
@@ -197,6 +207,9 @@ def _canonical(
     return products
 
 
+_CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type_as}
+
+
 class WatchProducts(TorchFunctionMode):
     """Calls ``seen`` for every product with one of the parameters, and ``ran`` for everything that runs.
 
@@ -222,6 +235,8 @@ class WatchProducts(TorchFunctionMode):
         for product in products:
             self.seen(product)
         output = func(*args, **(kwargs or {}))
+        if func in _CASTS and output.data_ptr() != args[0].data_ptr():
+            self.parameters.note_cast(args[0], output)
         if self.ran is not None:
             self.ran(func, args, kwargs or {}, output, products)
         return output

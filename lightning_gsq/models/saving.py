@@ -5,10 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from lightning_gsq.models.address import ModelSource
+from lightning_gsq.models.classes import is_outside, outside_of_text
+
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""How a model for more than text makes its input; beside the tokenizer's files."""
 
 
 def write_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
@@ -18,11 +32,15 @@ def write_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         model: The model with its quantized weights installed.
         tokenizer: Its tokenizer.
         folder: The folder.
-        dtype: Dtype of all floating-point parameters.
+        dtype: Dtype of all floating-point parameters but those outside of the text decoder, which stay as they are.
     """
     # Tied parameters are converted once, so that they still share memory and are written once.
-    before = model.state_dict()
-    converted = {(p.data_ptr(), p.shape): p.to(dtype) for p in before.values() if p.is_floating_point()}
+    before, outside = model.state_dict(), outside_of_text(model)
+    converted = {
+        (p.data_ptr(), p.shape): p.to(dtype)
+        for name, p in before.items()
+        if p.is_floating_point() and not is_outside(name, outside)
+    }
     state = {name: converted.get((p.data_ptr(), p.shape), p) for name, p in before.items()}
     model.save_pretrained(folder, state_dict=state)
     # save_pretrained writes the dtype of the model in memory, which is not that of the file.
@@ -30,6 +48,19 @@ def write_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, folder)
+
+
+def copy_processor(source: ModelSource, folder: Path) -> None:
+    """Copies what makes the input of a model for more than text, as far as it is there and not written yet."""
+    for name in PROCESSOR_FILES:
+        if Path(source.path).is_dir():
+            file: str | None = str(Path(source.path) / name)
+        else:
+            file = cached_file(
+                source.path, name, revision=source.revision or "main", _raise_exceptions_for_missing_entries=False
+            )
+        if file is not None and Path(file).is_file() and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

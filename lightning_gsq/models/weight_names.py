@@ -39,12 +39,12 @@ def check_headers(source: ModelSource, config: PretrainedConfig) -> None:
     """Compares the names and shapes in a local model's files with the model, without reading a weight.
 
     Weights of modules that the model does not have, such as further heads, are one warning. A model on the hub has no
-    headers here; it is compared when it is loaded.
+    headers here, and quantized weights have other names and shapes; both are compared when they are loaded.
 
     Raises:
         ConfigurationError: see :func:`refuse_names`; for GGUF the names alone are compared.
     """
-    if not source.files:
+    if not source.files or (source.gguf_file is None and getattr(config, "quantization_config", None) is not None):
         return
     model = empty_model(source, config)
     if source.gguf_file is not None:
@@ -95,13 +95,25 @@ def refuse_info(source: ModelSource, model: PreTrainedModel, info: Mapping[str, 
             ``unexpected_keys``; tied weights and those that the model's class lists to be ignored are in none.
 
     Returns:
-        Weights of modules that the model does not have.
+        Weights of modules that the model does not have, those included that its class leaves out.
     """
     unexpected = [name for name in sorted(info["unexpected_keys"]) if not COMPUTED.search(name)]
     belonging = [name for name in unexpected if _belongs(model, name)]
     mismatched = sorted(info["mismatched_keys"], key=str)
     refuse_names(source, sorted(info["missing_keys"]), mismatched, belonging, unexpected)
-    return unexpected
+    return [*unexpected, *_passed_over(source, model)]
+
+
+def _passed_over(source: ModelSource, model: PreTrainedModel) -> list[str]:
+    """Weights in local files that the model's class leaves out without a word, such as those that predict several
+    tokens (DeepSeek-V3, GLM-4.5)."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    if not source.files or source.gguf_file is not None:
+        return []
+    names, modules = read_headers(weight_files(source.files[0].parent)), dict(model.named_modules())
+    matching = (name for name in names if any(re.search(pattern, name) for pattern in patterns))
+    # A pattern may match what a model does have (that of GPT-2's mask matches a bias), or computes.
+    return sorted(name for name in matching if not COMPUTED.search(name) and name.rpartition(".")[0] not in modules)
 
 
 def refuse_names(

@@ -46,7 +46,9 @@ def load(
     Raises:
         ConfigurationError: it is no native folder, or a damaged one.
     """
-    from transformers import AutoModelForCausalLM  # imports scipy, which `import lightning_gsq` does not wait for
+    from transformers import AutoConfig  # imports scipy, which `import lightning_gsq` does not wait for
+
+    from lightning_gsq.models.classes import auto_class
 
     root = Path(folder).expanduser()
     config = read_json(root / "config.json")
@@ -61,14 +63,16 @@ def load(
     report: dict[str, Any]
     loaded: PreTrainedModel
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        # A plain yes or no: with None, transformers asks at the terminal.
+        options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        loader = auto_class(AutoConfig.from_pretrained(root, **options), trust_remote_code)
+        loaded, report = loader.from_pretrained(
             root,
             dtype=dtype,
-            local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,  # a plain yes or no: with None, transformers asks at the terminal
-        )  # type: ignore[misc]
+            **options,
+        )
     except ConfigurationError:
         raise
     except Exception as error:  # transformers raises a dozen unrelated types

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from lightning_gsq.models import left_out
 from lightning_gsq.models.chain import find_blocks, run_block
+from lightning_gsq.models.classes import outside_line
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite, find_all_sites
 from lightning_gsq.models.shared_weights import refuse_shared
@@ -76,7 +77,8 @@ def with_schemes(plan: Sequence[BlockPlan], schemes: Mapping[str, QuantScheme]) 
 
 
 def not_quantized(model: ModelQuantization, plan: list[BlockPlan]) -> list[str]:
-    """A line for each kind of matrix in the planned blocks that stays as it is, and why."""
+    """A line for each kind of matrix in the planned blocks that stays as it is, and why; one for what is outside of the
+    text decoder."""
     _, blocks = find_blocks(model.network)
     left = {
         f"{block.name}.{name}": (reason, blocks[block.index].get_parameter(name).numel())
@@ -84,4 +86,4 @@ def not_quantized(model: ModelQuantization, plan: list[BlockPlan]) -> list[str]:
         for name, reason in block.left_out.items()
     }
     total = sum(p.numel() for block in plan for p in blocks[block.index].parameters())
-    return left_out.lines(left, total)
+    return [*left_out.lines(left, total), *filter(None, [outside_line(model.network)])]

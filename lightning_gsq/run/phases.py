@@ -189,7 +189,7 @@ def save_and_summarize(
     with installed(run.model, run.plan, result.tensors, result.dense, result.outer):
         if run.ranks.first:
             began, dtype = time.perf_counter(), run.model.storage.output_dtype
-            if save_model(run.model.network, run.model.tokenizer, run.folder.model, dtype, made_from):
+            if save_model(run.model.network, run.model.tokenizer, run.folder.model, dtype, made_from, source):
                 run.folder.add_seconds("saving", time.perf_counter() - began)
         run.folder.update_progress(model=result.kind)
         summary = make_summary(

@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models.saving import save_tokenizer, write_dense
+from lightning_gsq.models.address import ModelSource
+from lightning_gsq.models.classes import outside_of_text
+from lightning_gsq.models.saving import copy_processor, save_tokenizer, write_dense
 from lightning_gsq.system.owned_folders import growing, obstacle, out_of_date, publish, write_mark
 
 MARK = "lightning-gsq.json"
@@ -46,7 +48,12 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, made_from: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    made_from: str,
+    source: ModelSource,
 ) -> bool:
     """Writes the model's folder, whole or not at all, unless it is there, whole and made from the same.
 
@@ -56,6 +63,7 @@ def save_model(
         folder: The folder; replaced if an earlier save made it.
         dtype: Dtype of all floating-point parameters.
         made_from: Digest of what the weights follow from.
+        source: Where the original model is.
 
     Returns:
         Whether anything was written.
@@ -72,6 +80,8 @@ def save_model(
     try:
         with growing(folder) as partial:
             write_dense(model, tokenizer, partial, dtype)
+            if outside_of_text(model):
+                copy_processor(source, partial)
             write_mark(partial, MARK, content)
             publish(partial, folder, MARK)
     except (OSError, SafetensorError) as error:

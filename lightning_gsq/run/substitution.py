@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.models.chain import find_blocks
+from lightning_gsq.models.classes import is_outside, outside_of_text
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.quantized import QuantizedWeight
@@ -102,7 +103,12 @@ def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]
     """Inside the context, every parameter that is not quantized has the precision that the saved files give it."""
     quantized = {f"{block.name}.{site.name}" for block in plan for site in block.weights}
     quantized |= set(model.outer.expected(model.network))
-    originals = {p: p.data for name, p in model.network.named_parameters() if name not in quantized}
+    outside = outside_of_text(model.network)
+    originals = {
+        p: p.data
+        for name, p in model.network.named_parameters()
+        if name not in quantized and not is_outside(name, outside)
+    }
     try:
         for parameter, data in originals.items():
             parameter.data = data.to(model.storage.output_dtype).to(data.dtype)

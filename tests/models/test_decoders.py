@@ -1,12 +1,12 @@
 """Decoders of many kinds, from a configuration to a saved model with rounded weights (scripts/sweep_decoders.py)."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "sweep_decoders.py"
+from tests.support.scripts import script
+
 KINDS = [
     "afmoe",  # gates, dense and sparse blocks
     "bamba",  # Mamba 2 and attention
@@ -20,13 +20,20 @@ KINDS = [
     "gemma3",  # vision-language: the text decoder
     "gemma3n_text",  # four streams, inputs for each block, keys of other blocks
     "gemma4_text",
+    "glm4v",  # vision and text, as the six further ones of these
     "gpt_oss",  # biases of experts, attention sinks
     "hy_v4",  # an indexer whose choice other blocks use
+    "internvl",
     "jamba",  # Mamba and experts
+    "kimi_k25",
     "llama4_text",  # experts by bmm, a body without a name
     "longcat_flash",  # two attentions a block
+    "mistral3",
     "olmo_hybrid",  # gated linear attention
+    "paligemma",
+    "qwen2_vl",
     "qwen3_next",
+    "qwen3_vl_moe",
     "recurrent_gemma",  # gates by head
     "rwkv",
     "xglm",  # a mask that does not broadcast
@@ -37,11 +44,7 @@ KINDS = [
 @pytest.fixture(scope="module")
 def sweep() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("sweep_decoders", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("sweep_decoders")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,6 +58,12 @@ def test_blocks_that_share_weights_are_refused_in_one_line(sweep: ModuleType, tm
     result = sweep.examine("zamba2", tmp_path)
     assert result["outcome"] == "refused"
     assert "are the same" in result["line"]
+
+
+def test_two_lists_of_blocks_are_refused_in_one_line(sweep: ModuleType, tmp_path: Path) -> None:
+    result = sweep.examine("xlm", tmp_path)
+    assert result["outcome"] == "refused"
+    assert "has two lists of 4 blocks, transformer.ffns and transformer.attentions" in result["line"]
 
 
 def test_the_table(sweep: ModuleType) -> None:

@@ -1,18 +1,20 @@
 """Which parameters are linear weights, however a block multiplies with them, and which of those are left out."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_gsq.models.chain import find_blocks, run_block
+from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.left_out import lines, reasons
 from lightning_gsq.models.linear_weights import LinearSite, find_all_sites, find_linear_sites, to_quantize, watch_inputs
 from lightning_gsq.models.roles import GATE, INDEXER, ROUTER, STATE
 from lightning_gsq.models.survey import survey
 from tests.support.decoders import DECODERS
-from tests.support.tiny import FAMILIES
+from tests.support.published import CONFIGS
+from tests.support.tiny import FAMILIES, random_model
 
 D, O, E, T = 16, 24, 3, 7  # noqa: E741 - out_features
 
@@ -236,3 +238,16 @@ def test_lines_on_what_stays() -> None:
 def test_the_default_set_has_no_roles() -> None:
     block = ListedExperts()
     assert "router.weight" not in {site.name for site in find_linear_sites(block, lambda: block(torch.randn(T, D)))}
+
+
+def test_a_router_that_is_multiplied_with_in_fp32_is_one_in_half_precision_too() -> None:
+    """Its product is with a copy then, and what comes before it must not be taken for what chooses."""
+    model = random_model(CONFIGS["deepseek_v3"])
+    ids = torch.arange(13)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        traced = trace(model, ids)
+        block = find_blocks(model)[1][1]
+        sites = find_all_sites(block, functools.partial(run_block, block, traced.inputs_BTD[1], traced.calls[1]))
+        roles = {site.name: site.role for site in sites if site.role}
+        assert list(roles) == ["mlp.gate.weight"], dtype

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, LlamaConfig
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
@@ -202,3 +202,12 @@ def test_a_model_on_the_hub_is_compared_when_it_is_loaded(
     save_file(without("layers.0.mlp.up_proj.weight")(state), folder / MODEL, {"format": "pt"})
     with pytest.raises(ConfigurationError, match=r"1 in all: model.layers.0.mlp.up_proj.weight"):
         loading.load_model(hub)
+
+
+def test_heads_for_several_tokens_that_a_class_leaves_out_are_named(tmp_path: Path) -> None:
+    model = random_model(Glm4MoeConfig(**COMMON, head_dim=8, n_routed_experts=4, num_experts_per_tok=2))
+    model.save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.92.eh_proj.weight"
+    save_file(load_file(file) | {name: torch.ones(4, 4)}, file, {"format": "pt"})
+    with pytest.warns(UnusedWeightsWarning, match="left out: model.layers.92.eh_proj.weight"):
+        loading.load_model(loading.resolve(str(tmp_path)))

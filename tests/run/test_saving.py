@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.address import resolve
 from lightning_gsq.models.saving import save_tokenizer
 from lightning_gsq.run.saving import MARK, check_saving, save_model
 
@@ -27,7 +28,7 @@ def test_a_folder_is_written_anew_if_it_is_not_what_it_should_be(tiny_llama: Pat
     folder = tmp_path / "model"
 
     def save(made_from: str) -> bool:
-        return save_model(model, tokenizer, folder, torch.float32, made_from)
+        return save_model(model, tokenizer, folder, torch.float32, made_from, resolve(str(tiny_llama)))
 
     assert save("a") and not save("a") and save("b")
     weights = folder / "model.safetensors"

@@ -87,6 +87,7 @@ class CompressedTensorsFormat(LinearFormat):
     codes: ClassVar[str] = "weight_packed"
     scales: ClassVar[str] = "weight_scale"
     package: ClassVar[str] = PACKAGE
+    outside: ClassVar[bool] = True
 
     def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """``weight_packed``, ``weight_scale`` and ``weight_shape`` of one layer."""
@@ -121,7 +122,7 @@ class CompressedTensorsFormat(LinearFormat):
 
     def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """transformers; vLLM and SGLang by the width."""
-        runtimes = [Runtime("transformers", "exact", 'AutoModelForCausalLM.from_pretrained("{folder}")')]
+        runtimes = [Runtime("transformers", "exact", '{auto_class}.from_pretrained("{folder}")')]
         if {self.bits(weight.scheme) for weight in weights} <= SERVED_EVERYWHERE:
             runtimes.append(Runtime("vLLM", "exact (not run here)", "vllm serve {folder}"))
             runtimes.append(

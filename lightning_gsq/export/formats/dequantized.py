@@ -27,6 +27,7 @@ class DequantizedFormat(ExportFormat):
     name: ClassVar[str] = "dequantized"
     salient: ClassVar[bool] = True
     outer: ClassVar[bool] = True
+    outside: ClassVar[bool] = True
 
     def refuse(self, run: PlannedRun) -> str | None:
         """Holds everything."""
@@ -54,7 +55,7 @@ class DequantizedFormat(ExportFormat):
 
     def runtimes(self, weights: Sequence[ExportedWeight]) -> list[Runtime]:
         """Everything that reads Hugging Face folders."""
-        usage = 'AutoModelForCausalLM.from_pretrained("{folder}")'
+        usage = '{auto_class}.from_pretrained("{folder}")'
         exactness = "rounded to the stored dtype"
         return [
             Runtime("transformers", exactness, usage),

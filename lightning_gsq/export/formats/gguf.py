@@ -128,7 +128,7 @@ class GGUFFormat(ExportFormat):
         how = ("exact" if exact else "a projection") + f" ({', '.join(kinds)})"
         runtimes = [Runtime("llama.cpp", how, f"llama-cli -m {{folder}}/{FILE}")]
         if {storage.number for storage in storages} <= SUPPORTED_BY_TRANSFORMERS:
-            usage = f'AutoModelForCausalLM.from_pretrained("{{folder}}", gguf_file="{FILE}")'
+            usage = f'{{auto_class}}.from_pretrained("{{folder}}", gguf_file="{FILE}")'
             runtimes.append(Runtime("transformers", how, usage))
         return runtimes
 

@@ -47,6 +47,7 @@ class NativeFormat(ExportFormat):
     name: ClassVar[str] = "native"
     salient: ClassVar[bool] = True
     outer: ClassVar[bool] = True
+    outside: ClassVar[bool] = True
 
     def view(self, run: Run) -> Run:
         """Without embedding and head where one is a module that does more than to look rows up, or to multiply."""
@@ -117,7 +118,7 @@ class NativeFormat(ExportFormat):
             Runtime(
                 "transformers",
                 "exact",
-                'import lightning_gsq; AutoModelForCausalLM.from_pretrained("{folder}")',
+                'import lightning_gsq; {auto_class}.from_pretrained("{folder}")',
             ),
         ]
 
@@ -125,7 +126,7 @@ class NativeFormat(ExportFormat):
 def _empty(run: PlannedRun, name: str) -> Tensor:
     """A parameter or buffer as :meth:`PlannedRun.parameter` gives it, on the meta device."""
     value = run.values[name]
-    return torch.empty(value.shape, dtype=run.dtype if value.is_floating_point() else value.dtype, device="meta")
+    return torch.empty(value.shape, dtype=run.dtype_of(name), device="meta")
 
 
 def _dense_of(model: PreTrainedModel, name: str) -> Tensor:

@@ -1,0 +1,85 @@
+"""Fused experts that run without looking at values: every expert gets as many tokens as every other.
+
+Which expert a token goes to is a value, which tensors without content have not. The memory that experts take depends
+on how many tokens all of them have together (tokens times experts a token), which is known; here they get equal shares.
+Expert by expert, as ``fit`` runs them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "lightning_gsq_equal_shares"
+
+
+@contextmanager
+def equal_shares(block: nn.Module) -> Iterator[None]:
+    """Inside the context, the fused experts of a block run on equal shares, where their class leaves a choice."""
+    configs = {id(c): c for m in block.modules() if (c := getattr(m, "config", None)) is not None}
+    before = {key: config._experts_implementation for key, config in configs.items() if _has_choice(config)}
+    for key in before:
+        configs[key]._experts_implementation = NAME
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            configs[key]._experts_implementation = value
+
+
+def most_experts(block: nn.Module) -> int:
+    """Experts of the block's largest module of fused experts whose class leaves a choice; 0 without one."""
+    return max((int(module.num_experts) for module in _fused(block)), default=0)  # type: ignore[arg-type]
+
+
+def thinner(block: nn.Module, experts: int) -> nn.Module:
+    """A copy of a block on the meta device with no more than so many of its fused experts; routers stay."""
+    copied = copy.deepcopy(block)
+    for module in _fused(copied):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.shape[0] == module.num_experts:
+                setattr(module, name, nn.Parameter(parameter[:experts].clone(), requires_grad=False))
+        module.num_experts = min(experts, int(module.num_experts))  # type: ignore[assignment, arg-type]
+    return copied
+
+
+def _fused(block: nn.Module) -> list[nn.Module]:
+    return [module for module in block.modules() if hasattr(module, "has_gate") and hasattr(module, "num_experts")]
+
+
+def _has_choice(config: Any) -> bool:
+    return getattr(config, "_experts_implementation", None) is not None
+
+
+def _run(self: Any, hidden_ND: Tensor, top_k_index_NK: Tensor, top_k_weights_NK: Tensor) -> Tensor:
+    """The forward pass of a class of experts; called by transformers as its method."""
+    output_ND = torch.zeros_like(hidden_ND)
+    pairs, experts = top_k_index_NK.numel(), int(self.num_experts)
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    for expert in range(experts):
+        count = pairs * (expert + 1) // experts - pairs * expert // experts
+        if not count:
+            continue
+        tokens = torch.zeros(count, dtype=torch.long)
+        inner = _multiply(self, hidden_ND[tokens], first, expert)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        outer = _multiply(self, inner, "down_proj", expert)
+        outer = outer * top_k_weights_NK[tokens, :1]
+        output_ND.index_add_(0, tokens, outer.to(output_ND.dtype))
+    return output_ND
+
+
+def _multiply(module: Any, inputs: Tensor, name: str, expert: int) -> Tensor:
+    """The product with one expert's matrix."""
+    matrix = getattr(module, name)[expert]
+    output = inputs @ matrix if module.is_transposed else nn.functional.linear(inputs, matrix)
+    return output + getattr(module, f"{name}_bias")[expert] if module.has_bias else output
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, _run)

@@ -1,0 +1,70 @@
+"""Checkpoints that are published with quantized weights, read as plain numbers by transformers' own loaders.
+
+DeepSeek-V3 is published in FP8, Kimi K2 in INT4 (compressed-tensors), gpt-oss in MXFP4, with nothing wider beside it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+METHODS = {"fp8": "FP8", "compressed-tensors": "compressed-tensors", "mxfp4": "MXFP4"}
+"""Methods with a loader that gives plain numbers, and what they are called."""
+
+
+class DequantizedWarning(UserWarning):
+    """A model is quantized from weights that had been quantized before."""
+
+
+def method_of(config: PretrainedConfig) -> str | None:
+    """How the weights of a model's files are quantized; None if they are plain numbers."""
+    stated: Any = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    return str(stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated.quant_method)
+
+
+def to_plain_numbers(config: PretrainedConfig, shown: str) -> bool:
+    """Has a model loaded as plain numbers if its files are quantized by one of :data:`METHODS`, and says so.
+
+    Args:
+        config: Its configuration, changed in place.
+        shown: Its address, for the message.
+
+    Returns:
+        Whether it is one of these.
+    """
+    method = method_of(config)
+    if method not in METHODS:
+        return False
+    stated: Any = config.quantization_config
+    content = dict(stated if isinstance(stated, dict) else stated.to_dict())
+    config.quantization_config = content | {"dequantize": True}
+    warnings.warn(
+        f"{shown} is published in {METHODS[method]}: its weights are read as plain numbers, and those are quantized "
+        "here; an original with more bits, where there is one, gives better results",
+        DequantizedWarning,
+        stacklevel=3,
+    )
+    return True
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Makes a model of plain numbers, loaded from quantized files, an ordinary one, and gives it one dtype.
+
+    What it saves then is not quantized. Some loaders leave weights in the dtype of their scales.
+    """
+    # The renaming that was used to load it would quantize again when it is saved; without it, that of its type is used.
+    for owner, names in (
+        (model.config, ["quantization_config"]),
+        (model, ["hf_quantizer", "quantization_method", "_weight_conversions"]),
+    ):
+        for name in names:
+            if name in vars(owner):
+                delattr(owner, name)
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16) and parameter.dtype != model.dtype:
+            parameter.data = parameter.data.to(model.dtype)

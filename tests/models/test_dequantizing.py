@@ -1,0 +1,40 @@
+"""Files whose weights are quantized, read as plain numbers: the numbers they stand for, and ordinary files again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_gsq.models import loading
+from lightning_gsq.models.dequantizing import DequantizedWarning
+from lightning_gsq.models.saving import write_dense
+from tests.support.published import in_fp8, in_int4, in_mxfp4
+from tests.support.tiny import byte_tokenizer
+
+KINDS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    "FP8": lambda folder: in_fp8("llama", folder),
+    "FP8, experts": lambda folder: in_fp8("deepseek_v3", folder),
+    "INT4": lambda folder: in_int4("llama", folder),
+    "INT4, experts": lambda folder: in_int4("deepseek_v3", folder),
+    "MXFP4": in_mxfp4,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_that_they_stand_for(kind: str, tmp_path: Path) -> None:
+    meant = KINDS[kind](tmp_path / "model")
+    source = loading.resolve(str(tmp_path / "model"))
+    loading.check_headers(source, loading.load_config(source))
+    with pytest.warns(DequantizedWarning, match="are read as plain numbers"):
+        model = loading.load_model(source)
+    assert {p.dtype for p in model.parameters()} == {model.dtype}
+    (tmp_path / "again").mkdir()
+    write_dense(model, byte_tokenizer(), tmp_path / "again", torch.float32)
+    written = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(written) == set(meant)
+    assert all(torch.equal(written[name], value.float()) for name, value in meant.items())
+    again = loading.load_model(loading.resolve(str(tmp_path / "again")))
+    assert getattr(again.config, "quantization_config", None) is None
