@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_gsq.cli.classes import class_path, refuse_moved
-from lightning_gsq.cli.configs import check_config, config_file
+from lightning_gsq.cli.configs import config_value
 from lightning_gsq.cli.verbs import SUMMARIES
 
 NAMED = {"export": "--run", "predict": "--model", "test": "--model"}
@@ -77,9 +77,7 @@ def _option(name: str, value: str | None) -> list[str]:
         return [f"--{name}"]
     refuse_moved(value)
     if name in ("c", "config"):
-        value = config_file(value)
-        check_config(value)
-        return ["--config", value]
+        return ["--config", config_value(value)]
     if name == "model" and not _is_settings(value):
         name = "model.pretrained"
     if name in SOURCES and not _is_settings(value):
