@@ -7,7 +7,7 @@ have moved: it is kept in the recipe, and does not count. Neither does the text 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def make_recipe(
 
 
 def _beside(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Which phases there are, and the last one's settings: what :func:`settings_of` gives back beside the recipe's own."""
+    """Which phases there are, and the last one's settings, so that :func:`settings_of` can give back both."""
     end_to_end = {k: v for k, v in (settings.get("end_to_end") or {}).items() if k not in OF_THIS_MACHINE}
     phases = {name: settings["model"][name] for name in ("phases",) if name in settings["model"]}
     return {"model": phases, "end_to_end": end_to_end}
