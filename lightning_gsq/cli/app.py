@@ -31,10 +31,12 @@ from lightning_gsq.commands.predict import predict
 from lightning_gsq.commands.test import test
 from lightning_gsq.commands.validate import validate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system import sharding
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
+from lightning_gsq.weights.assignment import scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -183,6 +185,7 @@ class GSQCLI(LightningCLI):
             return
         trainer = self.settings.trainer
         check_settings(trainer)
+        check_preset(self.settings.model.scheme)
         trainer.callbacks = latest_of_each_class(trainer.callbacks)
         if sharding.asked_for(trainer.strategy):
             trainer.strategy, self.settings.end_to_end.strategy = "ddp", sharding.FSDP2
@@ -290,6 +293,19 @@ class GSQCLI(LightningCLI):
             host_memory_gb=self.settings.host_memory_gb,
             device_memory_gb=self.settings.device_memory_gb,
         )
+
+
+def check_preset(scheme: Namespace) -> None:
+    """Verifies that the preset of ``model.scheme`` exists.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    try:
+        if scheme.preset is not None:
+            scheme_of(scheme.preset)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"model.scheme: {error}") from None
 
 
 def latest_of_each_class(callbacks: list[Namespace] | None) -> list[Namespace] | None:

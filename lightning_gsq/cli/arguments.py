@@ -39,7 +39,10 @@ def rewritten(arguments: list[str]) -> list[str]:
     if verb in NAMED:
         named = [NAMED[verb]] if rest and not rest[0].startswith("-") else []
         return [verb, *named, *_apart(rest)]
-    return [verb, *(part for option in _options(rest) for part in _option(*option))]
+    options = [_option(*option) for option in _options(rest)]
+    # The parser lets the later one win; what was typed wins over files, wherever it stands.
+    options.sort(key=lambda option: option[0] != "--config")
+    return [verb, *(part for option in options for part in option)]
 
 
 def _apart(arguments: list[str]) -> Iterator[str]:

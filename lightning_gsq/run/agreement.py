@@ -77,10 +77,15 @@ def compare(
     return Agreement(divergence / count, error, same / count, math.exp(loss / count), int(count))
 
 
+def divergences(own_NV: Tensor, wanted_NV: Tensor) -> Tensor:
+    """``KL(wanted | own)`` of each position ``N``, in nats, from log-probabilities ``N V``."""
+    return (wanted_NV.exp() * (wanted_NV - own_NV)).sum(-1)
+
+
 def _sums(own_NV: Tensor, wanted_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Sums over positions of the divergence, of equal choices, of the other's loss, and of 1; fp64."""
     own_NV, wanted_NV = own_NV.log_softmax(-1), wanted_NV.log_softmax(-1)
-    divergence = (wanted_NV.exp() * (wanted_NV - own_NV)).double().sum()
+    divergence = divergences(own_NV, wanted_NV).double().sum()
     same = (own_NV.argmax(-1) == wanted_NV.argmax(-1)).double().sum()
     loss = -wanted_NV.gather(-1, labels_N[:, None]).double().sum()
     return torch.stack([divergence, same, loss, loss.new_tensor(float(len(labels_N)))])

@@ -73,6 +73,9 @@ def test_options_win_over_files(resolve: Resolve, tmp_path: Path) -> None:
     assert resolve("m", "--config", str(tmp_path / "my.yaml"))["model"]["scheme"]["bits"] == 2
     settings = resolve("m", "--config", str(tmp_path / "my.yaml"), "--model.scheme.bits", "4")
     assert settings["model"]["scheme"]["bits"] == 4
+    (tmp_path / "named.yaml").write_text("model: {pretrained: n, scheme: {bits: 2}}\n")
+    model = resolve("m", "--model.scheme.bits=4", "--config", str(tmp_path / "named.yaml"))["model"]
+    assert (model["pretrained"], model["scheme"]["bits"]) == ("m", 4), "where they stand does not matter"
 
 
 def test_a_callback_comes_to_those_of_the_recipe(resolve: Resolve) -> None:
