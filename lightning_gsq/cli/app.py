@@ -22,7 +22,7 @@ from lightning_gsq.cli.defaults import TRAINER_DEFAULTS, native_precision
 from lightning_gsq.cli.help import COMMON
 from lightning_gsq.cli.messages import configuration_error
 from lightning_gsq.cli.parser import PROGRAM, GSQArgumentParser
-from lightning_gsq.cli.trainers import check_seed, check_settings, make_trainer
+from lightning_gsq.cli.trainers import check_preset, check_seed, check_settings, latest_of_each_class, make_trainer
 from lightning_gsq.cli.verbs import SUMMARIES, USAGE
 from lightning_gsq.commands.export import export
 from lightning_gsq.commands.fit import fit
@@ -31,12 +31,10 @@ from lightning_gsq.commands.predict import predict
 from lightning_gsq.commands.test import test
 from lightning_gsq.commands.validate import validate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
-from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system import sharding
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
-from lightning_gsq.weights.assignment import scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -293,23 +291,3 @@ class GSQCLI(LightningCLI):
             host_memory_gb=self.settings.host_memory_gb,
             device_memory_gb=self.settings.device_memory_gb,
         )
-
-
-def check_preset(scheme: Namespace) -> None:
-    """Verifies that the preset of ``model.scheme`` exists.
-
-    Raises:
-        ConfigurationError: it does not.
-    """
-    try:
-        if scheme.preset is not None:
-            scheme_of(scheme.preset)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"model.scheme: {error}") from None
-
-
-def latest_of_each_class(callbacks: list[Namespace] | None) -> list[Namespace] | None:
-    """Callbacks where the last one of a class stands for those before it: one that comes with other settings."""
-    if callbacks is None:
-        return None
-    return list({callback.class_path: callback for callback in callbacks}.values())

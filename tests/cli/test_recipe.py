@@ -89,7 +89,7 @@ def test_a_callback_comes_to_those_of_the_recipe(resolve: Resolve) -> None:
 def test_one_callback_of_a_class() -> None:
     from jsonargparse import Namespace
 
-    from lightning_gsq.cli.app import latest_of_each_class
+    from lightning_gsq.cli.trainers import latest_of_each_class
 
     first, other, second = (Namespace(class_path=path, init_args=i) for i, path in enumerate("aba"))
     assert latest_of_each_class([first, other, second]) == [second, other]
