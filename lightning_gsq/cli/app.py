@@ -22,7 +22,7 @@ from lightning_gsq.cli.defaults import TRAINER_DEFAULTS, native_precision
 from lightning_gsq.cli.help import COMMON
 from lightning_gsq.cli.messages import configuration_error
 from lightning_gsq.cli.parser import PROGRAM, GSQArgumentParser
-from lightning_gsq.cli.trainers import check_seed, check_settings, make_trainer
+from lightning_gsq.cli.trainers import check_preset, check_seed, check_settings, latest_of_each_class, make_trainer
 from lightning_gsq.cli.verbs import SUMMARIES, USAGE
 from lightning_gsq.commands.export import export
 from lightning_gsq.commands.fit import fit
@@ -183,6 +183,7 @@ class GSQCLI(LightningCLI):
             return
         trainer = self.settings.trainer
         check_settings(trainer)
+        check_preset(self.settings.model.scheme)
         trainer.callbacks = latest_of_each_class(trainer.callbacks)
         if sharding.asked_for(trainer.strategy):
             trainer.strategy, self.settings.end_to_end.strategy = "ddp", sharding.FSDP2
@@ -290,10 +291,3 @@ class GSQCLI(LightningCLI):
             host_memory_gb=self.settings.host_memory_gb,
             device_memory_gb=self.settings.device_memory_gb,
         )
-
-
-def latest_of_each_class(callbacks: list[Namespace] | None) -> list[Namespace] | None:
-    """Callbacks where the last one of a class stands for those before it: one that comes with other settings."""
-    if callbacks is None:
-        return None
-    return list({callback.class_path: callback for callback in callbacks}.values())

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_gsq.cli.classes import class_path, refuse_moved
-from lightning_gsq.cli.configs import check_config, config_file
+from lightning_gsq.cli.configs import config_value
 from lightning_gsq.cli.verbs import SUMMARIES
 
 NAMED = {"export": "--run", "predict": "--model", "test": "--model"}
@@ -39,7 +39,10 @@ def rewritten(arguments: list[str]) -> list[str]:
     if verb in NAMED:
         named = [NAMED[verb]] if rest and not rest[0].startswith("-") else []
         return [verb, *named, *_apart(rest)]
-    return [verb, *(part for option in _options(rest) for part in _option(*option))]
+    options = [_option(*option) for option in _options(rest)]
+    # The parser lets the later one win; what was typed wins over files, wherever it stands.
+    options.sort(key=lambda option: option[0] != "--config")
+    return [verb, *(part for option in options for part in option)]
 
 
 def _apart(arguments: list[str]) -> Iterator[str]:
@@ -77,9 +80,7 @@ def _option(name: str, value: str | None) -> list[str]:
         return [f"--{name}"]
     refuse_moved(value)
     if name in ("c", "config"):
-        value = config_file(value)
-        check_config(value)
-        return ["--config", value]
+        return ["--config", config_value(value)]
     if name == "model" and not _is_settings(value):
         name = "model.pretrained"
     if name in SOURCES and not _is_settings(value):

@@ -1,4 +1,4 @@
-"""Configuration files: the recipe that is the default, and what a file of a user's may not hold."""
+"""Configuration files: the recipe that is the default, a run's own recipe, and what a file of a user's may not hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import yaml
 
 from lightning_gsq.cli.classes import refuse_moved
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.system.yaml_files import MAX_BYTES, parse_yaml
+from lightning_gsq.run.recipe import is_whole, settings_of, watches_only
+from lightning_gsq.system.yaml_files import MAX_BYTES, parse_yaml, read_yaml
 
 FOLDER = Path(str(files("lightning_gsq") / "configs"))
 DEFAULTS = str(FOLDER / "default.yaml")
@@ -28,8 +29,23 @@ def packaged_configs() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
-def check_config(name: str) -> None:
-    """Verifies that a file can be a configuration, before anything is built from it.
+def config_value(name: str) -> str:
+    """What the parser gets for a configuration: its file, or the text of the settings that a run's recipe holds.
+
+    Raises:
+        ConfigurationError: as of :func:`check_config`.
+    """
+    file = config_file(name)
+    content = check_config(file)
+    if not is_whole(content):
+        return file
+    default = read_yaml(Path(DEFAULTS), "config")["trainer"]["callbacks"]
+    watching = [callback for callback in default if watches_only(callback["class_path"])]
+    return str(yaml.safe_dump(settings_of(content, watching), sort_keys=False))
+
+
+def check_config(name: str) -> dict[str, Any]:
+    """The content of a file, if it can be a configuration; before anything is built from it.
 
     Raises:
         ConfigurationError: there is none, it is no YAML mapping in UTF-8, stands for too much, names a class that has
@@ -47,6 +63,7 @@ def check_config(name: str) -> None:
                 f"config: {name} asks for code of the model to be run (model.trust_remote_code), which no file can "
                 "allow; if you trust it, set that to false there and give --model.trust_remote_code true"
             )
+    return content
 
 
 def _content(name: str) -> Any:

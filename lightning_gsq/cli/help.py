@@ -49,7 +49,8 @@ COMMON = {
 }
 COMMON["plan"] = ("probe", "host_memory_gb", "device_memory_gb", *COMMON["fit"][:-3])
 TEXTS = {
-    "config": "A YAML file of settings, or quickstart, trial or ternary; options on the command line win.",
+    "config": "A YAML file of settings, a run's recipe.yaml, or quickstart, trial or ternary; options on the "
+    "command line win.",
     "seed_everything": "Seed of everything random.",
     "trainer.default_root_dir": "The run folder. The same command resumes what it holds.",
     "trainer.max_epochs": "Passes over the calibration sequences, for each block.",

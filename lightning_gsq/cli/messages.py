@@ -86,9 +86,9 @@ def one_line(message: str, options: Collection[str]) -> str:
         options: Names of the options that the verb takes, without dashes.
     """
     required = re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", message)
-    if required:
-        return _required(required[1])
     keys = list(re.finditer(r'Parser key "([^"]+)"', message))
+    if required:  # where a key is named, by the class that the option takes
+        return _required(f"{keys[0][1]}.{required[1]}" if keys else required[1])
     if not keys:
         unknown = "not accept" in message or "nrecognized" in message
         return _unknown(message, options) if unknown else " ".join(message.split())

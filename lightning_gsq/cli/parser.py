@@ -57,7 +57,8 @@ class GSQArgumentParser(LightningArgumentParser):
         # Lightning's own group is the longest, and comes last.
         trainer = (self.groups or {}).get("trainer")
         self._action_groups = sorted(self._action_groups, key=lambda group: group is trainer)
-        text = super().format_help(formatter)
+        # A backspace stands for "no space here", which only terminals understand.
+        text = super().format_help(formatter).replace(" \b", "")
         # A path of this machine says nothing to anybody; which subclasses are known depends on what was imported.
         text = DEFAULTS_NOTE.sub("Defaults are those of the recipe in cli.yaml.", text)
         return SUBCLASSES.sub("", text)

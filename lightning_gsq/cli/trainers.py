@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.system import signals
+from lightning_gsq.weights.assignment import scheme_of
 
 SEEDS = range(2**32)
 LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -97,3 +99,23 @@ def _refusal(settings: Mapping[str, Any], reason: str) -> str:
     name = mentioned[0]
     way_out = WAYS_OUT.get(name, "fit --help.all says what it takes")
     return f"trainer.{name}={settings.get(name)}: {reason.removesuffix('.')}; {way_out}"
+
+
+def check_preset(scheme: Namespace) -> None:
+    """Verifies that the preset of ``model.scheme`` exists.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    try:
+        if scheme.preset is not None:
+            scheme_of(scheme.preset)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"model.scheme: {error}") from None
+
+
+def latest_of_each_class(callbacks: list[Namespace] | None) -> list[Namespace] | None:
+    """Callbacks where the last one of a class stands for those before it: one that comes with other settings."""
+    if callbacks is None:
+        return None
+    return list({callback.class_path: callback for callback in callbacks}.values())

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -201,11 +202,13 @@ def measure(
         batch_size: Sequences at once; None for as many as memory allows.
         seed: Seed of the choice of examples.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     size: int | str = batch_size or automatic_batch(network)
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+    # It asks git which commit the current folder is at, and git complains on the terminal where that is none.
+    no_git = mock.patch.object(evaluator, "get_git_commit_hash", lambda: None)
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), no_git:
         model = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=size, backend="causal")
         answers: Any = simple_evaluate(
             model=model,

@@ -16,6 +16,7 @@ from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import Estimate
 from lightning_gsq.estimate.phases import Phase
 from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, megabytes
+from lightning_gsq.run.standard_errors import with_error
 from lightning_gsq.widths import Choice
 
 
@@ -23,7 +24,8 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     """Prints the result as a table."""
     table = Table(title="Quantized: " + summary["scheme"]["name"], show_header=False, title_justify="left")
     for key, value in summary["perplexity"].items():
-        table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", f"{value:.2f}")
+        figure = with_error(value, summary.get("perplexity_error", {}).get(key), 2)
+        table.add_row(f"perplexity, {PERPLEXITY_NAMES.get(key, key)}", figure)
     table.add_row("  measured on", about_text(summary["evaluation"]))
     phase = summary.get("end_to_end")
     if phase is not None:

@@ -18,6 +18,7 @@ from lightning_gsq.run.agreement import compare
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import make_measure
 from lightning_gsq.run.report import about_text
+from lightning_gsq.run.standard_errors import with_error
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.processes import Ranks, check_shares
 from lightning_gsq.training import ModelQuantization
@@ -58,16 +59,17 @@ def validate(
     say = functools.partial(console.print, soft_wrap=True)
     with Ranks.joined(trainer) as ranks:
         perplexity = make_measure(model, evaluation, activations, make_trainer, room, say, ranks)()
-    say(f"perplexity {perplexity:.3f}  ({about_text(evaluation.about(str(trainer.precision)))})")
+    say(f"perplexity {perplexity}  ({about_text(evaluation.about(str(trainer.precision)))})")
     if reference is not None:
         other = loading.load_model(reference, model.address.dtype, quantized=True)
         with Ranks.joined(trainer) as ranks:
             agreement = compare(model.network, other, evaluation.ids_NT, trainer, ranks)
+        divergence = with_error(agreement.divergence, agreement.divergence_error, 4)
         say(
-            f"against {against}: mean KL divergence {agreement.divergence:.4f} nats a token, the same first choice for "
+            f"against {against}: mean KL divergence {divergence} nats a token, the same first choice for "
             f"{agreement.same_choice:.2%} of {agreement.tokens:,} tokens, perplexity there {agreement.perplexity:.3f}"
         )
-    return perplexity
+    return perplexity.value
 
 
 def _reference(against: str, evaluation: PerplexityData) -> loading.ModelSource:

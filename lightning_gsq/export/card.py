@@ -15,6 +15,7 @@ from lightning_gsq.export.folders import MARK
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, megabytes
+from lightning_gsq.run.standard_errors import with_error
 from lightning_gsq.run.zero_shot import rows
 from lightning_gsq.system.owned_folders import replace_file
 from lightning_gsq.weights.ledger import PARTS, Ledger
@@ -152,8 +153,9 @@ def _making(run: FinishedRun) -> list[tuple[str, str]]:
 
 def _perplexity(summary: Mapping[str, Any]) -> str:
     measured = summary.get("perplexity")
+    errors = summary.get("perplexity_error", {})
     rows = [
-        (PERPLEXITY_NAMES.get(key, as_text(str(key))), f"{value:.3f}")
+        (PERPLEXITY_NAMES.get(key, as_text(str(key))), with_error(value, errors.get(key), 3))
         for key, value in (measured.items() if isinstance(measured, Mapping) else ())
         if isinstance(value, float)
     ]
@@ -162,7 +164,8 @@ def _perplexity(summary: Mapping[str, Any]) -> str:
     about = summary.get("evaluation")
     if not isinstance(about, Mapping):
         return _table(("", "perplexity"), rows)
-    note = f"On {as_text(about_text(about))}; digest of the tokens {as_text(str(about['digest']))}."
+    spread = " ± standard error over the windows" if errors else ""
+    note = f"On {as_text(about_text(about))}{spread}; digest of the tokens {as_text(str(about['digest']))}."
     return _table(("", "perplexity"), rows) + f"\n{note}\n"
 
 

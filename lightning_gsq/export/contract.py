@@ -135,7 +135,7 @@ class ExportFormat(ABC):
     package: ClassVar[str | None] = None
     """The package that :meth:`check` loads a folder with, where it is not one that this project needs anyway."""
 
-    def view(self, run: Run) -> Run:
+    def view(self, run: Run, options: ExportOptions = ExportOptions()) -> Run:
         """The run with those quantized weights that the format holds; what is written and compared follows from it."""
         return run if self.outer or not run.outer else run.within_blocks
 

@@ -88,7 +88,7 @@ def export_run(
     for format_ in possible:
         folder = root / format_.name
         try:
-            ledger, findings = _write(format_.view(run), format_, folder, options, check, overwrite)
+            ledger, findings = _write(format_.view(run, options), format_, folder, options, check, overwrite)
         except (ConfigurationError, CheckFailedError) as error:
             result.failures[format_.name] = str(error)
         except OSError as error:

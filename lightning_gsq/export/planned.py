@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -106,8 +106,13 @@ class PlannedRun:
     @functools.cached_property
     def within_blocks(self) -> Self:
         """The run as a format sees it that holds no quantized embedding or head: both are plain numbers there."""
-        inside = copy.copy(self)
-        inside.weights = {name: weight for name, weight in self.weights.items() if weight.block is not None}
+        return self.without(self.outer)
+
+    def without(self, names: Iterable[str]) -> Self:
+        """The run as a format sees it that holds these quantized weights outside of the blocks as plain numbers."""
+        inside, dropped = copy.copy(self), set(names)
+        inside.weights = {name: weight for name, weight in self.weights.items() if name not in dropped}
+        inside.__dict__.pop("within_blocks", None)  # that of all weights
         return inside
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -145,12 +146,11 @@ class FinishedRun(PlannedRun):
             return self.folder.read_block(outer_kind(self.kind), OUTER, expected)
         return self.folder.read_block(self.kind, block, self.plans[block].expected)
 
-    @functools.cached_property
-    def within_blocks(self) -> Self:
-        """See :attr:`PlannedRun.within_blocks`; the values are the quantized ones, rounded to :attr:`dtype`."""
-        inside = copy.copy(self)
-        inside.weights = {name: weight for name, weight in self.weights.items() if weight.block is not None}
-        for name in self.outer:
+    def without(self, names: Iterable[str]) -> Self:
+        """See :meth:`PlannedRun.without`; the values are the quantized ones, rounded to :attr:`dtype`."""
+        names = list(names)
+        inside = super().without(names)
+        for name in names:
             shared, value = self.values[name].data_ptr(), self.dense(name, self.dtype)
             # A tied head is another name of the same numbers, and stays one.
             same = {key: value for key, other in self.values.items() if other.data_ptr() == shared}

@@ -21,6 +21,17 @@ METADATA = {"format": "pt"}
 SINGLE, SHARD, INDEX = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors", "model.safetensors.index.json"
 
 
+def begins_a_file(pending: int, size: int, shard_size: int) -> bool:
+    """Whether the tensors of the next parameter go into a new file.
+
+    Args:
+        pending: Bytes of the file so far; a file holds one parameter at least.
+        size: Bytes of the next parameter.
+        shard_size: Bytes after which a new file begins.
+    """
+    return pending > 0 and pending + size > shard_size
+
+
 class ShardWriter:
     """Writes tensors into the safetensors files of a model folder.
 
@@ -49,7 +60,7 @@ class ShardWriter:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if 8 * size != entry.bits:
             raise ValueError(f"{entry.name} takes {8 * size} bits in the file, its ledger entry says {entry.bits}")
-        if self._pending and self._pending_bytes + size > self.shard_size:
+        if begins_a_file(self._pending_bytes, size, self.shard_size):
             self._flush()
         self._pending |= {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self._pending_bytes += size
@@ -102,7 +113,7 @@ class PlannedShards:
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Adds the tensors that store one parameter."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._pending and self._pending + size > self.shard_size:
+        if begins_a_file(self._pending, size, self.shard_size):
             self._shards.append({})
             self._pending = 0
         self._shards[-1] |= tensors

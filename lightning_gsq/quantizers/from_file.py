@@ -55,8 +55,12 @@ class FromFile(WarmStart):
 
     def __init__(self, file: str) -> None:
         self.needs_hessian = False
-        self.file = GGUFFile(Path(file).expanduser())
-        self.names = Names(architecture_name(self.file), self._numbers("block_count")[0])
+        try:
+            self.file = GGUFFile(Path(file).expanduser())
+            self.names = Names(architecture_name(self.file), self._numbers("block_count")[0])
+        except ConfigurationError as error:
+            reason = str(error).removeprefix("format: gguf: ").removeprefix("model.warm_start.file: ")
+            raise ConfigurationError(f"model.warm_start.file: {reason}") from None
         self.heads = {*self._numbers("attention.head_count"), *self._numbers("attention.head_count_kv")}
 
     def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:

@@ -18,6 +18,7 @@ saving          the quantized model as an ordinary folder
 finished        files of a phase that are there and whole
 outer_weights   embedding and head, before all of these
 perplexity      of the whole model, or block by block
+standard_errors of figures measured on windows of text
 forward_passes  hidden states on their way through the model
 hidden_states   where they are kept
 block_plan      which weights of which block

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.run.standard_errors import standard_error
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training.losses import LOSS_POSITIONS
@@ -22,12 +23,14 @@ class Agreement:
 
     Args:
         divergence: Mean of ``KL(other | model)`` over tokens, in nats.
+        divergence_error: Its standard error, from how the means of windows differ; None for a single window.
         same_choice: Share of tokens for which both have the same most probable next token.
         perplexity: Of the other model.
         tokens: How many tokens that is.
     """
 
     divergence: float
+    divergence_error: float | None
     same_choice: float
     perplexity: float
     tokens: int
@@ -59,21 +62,30 @@ def compare(
     device = trainer.strategy.root_device
     for model in (network, other):
         nn.Module.to(trainer.precision_plugin.convert_module(model), device)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums, means = torch.zeros(4, dtype=torch.float64, device=device), []
     for ids_T in ranks.share(ids_NT, even=False):
+        before = sums.clone()
         ids_BT = ids_T[None].to(device)
         with trainer.precision_plugin.forward_context():
             own_TV, wanted_TV = (model(ids_BT, use_cache=False).logits[0, :-1] for model in (network, other))
         for part in slices(len(own_TV), LOSS_POSITIONS):
             sums += _sums(own_TV[part].float(), wanted_TV[part].float(), ids_BT[0, 1:][part])
+        divergence, _, _, count = (sums - before).tolist()
+        means.append(divergence / count)
+    error = standard_error(means, ranks, device)
     divergence, same, loss, count = ranks.sum(sums).tolist()
-    return Agreement(divergence / count, same / count, math.exp(loss / count), int(count))
+    return Agreement(divergence / count, error, same / count, math.exp(loss / count), int(count))
+
+
+def divergences(own_NV: Tensor, wanted_NV: Tensor) -> Tensor:
+    """``KL(wanted | own)`` of each position ``N``, in nats, from log-probabilities ``N V``."""
+    return (wanted_NV.exp() * (wanted_NV - own_NV)).sum(-1)
 
 
 def _sums(own_NV: Tensor, wanted_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Sums over positions of the divergence, of equal choices, of the other's loss, and of 1; fp64."""
     own_NV, wanted_NV = own_NV.log_softmax(-1), wanted_NV.log_softmax(-1)
-    divergence = (wanted_NV.exp() * (wanted_NV - own_NV)).double().sum()
+    divergence = divergences(own_NV, wanted_NV).double().sum()
     same = (own_NV.argmax(-1) == wanted_NV.argmax(-1)).double().sum()
     loss = -wanted_NV.gather(-1, labels_N[:, None]).double().sum()
     return torch.stack([divergence, same, loss, loss.new_tensor(float(len(labels_N)))])

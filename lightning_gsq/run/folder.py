@@ -134,10 +134,17 @@ class RunFolder:
         value: float | None = self.progress.get("perplexity", {}).get(name, {}).get(of)
         return value
 
-    def note_perplexity(self, name: str, of: str, value: float) -> None:
-        """Keeps a perplexity with the digest of what it was measured of."""
-        so_far = self.progress.get("perplexity", {})
-        self.update_progress(perplexity={**so_far, name: {**so_far.get(name, {}), of: value}})
+    def perplexity_error(self, name: str, of: str) -> float | None:
+        """The standard error of that perplexity, where it has one."""
+        value: float | None = self.progress.get("perplexity_error", {}).get(name, {}).get(of)
+        return value
+
+    def note_perplexity(self, name: str, of: str, value: float, error: float | None = None) -> None:
+        """Keeps a perplexity, and its standard error, with the digest of what it was measured of."""
+        changes = {"perplexity": value} if error is None else {"perplexity": value, "perplexity_error": error}
+        for key, figure in changes.items():
+            so_far = self.progress.get(key, {})
+            self.update_progress(**{key: {**so_far, name: {**so_far.get(name, {}), of: figure}}})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``."""

@@ -178,11 +178,20 @@ def _streams(
     return torch.cat(inputs), torch.cat(targets), call, [torch.cat(parts) for parts in zip(*arguments, strict=True)]
 
 
-def _scheme(value: Any) -> QuantScheme:
-    if not isinstance(value, QuantScheme | str | Mapping):
+def check_scheme(value: Any) -> None:
+    """Verifies that an argument can say a scheme.
+
+    Raises:
+        ConfigurationError: it is no scheme, name or mapping, or an empty one.
+    """
+    if not isinstance(value, QuantScheme) and not (isinstance(value, str | Mapping) and value):
         raise ConfigurationError(
             f"scheme: expected a QuantScheme, a name such as 'w3g64' or settings such as {{'bits': 3}}, got {value!r}"
         )
+
+
+def _scheme(value: Any) -> QuantScheme:
+    check_scheme(value)
     try:
         scheme = scheme_of(value)
     except TypeError as error:

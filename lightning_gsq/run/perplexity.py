@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -42,6 +43,8 @@ from lightning_gsq.run.forward_passes import (
     sequences_at_once,
 )
 from lightning_gsq.run.hidden_states import ActivationOptions, Stream
+from lightning_gsq.run.standard_errors import Perplexity, standard_error
+from lightning_gsq.system.bar import bar
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training import ModelQuantization
@@ -50,6 +53,16 @@ from lightning_gsq.training.losses import LOSS_POSITIONS
 FP32 = 4
 SPARE = 0.1
 """Share of a device's free memory that a whole model has to leave to activations, workspaces and fragmentation."""
+
+
+class _Windows(Callback):
+    """Moves a bar by every window that a Trainer has evaluated."""
+
+    def __init__(self, move: Callable[[], None]) -> None:
+        self.move = move
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.move()
 
 
 def whole_model_terms(weights: int, vocabulary: int, tokens: int, itemsize: int) -> dict[str, int]:
@@ -89,7 +102,7 @@ def make_measure(
     room: int | None,
     say: Callable[[str], None],
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
-) -> Callable[[], float]:
+) -> Callable[[], Perplexity]:
     """Decides how perplexity is measured.
 
     Args:
@@ -116,19 +129,31 @@ def make_measure(
     terms = whole_model_terms(weights, vocabulary, ids_NT.shape[1], itemsize)
     # One device with too little room is enough, because all processes have to go the same way.
     mine = torch.tensor(float(runs_by_block(evaluation.by_block, terms, room)), device=device)
+
+    def with_its_error(measure: Callable[[], float]) -> Perplexity:
+        model.window_losses.clear()
+        value = measure()
+        error = standard_error([total / count for total, count in model.window_losses.values()], ranks, device)
+        return Perplexity(value, None if error is None else value * error)
+
     if not float(ranks.sum(mine)):
 
         def whole() -> float:
             windows: DataLoader[Tensor] = DataLoader(ids_NT, batch_size=1)  # type: ignore[arg-type]
-            (result,) = make_trainer().validate(model, windows, verbose=False)
+            evaluator = make_trainer()
+            with bar("perplexity", len(ids_NT), ranks.first) as move:
+                evaluator.callbacks.append(_Windows(move))  # type: ignore[attr-defined]  # Lightning's connector
+                (result,) = evaluator.validate(model, windows, verbose=False)
             return float(result["perplexity"])
 
-        return whole
+        return lambda: with_its_error(whole)
     trainer.precision_plugin.convert_module(network)  # as the Trainer does before it evaluates a whole model
     blockwise = BlockwisePerplexity(network)
     free = "" if room is None else f", the device has {room / 1e9:.1f} GB free"
     say(f"perplexity is measured block by block: the model takes {weights / 1e9:.1f} GB{free}")
-    return lambda: blockwise.measure(model, ids_NT, make_trainer(), activations)
+    return lambda: with_its_error(
+        lambda: blockwise.measure(model, ids_NT, make_trainer(), activations, shown=ranks.first)
+    )
 
 
 class BlockwisePerplexity:
@@ -162,7 +187,12 @@ class BlockwisePerplexity:
 
     @torch.no_grad()
     def measure(
-        self, model: ModelQuantization, ids_NT: Tensor, trainer: Trainer, activations: ActivationOptions
+        self,
+        model: ModelQuantization,
+        ids_NT: Tensor,
+        trainer: Trainer,
+        activations: ActivationOptions,
+        shown: bool = False,
     ) -> float:
         """The perplexity of the windows, and those of other processes if there are any.
 
@@ -171,13 +201,16 @@ class BlockwisePerplexity:
             ids_NT: This process's windows; a window's first token is context only.
             trainer: Gives the device and the precision.
             activations: How hidden states are kept.
+            shown: Whether a terminal shows a bar over the blocks.
         """
         device, size = trainer.strategy.root_device, sequences_at_once(ids_NT.shape[1])
         metric = model.negative_log_likelihood.to(device)
         with trainer.precision_plugin.forward_context(), self._embedded(ids_NT, activations) as embedding:
             stream, dtype = embedding
-            for index in range(len(self.blocks)):
-                dtype = self._pass_through(index, stream, dtype, device)
+            with bar("perplexity, blocks", len(self.blocks), shown) as move:
+                for index in range(len(self.blocks)):
+                    dtype = self._pass_through(index, stream, dtype, device)
+                    move()
             head = self._head(device)
             for part in slices(len(ids_NT), size):
                 last_BTD = self._finish(ids_NT[part], stream.hidden_NTD[part].to(dtype))

@@ -23,6 +23,7 @@ from lightning_gsq.run.outer_weights import outer_kind, quantize_outer, read_out
 from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.saving import save_model
+from lightning_gsq.run.standard_errors import Perplexity, with_error
 from lightning_gsq.run.substitution import as_stored, installed, outer_installed
 from lightning_gsq.run.summary import make_summary
 from lightning_gsq.run.warm_start import warm_start
@@ -72,7 +73,7 @@ class Perplexities:
     """
 
     run: Run
-    measure: Callable[[], float]
+    measure: Callable[[], Perplexity]
     about: Mapping[str, Any]
 
     def of(self, kind: str | None) -> str:
@@ -89,6 +90,11 @@ class Perplexities:
     def all(self) -> dict[str, float]:
         """Every perplexity that was measured of the files that are there, in the order of the phases."""
         values = {name: self.known(name, kind) for name, kind in KINDS_OF_PERPLEXITY.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def errors(self) -> dict[str, float]:
+        """The standard errors of those that have one."""
+        values = {n: self.run.folder.perplexity_error(n, self.of(kind)) for n, kind in KINDS_OF_PERPLEXITY.items()}
         return {name: value for name, value in values.items() if value is not None}
 
     def note(
@@ -120,14 +126,16 @@ class Perplexities:
                 if kind is not None:
                     # What is reported of the quantized model is what its files give: nothing more precise.
                     weights.enter_context(as_stored(self.run.model, self.run.plan))
-                value = self.measure()
-            folder.note_perplexity(name, of, value)
+                measured = self.measure()
+            value = measured.value
+            folder.note_perplexity(name, of, value, measured.error)
             folder.add_seconds("evaluation", time.perf_counter() - began)
             for logger in self.run.trainer.loggers:
                 logger.log_metrics({f"perplexity/{name}": value}, step=0)
                 logger.save()
         action = "of the full-precision model" if kind is None else PERPLEXITY_NAMES[name]
-        self.run.say(f"perplexity {action}: {value:.2f}  ({about_text(self.about)})")
+        figure = with_error(value, folder.perplexity_error(name, of), 2)
+        self.run.say(f"perplexity {action}: {figure}  ({about_text(self.about)})")
 
 
 def outer_phase(run: Run, perplexities: Perplexities) -> Blocks:
@@ -195,6 +203,7 @@ def save_and_summarize(
         summary = make_summary(
             run, source, result.kind, result.tensors, result.outer, perplexities.all(), result.end_to_end
         )
+        summary["perplexity_error"] = perplexities.errors()
         summary["evaluation"] = dict(perplexities.about)
     earlier = run.folder.summary
     earlier_entries = {"exports": earlier.get("exports", {})}

@@ -52,6 +52,7 @@ def _numbers(value: Any) -> bool:
 
 _PROGRESS: dict[str, Callable[[Any], bool]] = {
     "perplexity": lambda value: isinstance(value, dict) and all(map(_numbers, value.values())),
+    "perplexity_error": lambda value: isinstance(value, dict) and all(map(_numbers, value.values())),
     "seconds": _numbers,
     "init_seconds": _numbers,
     "model": lambda value: value in KINDS,
@@ -60,6 +61,7 @@ _PROGRESS: dict[str, Callable[[Any], bool]] = {
 }
 _SUMMARY: dict[str, Callable[[Any], bool]] = {
     "perplexity": _numbers,
+    "perplexity_error": _numbers,
     "evaluation": lambda value: isinstance(value, dict) and set(ABOUT) <= set(value),
     "exports": lambda value: isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()),
     "zero_shot": lambda value: isinstance(value, dict) and isinstance(value.get("tasks"), dict),

@@ -7,7 +7,7 @@ have moved: it is kept in the recipe, and does not count. Neither does the text 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
 }
 LATER = {"config", "end_to_end", "export"}
 """Groups that are no part of it: the end-to-end phase keeps its settings beside its own result, exports come after."""
+OF_THIS_MACHINE = {"strategy"}
+"""Settings of the end-to-end phase that say how processes share it."""
 STANDING_FOR = {
     # settings that a fingerprint stands for
     "model": {"model.pretrained", "model.revision", "model.trust_remote_code"},
@@ -69,7 +71,7 @@ def make_recipe(
         dropped = BESIDE_THE_RECIPE.get(key, set())
         groups[key] = {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
     callbacks = groups["trainer"].get("callbacks") or []
-    groups["trainer"]["callbacks"] = [c for c in callbacks if not _watches_only(c["class_path"])]
+    groups["trainer"]["callbacks"] = [c for c in callbacks if not watches_only(c["class_path"])]
     if not has_salient_part(settings["model"]):
         groups["model"].pop("saliency", None)
     if settings["model"].get("size") is None:  # as in recipes from before there was one
@@ -92,10 +94,41 @@ def make_recipe(
         "seed": seed,
         "settings": groups,
         **({} if choice is None else {"choice": dict(choice)}),
+        "beside": _beside(settings),
         "addresses": dict(_addresses(groups)),
         "fingerprints": fingerprints,
         "versions": versions(),
     }
+
+
+def _beside(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Which phases there are, and the last one's settings, so that :func:`settings_of` can give back both."""
+    end_to_end = {k: v for k, v in (settings.get("end_to_end") or {}).items() if k not in OF_THIS_MACHINE}
+    phases = {name: settings["model"][name] for name in ("phases",) if name in settings["model"]}
+    return {"model": phases, "end_to_end": end_to_end}
+
+
+def settings_of(recipe: Mapping[str, Any], watching: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The settings of a run like that of a recipe, as a configuration holds them.
+
+    Args:
+        recipe: A recipe, whole as :func:`is_whole` says.
+        watching: Callbacks that come to those of the recipe, which names only such as decide a result.
+
+    Returns:
+        Settings by group. Addresses are absolute where the recipe says what they were; code that comes with a model is
+        not run, whatever the recipe's own run allowed.
+    """
+    settings: dict[str, Any] = copy.deepcopy(dict(recipe["settings"]))
+    for name, address in (recipe.get("addresses") or {}).items():
+        _replace(settings, str(name).split("."), address)
+    beside = recipe.get("beside") or {}
+    settings["model"] = {**settings["model"], **(beside.get("model") or {}), "trust_remote_code": False}
+    if beside.get("end_to_end"):
+        settings["end_to_end"] = copy.deepcopy(beside["end_to_end"])
+    trainer = settings.get("trainer") or {}
+    settings["trainer"] = {**trainer, "callbacks": [*(trainer.get("callbacks") or []), *watching]}
+    return settings
 
 
 def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +182,7 @@ def model_fingerprint(model: ModelQuantization) -> str:
     return weights_digest(model.network.state_dict())
 
 
-def _watches_only(class_path: str) -> bool:
+def watches_only(class_path: str) -> bool:
     """Whether a callback changes no result, as its class says."""
     module, _, name = class_path.rpartition(".")
     return bool(getattr(getattr(import_module(module), name), "watches_only", False))
@@ -171,6 +204,17 @@ def _addresses(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _addresses(value, f"{name}.")
         elif key in ADDRESSES and isinstance(value, str) and Path(value).expanduser().exists():
             yield name, str(Path(value).expanduser().absolute())
+
+
+def _replace(settings: Any, path: list[str], value: Any) -> None:
+    """Sets what a dotted name stands for, numbers for places in lists; nothing where there is no such place."""
+    for key in path[:-1]:
+        if isinstance(settings, list) and key.isdigit() and int(key) < len(settings):
+            settings = settings[int(key)]
+        else:
+            settings = settings.get(key) if isinstance(settings, dict) else None
+    if isinstance(settings, dict) and path[-1] in settings:
+        settings[path[-1]] = value
 
 
 def _remove(settings: Any, path: list[str]) -> None:

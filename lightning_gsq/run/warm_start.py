@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.finished import Finished
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
@@ -9,6 +11,7 @@ from lightning_gsq.run.matrices import as_stored, choose_salient, hessian_sequen
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.substitution import install, outer_installed
 from lightning_gsq.saliency.choose import settled_tensor
+from lightning_gsq.system.bar import bar
 
 
 def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
@@ -28,9 +31,12 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
     settings, dtype = run.model.start, run.model.storage.scale_dtype
     count = hessian_sequences(run) if settings.watches_inputs else 0
     results = []
-    with hidden_store((count, run.data.sequence_length, run.width), run.activations, streams=1) as store:
+    with contextlib.ExitStack() as at_hand:
+        shape = (count, run.data.sequence_length, run.width)
+        store = at_hand.enter_context(hidden_store(shape, run.activations, streams=1))
         with outer_installed(run.model.network, outer):
             stream = embedded(run.model.network, run.train_ids_NT[:count], store)
+        move = at_hand.enter_context(bar("warm start", run.last_block + 1, run.ranks.first))
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:
@@ -52,4 +58,5 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
                 install(block, plan, tensors)
             if index < run.last_block:
                 propagate(run, block, index, stream, stream)
+            move()
     return results, True

@@ -17,6 +17,7 @@ slices               work in parts of a bounded size
 fingerprint          digests of tensors and files
 digests              digests of everything in tensors, by name
 yaml_files           YAML from anywhere, of a bounded size
+bar                  this project's own, in a terminal
 progress_bars        those of other packages, silenced
 versions             what a result was made with
 """

@@ -136,6 +136,8 @@ class ModelQuantization(LightningModule):
         )
         self.storage = settings.StorageOptions(getattr(torch, scale_dtype), getattr(torch, output_dtype))
         self.negative_log_likelihood = loss_mean()
+        self.window_losses: dict[int, tuple[float, int]] = {}
+        """Sum of the losses of each evaluation window of this process, and their number; since the last clearing."""
         self.network: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
 
@@ -174,6 +176,8 @@ class ModelQuantization(LightningModule):
             f"{str(self.network.dtype).removeprefix('torch.')}: see --model.dtype and --trainer.precision",
         )
         self.negative_log_likelihood.update(loss, weight=len(target_N))
+        total, count = self.window_losses.get(window, (0.0, 0))
+        self.window_losses[window] = total + float(loss) * len(target_N), count + len(target_N)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the perplexity of all windows."""

@@ -111,7 +111,7 @@ class OuterOptions:
                     f"got {scheme}, use null"
                 )
             rows, columns = network.get_parameter(name).shape
-            fitting = fit_rows({name: scheme}, {name: columns}, self.fallback)[name]
+            fitting = fit_rows({name: scheme}, {name: columns}, self.fallback, f"model.{option}")[name]
             chosen[name] = (fitting, (rows, columns))
         return chosen
 

@@ -175,7 +175,10 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def fit_rows(
-    schemes: Mapping[str, QuantScheme], in_features: Mapping[str, int], fallback: bool = False
+    schemes: Mapping[str, QuantScheme],
+    in_features: Mapping[str, int],
+    fallback: bool = False,
+    option: str = "model.scheme",
 ) -> dict[str, QuantScheme]:
     """The schemes, each able to hold its weight's rows.
 
@@ -183,21 +186,22 @@ def fit_rows(
         schemes: By parameter name.
         in_features: Weights in a row of each.
         fallback: Where a preset does not hold such rows, take the one that llama.cpp's rule names.
+        option: Where the schemes come from.
 
     Raises:
         ConfigurationError: a preset does not, and ``fallback`` is off or of no help.
     """
-    return {name: _fit(name, scheme, in_features[name], fallback) for name, scheme in schemes.items()}
+    return {name: _fit(name, scheme, in_features[name], fallback, option) for name, scheme in schemes.items()}
 
 
-def _fit(name: str, scheme: QuantScheme, columns: int, fallback: bool) -> QuantScheme:
+def _fit(name: str, scheme: QuantScheme, columns: int, fallback: bool, option: str) -> QuantScheme:
     if scheme.preset is None:
         return scheme
     preset = preset_named(scheme.preset)
     if columns % preset.multiple == 0:
         return scheme
     said = (
-        f"model.scheme: {preset.name} holds rows of whole blocks of {preset.multiple} weights, and {name} has rows of "
+        f"{option}: {preset.name} holds rows of whole blocks of {preset.multiple} weights, and {name} has rows of "
         f"{columns}"
     )
     other = None if preset.fallback is None else preset_named(preset.fallback)

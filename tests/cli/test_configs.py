@@ -35,8 +35,5 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_another_name(capsys: Any) -> None:
     assert main(["fit", "a/model", "--config", "quickstar"]) == 2
-    said = capsys.readouterr().err
-    assert (
-        "there is no file quickstar; those of the package are 10min, default, quickstart, ternary, trial"
-        in " ".join(said.split())
-    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert "there is no file quickstar; those of the package are 10min, default, quickstart, ternary, trial" in said

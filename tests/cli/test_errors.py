@@ -37,6 +37,12 @@ def refused(capsys: pytest.CaptureFixture[str]):
         ("export run", "--format has to be given (python -m lightning_gsq export --help)"),
         ("fit m --bits 3", "there is no option --bits; did you mean --model.scheme.bits? (python -m lightning_gsq fit"),
         ("validate m --device cpu", "--device; did you mean --trainer.accelerator? (python -m lightning_gsq validate"),
+        ("fit m --model.scheme q4k", "model.scheme: there is no preset 'q4k'; the nearest is q4_k"),
+        ("fit m --model.warm_start FromFile", "--model.warm_start.file has to be given (python -m lightning_gsq fit"),
+        (
+            "fit m --model.warm_start FromFile --model.warm_start.file no.gguf",
+            "model.warm_start.file: no.gguf cannot be read",
+        ),
         ("fit m --model.scheme.bits abc", "model.scheme.bits: expected a whole number or ternary, got 'abc'"),
         ("fit m --data.num_sequences ten", "data.num_sequences: expected a whole number, got 'ten'"),
         ("fit m --model.gumbel.backend x", "model.gumbel.backend: expected auto, triton, compile, eager, got 'x'"),

@@ -73,6 +73,9 @@ def test_options_win_over_files(resolve: Resolve, tmp_path: Path) -> None:
     assert resolve("m", "--config", str(tmp_path / "my.yaml"))["model"]["scheme"]["bits"] == 2
     settings = resolve("m", "--config", str(tmp_path / "my.yaml"), "--model.scheme.bits", "4")
     assert settings["model"]["scheme"]["bits"] == 4
+    (tmp_path / "named.yaml").write_text("model: {pretrained: n, scheme: {bits: 2}}\n")
+    model = resolve("m", "--model.scheme.bits=4", "--config", str(tmp_path / "named.yaml"))["model"]
+    assert (model["pretrained"], model["scheme"]["bits"]) == ("m", 4), "where they stand does not matter"
 
 
 def test_a_callback_comes_to_those_of_the_recipe(resolve: Resolve) -> None:
@@ -86,7 +89,7 @@ def test_a_callback_comes_to_those_of_the_recipe(resolve: Resolve) -> None:
 def test_one_callback_of_a_class() -> None:
     from jsonargparse import Namespace
 
-    from lightning_gsq.cli.app import latest_of_each_class
+    from lightning_gsq.cli.trainers import latest_of_each_class
 
     first, other, second = (Namespace(class_path=path, init_args=i) for i, path in enumerate("aba"))
     assert latest_of_each_class([first, other, second]) == [second, other]

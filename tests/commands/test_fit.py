@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_gsq.cli import main
+from lightning_gsq.run.recipe import settings_of
 from lightning_gsq.training import BlockQuantization
 from tests.support.runs import block_files, write_config
 from tests.support.tiny import FAMILIES, save_tiny_model
@@ -92,6 +94,40 @@ def test_finished_run_is_reused(
     assert main(["fit", "--config", str(config)]) == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert after["perplexity"] == before["perplexity"]
+
+
+def test_a_recipe_is_a_configuration_of_the_same_run(
+    tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With relative addresses, and phases that the recipe does not decide; from another folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    text = {"class_path": "lightning_gsq.data.TextFile", "init_args": {"path": "corpus.txt"}}
+    shutil.copy(corpus, tmp_path / "corpus.txt")
+    changes = {"data__source": text, "evaluation__source": text, "end_to_end__max_steps": 3}
+    phases = ["init", "end_to_end"]
+    config = write_config(Path("model"), corpus, tmp_path, model__phases=phases, trainer__callbacks=[], **changes)
+    assert main(["fit", "--config", str(config)]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe = ["--config", str(tmp_path / "run" / "recipe.yaml")]
+    capsys.readouterr()
+    assert main(["fit", *recipe, "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
+    assert "warm start: finished already" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fit", *recipe, "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["model"]["phases"] == phases and settings["end_to_end"]["max_steps"] == 3
+    names = {callback["class_path"].rsplit(".", 1)[-1] for callback in settings["trainer"]["callbacks"]}
+    assert "BlockProgress" in names and "GumbelAnnealing" not in names
+    assert main(["validate", *recipe]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["plan", *recipe, "--probe", "false"]) == 0
+
+
+def test_a_recipe_runs_no_code_of_a_model() -> None:
+    recipe = {"settings": {"model": {"pretrained": "a/b", "trust_remote_code": True}}, "addresses": {"x.0.y": 1}}
+    assert settings_of(recipe)["model"] == {"pretrained": "a/b", "trust_remote_code": False}
 
 
 def test_memory_of_finished_blocks_is_freed(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,11 +108,15 @@ def test_the_card_of_a_later_export_has_what_the_run_scored(run: Path, task: Pat
     assert "| squares | acc | 12 |" in (folder / "README.md").read_text()
 
 
-def test_a_plain_folder_keeps_nothing(tiny_llama: Path, task: Path, capsys: Any) -> None:
+def test_a_plain_folder_keeps_nothing(
+    tiny_llama: Path, task: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = sorted(tiny_llama.iterdir())
+    monkeypatch.chdir(tmp_path)  # which is in no repository of git
     assert main(["test", str(tiny_llama), "--tasks", str(task), "--num_fewshot", "1", "--limit", "2"]) == 0
     assert sorted(tiny_llama.iterdir()) == before
-    assert "kept in" not in capsys.readouterr().out
+    printed = capfd.readouterr()
+    assert "kept in" not in printed.out and "fatal" not in printed.err
 
 
 def test_what_was_measured_of_other_weights_is_dropped(

@@ -37,6 +37,7 @@ def test_the_sums_are_those_of_the_definition() -> None:
         torch.distributions.Categorical(logits=wanted), torch.distributions.Categorical(logits=own)
     )
     assert found.divergence == pytest.approx(float(divergence.mean()), rel=1e-4)
+    assert found.divergence_error == pytest.approx(float(divergence.mean(1).std() / 2**0.5), rel=1e-3)
     assert found.same_choice == float((own.argmax(-1) == wanted.argmax(-1)).double().mean())
     loss = torch.nn.functional.cross_entropy(wanted.flatten(0, 1), ids[:, 1:].flatten())
     assert found.perplexity == pytest.approx(math.exp(float(loss)), rel=1e-4)
@@ -53,7 +54,7 @@ def test_validate_against(tiny_llama: Path, corpus: Path, capsys: Any) -> None:
     machine = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
     assert main(["validate", str(tiny_llama), "--against", str(tiny_llama), *text, *machine]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "mean KL divergence 0.0000 nats a token, the same first choice for 100.00% of 62 tokens" in printed
+    assert "mean KL divergence 0.0000 ± 0.0000 nats a token, the same first choice for 100.00% of 62 tokens" in printed
     blockwise = ["--against", str(tiny_llama), "--evaluation.by_block", "true"]
     for more, message in (
         (["--against", "/no/such"], "error: against: there is no file or folder /no/such"),

@@ -1,5 +1,6 @@
 """Perplexity block by block against that of the whole model, and what it holds on the device."""
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from lightning_gsq.run import perplexity
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import make_measure, runs_by_block, whole_model_terms
+from lightning_gsq.run.standard_errors import Perplexity, standard_error, with_error
 from lightning_gsq.run.substitution import as_stored, installed
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.training import ModelQuantization
@@ -51,8 +53,13 @@ def _measures(
         evaluation = PerplexityData(sequence_length=length, by_block=by_block)
         evaluation.ids_NT = torch.randint(0, 250, (windows, length), generator=torch.Generator().manual_seed(1))
         make = _trainer(precision)
-        found.append(make_measure(model, evaluation, activations, make, None, lambda _: None, ranks))
+        measure = make_measure(model, evaluation, activations, make, None, lambda _: None, ranks)
+        found.append(functools.partial(_value, measure))
     return found[0], found[1], model
+
+
+def _value(measure: Callable[[], Perplexity]) -> float:
+    return measure().value
 
 
 def test_every_family_as_the_whole_model(family: PreTrainedModel) -> None:
@@ -64,6 +71,28 @@ def test_a_factor_on_the_logits_and_positions_that_chunks_do_not_divide() -> Non
     granite = random_model(GraniteConfig(**{**COMMON, "max_position_embeddings": 512}, logits_scaling=4.0))
     whole, by_block, _ = _measures(granite, windows=3, length=300)
     assert by_block() == pytest.approx(whole(), rel=1e-5)
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_the_standard_error_is_that_of_the_windows_means(by_block: bool) -> None:
+    model = ModelQuantization("tiny", scheme=QuantScheme(3, 16))
+    model.network = FAMILIES["llama"]()
+    evaluation = PerplexityData(sequence_length=200, by_block=by_block)
+    evaluation.ids_NT = torch.randint(0, 250, (6, 200), generator=torch.Generator().manual_seed(1))
+    measure = make_measure(model, evaluation, ActivationOptions(), _trainer(), None, lambda _: None)
+    logits = model.network(evaluation.ids_NT).logits[:, :-1].double()
+    labels = evaluation.ids_NT[:, 1:]
+    means_N = -logits.log_softmax(-1).gather(-1, labels[..., None]).mean((1, 2))
+    for _ in range(2):  # nothing is left over from the first time
+        measured = measure()
+        assert measured.error == pytest.approx(float(means_N.std() / 6**0.5 * means_N.mean().exp()), rel=1e-4)
+    assert str(measured) == f"{measured.value:.3f} ± {measured.error:.3f}"
+
+
+def test_one_window_has_no_standard_error() -> None:
+    assert standard_error([1.0], Ranks(), torch.device("cpu")) is None
+    assert standard_error([2.0, 2.0], Ranks(), torch.device("cpu")) == 0
+    assert with_error(1.25, None, 2) == "1.25" and with_error(1.25, 0.5, 1) == "1.2 ± 0.5"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])

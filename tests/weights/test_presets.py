@@ -99,6 +99,8 @@ def test_short_rows_fall_back_as_llama_cpp_does(name: str) -> None:
 def test_rows_that_a_type_does_not_hold_are_refused_with_a_way_out() -> None:
     with pytest.raises(ConfigurationError, match=r"q4_k holds rows .* 256 weights, and a\.w has rows of 576; .*q5_0"):
         fit_rows({"a.w": scheme_of("q4_k")}, {"a.w": 576})
+    with pytest.raises(ConfigurationError, match=r"^model\.embedding: q6_k holds rows"):
+        fit_rows({"a.w": scheme_of("q6_k")}, {"a.w": 576}, option="model.embedding")
     with pytest.raises(ConfigurationError, match=r"iq4_nl holds rows .* 32 .*--model\.exclude"):
         fit_rows({"a.w": scheme_of("iq4_nl")}, {"a.w": 48}, fallback=True)
     assert fit_rows({"w": QuantScheme(3, 64)}, {"w": 7}) == {"w": QuantScheme(3, 64)}

@@ -8,6 +8,7 @@ gptq                GPTQModel and what reads its files
 mlx                 Apple's MLX
 gguf                llama.cpp
 gguf_storage        how a run lies in such a file: types, rows, the file it came from
+gguf_embedding      whose embedding it gets where nobody asked for one
 gguf_layout         where each parameter lies in it, before and after training
 gguf_tensors        its tensors before they are written
 gguf_check          is the file what the run computes?

@@ -24,8 +24,9 @@ import torch
 import yaml
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, FileSizes, Runtime
+from lightning_gsq.export.contract import CheckReport, ExportFormat, ExportOptions, FileSizes, Run, Runtime
 from lightning_gsq.export.formats.gguf_check import check_file
+from lightning_gsq.export.formats.gguf_embedding import refuse_asked_for, with_its_embedding
 from lightning_gsq.export.formats.gguf_layout import Layout, layout_of
 from lightning_gsq.export.formats.gguf_storage import (
     FILE,
@@ -57,6 +58,10 @@ class GGUFFormat(ExportFormat):
     outer: ClassVar[bool] = True
     package: ClassVar[str] = llama_cpp.PACKAGE
 
+    def view(self, run: Run, options: ExportOptions = ExportOptions()) -> Run:  # noqa: B008 - frozen
+        """Without an embedding that the file it came from holds in fewer bits, where nobody asked for it."""
+        return with_its_embedding(run, options)
+
     def refuse(self, run: PlannedRun) -> str | None:
         """Refuses what has no name, no type or no rule of splitting text in a GGUF file."""
         if run.scale_dtype == torch.float32 and run.start_file is None:
@@ -71,11 +76,7 @@ class GGUFFormat(ExportFormat):
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes ``model.gguf``."""
-        if run.outer and options.gguf_embedding is not None:
-            raise ConfigurationError(
-                f"gguf_embedding: the run quantized {' and '.join(run.outer)}, which the file stores as they are; got "
-                f"{options.gguf_embedding}, leave it out"
-            )
+        refuse_asked_for(run, options)
         layout = layout_of(run)
         fields = self._fields(run, layout)
         fields |= storage_fields(self._most_common(run, options))

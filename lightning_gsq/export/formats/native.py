@@ -49,7 +49,7 @@ class NativeFormat(ExportFormat):
     outer: ClassVar[bool] = True
     outside: ClassVar[bool] = True
 
-    def view(self, run: Run) -> Run:
+    def view(self, run: Run, options: ExportOptions = ExportOptions()) -> Run:  # noqa: B008 - frozen
         """Without embedding and head where one is a module that does more than to look rows up, or to multiply."""
         owners = [run.network.get_submodule(name.rpartition(".")[0]) for name in run.outer]
         packable = all(type(owner) is nn.Linear or is_packable_embedding(owner) for owner in owners)
