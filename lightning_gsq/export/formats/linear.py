@@ -134,7 +134,10 @@ class LinearFormat(ExportFormat):
         """
         for names in run.units():
             plain = {name: self.plain(name, run) for name in names if name not in run.weights}
-            for name, value in (file_names(run, plain) if self.family_names else plain).items():
+            # transformers unpacks experts one by one, and takes those that are not quantized as it has them in memory.
+            fused = {name: value for name, value in plain.items() if value.ndim == 3 or not self.family_names}
+            others = {name: value for name, value in plain.items() if name not in fused}
+            for name, value in (fused | file_names(run, others)).items():
                 writer.add_plain(name, value)
             for name in names:
                 if name in run.weights:
