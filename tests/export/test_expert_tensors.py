@@ -128,7 +128,7 @@ def test_experts_that_files_keep_fused_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_code_does_not_bear_packed_layers_is_unpacked_when_it_loads(tmp_path: Path) -> None:
-    config = MambaConfig(vocab_size=272, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=32)
+    config = MambaConfig(vocab_size=272, hidden_size=64, num_hidden_layers=1, state_size=8, time_step_rank=32)
     run = run_of(config, tmp_path)
     assert written(run, tmp_path / "out")["dequantize"] is True
     report = FORMAT.check(run, tmp_path / "out")
