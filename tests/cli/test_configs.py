@@ -11,7 +11,7 @@ import yaml
 from lightning_gsq.cli import configs, main
 
 
-@pytest.mark.parametrize("name", ["quickstart", "trial", "ternary"])
+@pytest.mark.parametrize("name", ["10min", "quickstart", "trial", "ternary"])
 def test_by_name(name: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["fit", "a/model", "--config", name, "--print_config"])
@@ -36,6 +36,6 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 def test_another_name(capsys: Any) -> None:
     assert main(["fit", "a/model", "--config", "quickstar"]) == 2
     said = capsys.readouterr().err
-    assert "there is no file quickstar; those of the package are default, quickstart, ternary, trial" in " ".join(
+    assert "there is no file quickstar; those of the package are 10min, default, quickstart, ternary, trial" in " ".join(
         said.split()
     )
