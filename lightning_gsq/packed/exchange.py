@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.packed.config import Layouts
 from lightning_gsq.packed.embedding import QuantEmbedding, is_packable_embedding, tie_heads
 from lightning_gsq.packed.layers import PackedExperts, PackedWeight, QuantLinear
 from lightning_gsq.packed.salient_linear import SCALES, SageLinear, is_part
 from lightning_gsq.system.safetensors_headers import TensorInfo
 
+LINEAR = (nn.Linear, Conv1D)
+"""Layers that a packed one takes the place of, and classes derived from them."""
 SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -47,14 +50,17 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
             )
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        is_linear = type(owner) in (nn.Linear, Conv1D) and attribute == "weight"
+        reason = why_no_packed_form(owner, attribute, site)
+        if reason is not None:
+            raise ConfigurationError(f"quantization_config: {name} {reason}; export the run as dequantized")
+        is_linear = isinstance(owner, LINEAR)
         bias = getattr(owner, "bias", None) is not None
         if scheme.salient is not None and is_linear:
             parts = _stored_parts(owner_name, of_owner.get(owner_name, {}), parameter.device)
             model.set_submodule(owner_name, SageLinear(scheme, site, parts, bias, parameter.dtype))
             continue
         settings: dict[str, Any] = {
-            "scale_dtype": _scale_dtype(name, stored),
+            "scale_dtype": _scale_dtype(stem_of(name, site), stored),
             "dtype": parameter.dtype,
             "device": parameter.device,
         }
@@ -64,14 +70,39 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
             _select_eager_experts(model)
         elif is_linear:
             model.set_submodule(owner_name, QuantLinear(scheme, site, bias, **settings))
-        elif isinstance(owner, nn.Embedding) and is_packable_embedding(owner) and not site.transposed:
-            model.set_submodule(owner_name, QuantEmbedding(scheme, site, owner, **settings))
         else:
-            raise ConfigurationError(
-                f"quantization_config: {name} belongs to a {type(owner).__name__}, which has no packed form; export "
-                "the run as dequantized"
-            )
+            assert isinstance(owner, nn.Embedding)
+            model.set_submodule(owner_name, QuantEmbedding(scheme, site, owner, **settings))
     tie_heads(model)
+
+
+def why_no_packed_form(owner: nn.Module, attribute: str, site: LinearSite) -> str | None:
+    """Why no packed module takes the place of a weight's module; None if one does.
+
+    Args:
+        owner: The module that has the weight; what it computes is looked at where it has values.
+        attribute: The weight's name in it.
+        site: Its shape and orientation.
+    """
+    if site.experts:
+        return "holds experts in rows of one matrix, which have no packed form" if site.shape else None
+    if isinstance(owner, LINEAR) and attribute == "weight" and not site.shape:
+        other = type(owner) not in LINEAR and not _multiplies(owner, site)
+        return f"belongs to a {type(owner).__name__}, which does more than to multiply" if other else None
+    if isinstance(owner, nn.Embedding) and is_packable_embedding(owner) and not site.transposed:
+        return None
+    return f"belongs to a {type(owner).__name__}, which has no packed form"
+
+
+@torch.no_grad()
+def _multiplies(owner: nn.Module, site: LinearSite) -> bool:
+    """Whether a class derived from a linear layer computes what that does; taken for granted without values."""
+    weight, bias = owner.get_parameter("weight"), getattr(owner, "bias", None)
+    if weight.is_meta:
+        return True
+    x_BI = torch.linspace(-1, 1, 2 * site.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    plain_BO = nn.functional.linear(x_BI, site.to_matrix(weight), bias)
+    return torch.allclose(owner(x_BI).float(), plain_BO.float(), rtol=1e-2, atol=1e-2 * float(plain_BO.abs().max()))
 
 
 def check_stored(model: nn.Module, stored: Mapping[str, TensorInfo]) -> None:
@@ -112,8 +143,12 @@ def _stored_parts(stem: str, infos: Mapping[str, TensorInfo], device: torch.devi
     return parts
 
 
-def _scale_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:
-    stem = name.removesuffix(".weight")
+def stem_of(name: str, site: LinearSite) -> str:
+    """What the names of a packed weight's tensors begin with: the module that takes its, or its parameter's, place."""
+    return name if site.experts else name.removesuffix(".weight")
+
+
+def _scale_dtype(stem: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:
     stored_part = stored.get(f"{stem}.scales")
     if stored_part is None:
         raise ConfigurationError(f"model: no file holds {stem}.scales")

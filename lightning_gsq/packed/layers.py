@@ -7,7 +7,7 @@ made when it is asked for; the others stay packed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -196,10 +196,35 @@ class QuantLinear(PackedWeight):
 
 
 class PackedExperts(PackedWeight):
-    """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix."""
+    """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix.
+
+    Products of all experts at once (``torch.bmm(x, parameter)``, in Llama 4) get all of their matrices, made when they
+    are asked for and gone afterwards.
+    """
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """The matrix of one expert, ``O I`` (``I O`` if the parameter is stored that way)."""
         parts = {name: part.unflatten(0, (self.site.experts, -1))[int(expert)] for name, part in self.parts.items()}
         w_OI = self.dense(parts, self.cast.dtype)
         return w_OI.T if self.site.transposed else w_OI
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the parameter."""
+        matrix = (self.site.out_features, self.site.in_features)
+        return torch.Size((self.site.experts, *(matrix[::-1] if self.site.transposed else matrix)))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Functions of torch that are given the packed weight get the dense one."""
+
+        def dense(value: Any) -> Any:
+            return value.dequantize(value.cast.dtype) if isinstance(value, PackedExperts) else value
+
+        return function(*map(dense, args), **{name: dense(value) for name, value in (kwargs or {}).items()})

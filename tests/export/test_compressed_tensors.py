@@ -13,7 +13,6 @@ from lightning_gsq.export.contract import CheckFailedError, ExportOptions
 from lightning_gsq.export.formats.compressed_tensors import CompressedTensorsFormat, _dense, quantization_config
 from lightning_gsq.export.formats.linear import linear_bits
 from lightning_gsq.export.readers import packages
-from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import edit_config, quantize, save_model
 from tests.support.weights import random_tensor
 
@@ -32,18 +31,15 @@ def test_packing_is_the_packages_own(bits: object, columns: int) -> None:
 
 
 def test_one_config_group_for_each_pair_of_bits_and_group_size() -> None:
-    layers = {"a": (QuantScheme(3, 64), 128), "b": (QuantScheme(4, 256), 128), "c": (QuantScheme("ternary", 64), 128)}
-    config = quantization_config(layers, ["lm_head"])
+    config = quantization_config({"a": (3, 64), "b": (4, None), "c": (2, 64), "d": (3, 64)}, ["lm_head"])
     groups = {tuple(group["targets"]): group["weights"] for group in config["config_groups"].values()}
     assert {names: (g["num_bits"], g["strategy"], g["group_size"]) for names, g in groups.items()} == {
-        ("a",): (3, "group", 64),
+        ("a", "d"): (3, "group", 64),
         ("b",): (4, "channel", None),
         ("c",): (2, "group", 64),
     }
     assert config["ignore"] == ["lm_head"]
-    assert quantization_config({"a": (QuantScheme(3, 64), 128)}, [])["config_groups"]["group_0"]["targets"] == [
-        "Linear"
-    ]
+    assert quantization_config({"a": (3, 64)}, [])["config_groups"]["group_0"]["targets"] == ["Linear"]
 
 
 @pytest.fixture(scope="module")

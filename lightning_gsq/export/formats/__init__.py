@@ -4,6 +4,7 @@ native              this package's own, packed
 dequantized         an ordinary Hugging Face folder
 linear              what formats made of linear layers have in common
 compressed_tensors  vLLM and transformers
+expert_tensors      experts one by one, under the names of the family's own checkpoints
 gptq                GPTQModel and what reads its files
 mlx                 Apple's MLX
 gguf                llama.cpp

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.companions import file_names
 from lightning_gsq.export.contract import ExportFormat
+from lightning_gsq.export.formats.expert_tensors import expert_stems, expert_tensors, stem_of
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.export.writer import ShardWriter
@@ -31,6 +33,9 @@ class LinearFormat(ExportFormat):
     """Which of them holds the scales."""
     levels: ClassVar[str] = "symmetric levels with one scale"
     """What it holds, in words."""
+    family_names: ClassVar[bool] = False
+    """Whether files have the names of the family's own checkpoints, with the matrices of fused experts one by one;
+    otherwise those of the model in memory, and fused experts are refused."""
 
     @abstractmethod
     def encode(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -56,7 +61,7 @@ class LinearFormat(ExportFormat):
         """All of it but the numbers."""
         weights = list(run.weights.values())
         reasons = [*map(self._refuse_layout, weights), *map(self.refuse_weight, weights)]
-        reasons.append(refuse_other_than_linear(self.name, weights))
+        reasons += [self._refuse_form(run, weight) for weight in weights]
         return next((reason for reason in reasons if reason), None)
 
     def holds(self, scheme: QuantScheme) -> bool:
@@ -71,6 +76,24 @@ class LinearFormat(ExportFormat):
             f"{self.name} holds {self.levels} a group, and {weight.name} is {weight.scheme}; native holds it, and gguf "
             f"or mlx if it is a type of theirs{outside}"
         )
+
+    def _refuse_form(self, run: PlannedRun, weight: ExportedWeight) -> str | None:
+        site = weight.site
+        if site.experts and self.family_names:
+            if expert_stems(run, weight):
+                return None
+            return (
+                f"{self.name} holds a matrix for each expert, and the files of a {type(run.network).__name__} hold "
+                f"{weight.name} in another form; native and dequantized hold it"
+            )
+        if site.experts or site.transposed:
+            what = "fuses several experts" if site.experts else "is stored transposed"
+            others = " compressed-tensors," if site.experts else ""
+            return (
+                f"{self.name} holds plain linear layers, and {weight.name} {what};{others} native and dequantized "
+                "hold it"
+            )
+        return None
 
     def refuse_values(self, run: PlannedRun) -> str | None:
         """Why the format cannot hold the scales or the plain numbers; None if it can."""
@@ -110,14 +133,28 @@ class LinearFormat(ExportFormat):
             ConfigurationError: a plain number does not fit the dtype that readers compute in.
         """
         for names in run.units():
+            plain = {name: self.plain(name, run) for name in names if name not in run.weights}
+            # transformers unpacks experts one by one, and takes those that are not quantized as it has them in memory.
+            fused = {name: value for name, value in plain.items() if value.ndim == 3 or not self.family_names}
+            others = {name: value for name, value in plain.items() if name not in fused}
+            for name, value in (fused | file_names(run, others)).items():
+                writer.add_plain(name, value)
             for name in names:
                 if name in run.weights:
                     weight, tensor = run.weights[name], run.tensor(name)
-                    parts = self.encode(tensor)
-                    tensors = {f"{weight.stem}.{part}": value for part, value in parts.items()}
-                    writer.add(tensors, self._entry(name, tensor, parts))
-                else:
-                    writer.add_plain(name, self.plain(name, run))
+                    encoded = {stem: self.encode(piece) for stem, piece in self._pieces(run, weight, tensor).items()}
+                    tensors = {
+                        f"{stem}.{part}": value for stem, parts in encoded.items() for part, value in parts.items()
+                    }
+                    writer.add(tensors, self._entry(name, tensor, list(encoded.values())))
+
+    def _pieces(self, run: PlannedRun, weight: ExportedWeight, tensor: QuantizedTensor) -> dict[str, QuantizedTensor]:
+        """The layers that a weight is stored as, by their names."""
+        if not self.family_names:
+            return {weight.stem: tensor}
+        if weight.site.experts:
+            return expert_tensors(run, weight, tensor)
+        return {stem_of(run, weight.name): tensor}
 
     def plain(self, name: str, run: FinishedRun) -> Tensor:
         """A parameter that is not quantized, as it is stored.
@@ -127,17 +164,18 @@ class LinearFormat(ExportFormat):
         """
         return fits_dtype(name, run.parameter(name), self.compute_dtype(run))
 
-    def _entry(self, name: str, tensor: QuantizedTensor, parts: Mapping[str, Tensor]) -> LedgerEntry:
-        """What a layer's tensors cost."""
+    def _entry(self, name: str, tensor: QuantizedTensor, layers: Sequence[Mapping[str, Tensor]]) -> LedgerEntry:
+        """What the tensors of a weight's layers cost."""
         weights = tensor.codes_OI.numel()
         code_bits = weights * self.bits(tensor.scheme)
+        sizes = {part: 8 * sum(parts[part].nbytes for parts in layers) for part in layers[0]}
         return LedgerEntry(
             name,
             weights,
             codes=code_bits,
-            scales=8 * parts[self.scales].nbytes,
-            padding=8 * parts[self.codes].nbytes - code_bits,
-            redundant=8 * sum(part.nbytes for key, part in parts.items() if key not in (self.codes, self.scales)),
+            scales=sizes.pop(self.scales),
+            padding=sizes.pop(self.codes) - code_bits,
+            redundant=sum(sizes.values()),
         )
 
 
@@ -151,15 +189,6 @@ def other_linear_layers(run: PlannedRun) -> list[str]:
     quantized = {weight.stem for weight in run.weights.values()}
     modules = run.network.named_modules()
     return [name for name, module in modules if isinstance(module, nn.Linear) and name not in quantized]
-
-
-def refuse_other_than_linear(format_name: str, weights: Sequence[ExportedWeight]) -> str | None:
-    """Why a format made of linear layers cannot hold these weights; None if it can."""
-    for weight in weights:
-        if weight.site.experts or weight.site.transposed:
-            what = "fuses several experts" if weight.site.experts else "is stored transposed"
-            return f"{format_name} holds plain linear layers, and {weight.name} {what}; native and dequantized hold it"
-    return None
 
 
 def fits_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

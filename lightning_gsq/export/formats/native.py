@@ -33,11 +33,14 @@ from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.export.writer import PlannedShards, ShardWriter
 from lightning_gsq.packed.config import GSQConfig
 from lightning_gsq.packed.embedding import is_packable_embedding
+from lightning_gsq.packed.exchange import stem_of, why_no_packed_form
 from lightning_gsq.packed.layers import PackedWeight
 from lightning_gsq.packed.salient_linear import SageLinear
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 from lightning_gsq.weights.quantized import packed_like
 from lightning_gsq.weights.scheme import QuantScheme
+
+PACKED = (PackedWeight, SageLinear)
 
 
 @register
@@ -56,7 +59,7 @@ class NativeFormat(ExportFormat):
         return run if packable else run.within_blocks
 
     def refuse(self, run: PlannedRun) -> str | None:
-        """Holds everything but salient parts of fused experts."""
+        """Holds everything but salient parts of fused experts, and weights of modules that have no packed form."""
         return self.refuse_weights(run)
 
     def refuse_weights(self, run: PlannedRun) -> str | None:
@@ -64,6 +67,10 @@ class NativeFormat(ExportFormat):
         for weight in run.weights.values():
             if weight.scheme.mixed and weight.site.experts:
                 return f"native has no salient weights in fused experts ({weight.name}); use dequantized"
+            owner, _, attribute = weight.name.rpartition(".")
+            reason = why_no_packed_form(run.network.get_submodule(owner), attribute, weight.site)
+            if reason is not None:
+                return f"{weight.name} {reason}; use dequantized"
         return None
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
@@ -78,7 +85,8 @@ class NativeFormat(ExportFormat):
                 if name in run.weights:
                     weight, tensor = run.weights[name], run.quantized(name)
                     layouts[name] = (tensor.scheme, weight.site)
-                    parts = {f"{weight.stem}.{part}": value for part, value in tensor.pack().items()}
+                    stem = stem_of(name, weight.site)
+                    parts = {f"{stem}.{part}": value for part, value in tensor.pack().items()}
                     writer.add(parts, LedgerEntry.of(name, tensor))
         write_companions(run, folder, GSQConfig.of(layouts).to_dict())
         return writer.finish()
@@ -89,7 +97,7 @@ class NativeFormat(ExportFormat):
 
         def packed(weight: ExportedWeight) -> dict[str, Tensor]:
             parts = packed_like(weight.scheme, *weight.shape, dtype)
-            return {f"{weight.stem}.{part}": value for part, value in parts.items()}
+            return {f"{stem_of(weight.name, weight.site)}.{part}": value for part, value in parts.items()}
 
         def weight(name: str, scheme: QuantScheme) -> int:
             return sum(tensor.nbytes for tensor in packed(replace(run.weights[name], scheme=scheme)).values())
@@ -131,6 +139,8 @@ def _empty(run: PlannedRun, name: str) -> Tensor:
 
 def _dense_of(model: PreTrainedModel, name: str) -> Tensor:
     module = model.get_submodule(name.removesuffix(".weight"))
-    if not isinstance(module, (PackedWeight, SageLinear)):
+    if not isinstance(module, PACKED):
+        module = model.get_submodule(name)  # experts, of which a parameter of a module is packed
+    if not isinstance(module, PACKED):
         raise TypeError(f"{name} is not packed in the loaded model but a {type(module).__name__}")
     return module.dequantize(torch.float32)
