@@ -127,7 +127,7 @@ def _run(
     weights = {name: fp32(p).requires_grad_(training) for name, p in block.module.named_parameters()}
     buffers = {name: fp32(b) for name, b in block.module.named_buffers()}
     call = longer(block.call, tokens)
-    hidden, target = (torch.zeros(batch, tokens, width) for _ in range(2))
+    hidden, target = (make(torch.Size([batch, tokens, width]), dtype=torch.float32) for _ in range(2))
     live = _LiveBytes()
     autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
     with live, torch.set_grad_enabled(training), autocast:

@@ -197,7 +197,8 @@ class CompressedTensorsFormat(LinearFormat):
 
     def _configuration(self, run: PlannedRun) -> dict[str, Any]:
         """``quantization_config`` of a run's folder."""
-        targets, experts = {}, {}
+        targets: dict[str, Kind] = {}
+        experts: dict[str, Kind] = {}
         for weight in run.weights.values():
             if weight.site.experts:
                 experts |= dict.fromkeys(parents(expert_stems(run, weight)), kind_of(weight))

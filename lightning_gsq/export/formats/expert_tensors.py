@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from lightning_gsq.weights.quantized import QuantizedTensor
 EXPERT = re.compile(r"(?P<parent>.*\.experts)\.\d+\.\w+")
 """The name of one matrix of one expert: readers look for ``experts`` and a number in it."""
 ANY_BLOCK = r"\d+"
+
+Kind = TypeVar("Kind", bound=Hashable)
 
 
 def stem_of(run: PlannedRun, name: str) -> str:
@@ -70,7 +73,7 @@ def parent_of(stem: str) -> str:
     return match["parent"]
 
 
-def patterns(kinds: Mapping[str, Hashable]) -> dict[str, Hashable]:
+def patterns(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
     """Patterns (``re:`` and a regular expression) that tell experts of one kind from those of another.
 
     vLLM asks for the kind of a block's experts by the names ``…experts.0.gate_proj``, ``up_proj`` and ``down_proj``,
@@ -79,12 +82,12 @@ def patterns(kinds: Mapping[str, Hashable]) -> dict[str, Hashable]:
     Args:
         kinds: What is asked of the experts of each parent (:func:`parent_of`).
     """
-    places: dict[str, dict[str, Hashable]] = {}
+    places: dict[str, dict[str, Kind]] = {}
     for parent, kind in kinds.items():
-        block = re.search(r"\.(\d+)\.", parent)
-        number, rest = (block[1], parent[block.end() :]) if block else ("", parent)
+        numbered = re.search(r"\.(\d+)\.", parent)
+        number, rest = (numbered[1], parent[numbered.end() :]) if numbered else ("", parent)
         places.setdefault(rest, {})[number] = kind
-    of_pattern: dict[str, Hashable] = {}
+    of_pattern: dict[str, Kind] = {}
     for rest, of_block in places.items():
         same = len(set(of_block.values())) == 1
         for number, kind in of_block.items():

@@ -45,9 +45,7 @@ def why_not_packed(run: PlannedRun, quantization: dict[str, Any]) -> str | None:
     config.quantization_config = quantization
     try:
         with _silent():
-            type(run.network).from_pretrained(  # type: ignore[misc]
-                None, config=config, state_dict={}, device_map={"": "meta"}
-            )
+            _class_of(run).from_pretrained(None, config=config, state_dict={}, device_map={"": "meta"})
     except Exception as error:  # whatever the model's code raises, it would raise it for the user
         return str(error) or type(error).__name__
     return None
@@ -61,7 +59,7 @@ def unpacked_model(run: PlannedRun, folder: Path) -> PreTrainedModel:
     """
     try:
         with _silent():
-            model, info = type(run.network).from_pretrained(  # type: ignore[misc]
+            model, info = _class_of(run).from_pretrained(
                 None,
                 config=copy.deepcopy(run.config),
                 state_dict=_unpacked(folder),
@@ -75,7 +73,13 @@ def unpacked_model(run: PlannedRun, folder: Path) -> PreTrainedModel:
             f"{folder} holds {sorted(info['unexpected_keys'])[:3]}, which the model has no place for, and lacks "
             f"{sorted(info['missing_keys'])[:3]}"
         )
-    return model  # type: ignore[no-any-return]
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _class_of(run: PlannedRun) -> Any:
+    """The model's own class; what ``from_pretrained`` returns depends on its arguments, which its types do not say."""
+    return type(run.network)
 
 
 def _unpacked(folder: Path) -> dict[str, Tensor]:
