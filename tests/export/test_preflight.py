@@ -45,7 +45,7 @@ def test_every_format_holds_a_plain_llama(llama: Path, tmp_path: Path) -> None:
     ("family", "name", "message"),
     [
         ("opt", "gguf", "not for opt; start the run from a GGUF file"),
-        ("qwen3_moe", "compressed-tensors", "fuses several experts; native and dequantized hold it"),
+        ("qwen3_moe", "gptq", "fuses several experts; compressed-tensors, native and dequantized hold it"),
         ("qwen3_moe", "gguf", "norm_topk_prob is false; start the run from a GGUF file"),
         ("gpt2", "gptq", "is stored transposed"),
         ("gpt2", "gguf", "not for gpt2; start the run from a GGUF file"),

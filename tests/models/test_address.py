@@ -137,13 +137,9 @@ def test_a_truncated_gguf_names_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (
-            {"model_type": "llava", "text_config": {"model_type": "llama"}},
-            r"is a llava model, one for more than text around a text decoder \(llama\); only decoders of text are",
-        ),
-        ({"model_type": "qwen2_vl"}, r"is a qwen2_vl model, one for more than text"),
         ({"model_type": "whisper"}, "is an encoder-decoder, not a causal decoder|is a whisper model"),
-        ({"model_type": "vit"}, "is a vit model, which transformers has no causal decoder for"),
+        ({"model_type": "clip"}, "is a clip model, which transformers has no decoder of text for"),
+        ({"model_type": "vit"}, "is a vit model, which transformers has no decoder of text for"),
     ],
 )
 def test_models_of_another_kind_say_what_they_are(

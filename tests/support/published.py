@@ -14,7 +14,6 @@ from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Pretrained
 
 from lightning_gsq.export.formats.compressed_tensors import quantization_config
 from lightning_gsq.weights.packing import pack
-from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.tiny import COMMON, byte_tokenizer, random_model
 
 BLOCK = 16
@@ -74,7 +73,7 @@ def in_int4(kind: str, folder: Path) -> dict[str, Tensor]:
         stored[f"{stem}.weight_scale"] = scale.half()
         stored[f"{stem}.weight_shape"] = torch.tensor([rows, columns])
         meant[name] = (codes * scale[..., None]).view(rows, columns)
-        layers[stem] = (QuantScheme(4, BLOCK), columns)
+        layers[stem] = (4, BLOCK if columns > BLOCK else None)
     _write(folder, stored, quantization_config(layers, ["lm_head", "re:.*gate$"]))
     return meant
 

@@ -139,7 +139,7 @@ class CompressedTensorsFormat(LinearFormat):
                 other = first.setdefault(parent, weight)
                 if kind_of(other) != kind_of(weight):
                     return (
-                        f"{self.name}: vLLM reads all matrices of a block's experts with the same bits and group size, "
+                        f"vLLM reads all matrices of a block's experts with the same bits and group size, "
                         f"and {other.name} is {_words(other)}, {weight.name} {_words(weight)}; give them one scheme, "
                         "or export to native"
                     )
@@ -154,13 +154,13 @@ class CompressedTensorsFormat(LinearFormat):
         others = _fused_experts(run)
         if experts and others:
             return (
-                f"{self.name}: transformers reads the experts of all blocks quantized, or of none, and {others[0]} is "
+                f"transformers reads the experts of all blocks quantized, or of none, and {others[0]} is "
                 "not; export to native or dequantized"
             )
         reason = None if experts else why_not_packed(run, self._configuration(run))
         if reason is not None and not readable(run.weights.values()):
             return (
-                f"{self.name}: transformers loads no {type(run.network).__name__} packed ({reason}), and unpacks one "
+                f"transformers loads no {type(run.network).__name__} packed ({reason}), and unpacks one "
                 "scheme alone; give all weights the same bits and group size, or export to native"
             )
         return None
@@ -203,8 +203,8 @@ class CompressedTensorsFormat(LinearFormat):
             if weight.site.experts:
                 experts |= dict.fromkeys(parents(expert_stems(run, weight)), kind_of(weight))
             else:
-                targets[stem_of(run, weight.name)] = kind_of(weight)
-        ignore = [stem_of(run, f"{name}.weight") for name in _left_alone(run)]
+                targets |= dict.fromkeys(_stems(run, weight.name), kind_of(weight))
+        ignore = [stem for name in _left_alone(run) for stem in _stems(run, f"{name}.weight")]
         ignore += patterns(dict.fromkeys(_fused_experts(run)))
         return quantization_config(targets | patterns(experts), ignore)
 
@@ -236,6 +236,11 @@ def readable(weights: Iterable[ExportedWeight]) -> bool:
 def _words(weight: ExportedWeight) -> str:
     bits, length = kind_of(weight)
     return f"{bits} bits, " + ("a scale a row" if length is None else f"groups of {length}")
+
+
+def _stems(run: PlannedRun, name: str) -> list[str]:
+    """A layer's name in files, by which vLLM knows it, and its name in the model, by which transformers does."""
+    return list(dict.fromkeys([stem_of(run, name), name.removesuffix(".weight")]))
 
 
 def _left_alone(run: PlannedRun) -> list[str]:
