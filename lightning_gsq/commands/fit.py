@@ -20,7 +20,7 @@ from lightning_gsq.estimate.limits import device_bytes
 from lightning_gsq.export import FinishedRun, PlannedRun, format_of
 from lightning_gsq.export.engine import announce, bring_up_to_date
 from lightning_gsq.export.folders import tidy
-from lightning_gsq.export.preflight import refuse_exports
+from lightning_gsq.export.preflight import refuse_exports, suggested_formats
 from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
@@ -157,8 +157,9 @@ def fit(
         if folder.rank:
             return summary
         print_summary(console, summary, str(folder.root))
-        bring_up_to_date(FinishedRun(folder, recipe, summary, model, plan), exports, console)
-        print_next(console, str(folder.root), model.address.pretrained)
+        finished = FinishedRun(folder, recipe, summary, model, plan)
+        bring_up_to_date(finished, exports, console)
+        print_next(console, str(folder.root), model.address.pretrained, suggested_formats(finished))
         return folder.summary
 
 

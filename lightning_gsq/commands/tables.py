@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -53,12 +53,19 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     console.print(table)
 
 
-def print_next(console: Console, folder: str, pretrained: str) -> None:
-    """Prints what can be done with a finished run: commands to be copied, a line each."""
+def print_next(console: Console, folder: str, pretrained: str, formats: Sequence[str]) -> None:
+    """Prints what can be done with a finished run: commands to be copied, a line each.
+
+    Args:
+        console: Where to print.
+        folder: The run's folder.
+        pretrained: Where the original model came from.
+        formats: Names of formats that take the run.
+    """
     run, original = shlex.quote(folder), shlex.quote(pretrained)
     console.print("next:")
     for command in (
-        f"lightning-gsq export {run} --format native,gguf",
+        f"lightning-gsq export {run} --format {','.join(formats)}",
         f"lightning-gsq predict {run} --prompt 'Why is the sky blue?'",
         f"lightning-gsq validate {run} --against {original}",
         f"lightning-gsq test {run} --tasks arc_easy,piqa --against {original}",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_gsq.export.planned import PlannedRun
@@ -32,6 +33,20 @@ def file_names(run: PlannedRun, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return named
 
 
+def written_config(
+    run: PlannedRun, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None
+) -> PretrainedConfig:
+    """What becomes config.json; for the arguments see :func:`write_companions`."""
+    config = run.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(run.network).__name__]
+    config["dtype"] = str(dtype or run.dtype).removeprefix("torch.")
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    written: PretrainedConfig = run.config.__class__.from_dict(config)
+    return written
+
+
 def write_companions(
     run: FinishedRun,
     folder: Path,
@@ -48,13 +63,7 @@ def write_companions(
         dtype: The dtype that config.json asks readers to compute in; None for the parameters' own.
         more: Further entries of config.json.
     """
-    config = run.config.to_dict()
-    config.pop("quantization_config", None)
-    config["architectures"] = [type(run.network).__name__]
-    config["dtype"] = str(dtype or run.dtype).removeprefix("torch.")
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    run.config.__class__.from_dict(config).save_pretrained(folder)
+    written_config(run, quantization, dtype).save_pretrained(folder)
     if more:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | more
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,9 +11,12 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export import folders
 from lightning_gsq.export.contract import ExportFormat
 from lightning_gsq.export.planned import PlannedRun
+from lightning_gsq.export.registry import format_of
 
 MARGIN = 1.02
 """What names, alignment and tokenizers add to the numbers."""
+SUGGESTED = (("native", "dequantized"), ("gguf", "compressed-tensors", "dequantized"))
+"""Of each, the first format that takes a run is named to its user: one for PyTorch, one for other programs."""
 COMPANIONS = 20_000_000
 """Bytes of configuration, tokenizer, card and figure, at most."""
 
@@ -57,6 +60,12 @@ def obstacles(
 def model_obstacle(format_: ExportFormat, run: PlannedRun) -> str | None:
     """Why a format cannot hold the run's model and weights."""
     return weights_obstacle(format_, run) or format_.refuse(format_.view(run))
+
+
+def suggested_formats(run: PlannedRun) -> list[str]:
+    """Names of one or two formats that take the run, for a command to copy."""
+    taken = (next((n for n in names if model_obstacle(format_of(n), run) is None), None) for names in SUGGESTED)
+    return [name for name in dict.fromkeys(taken) if name is not None]
 
 
 def weights_obstacle(format_: ExportFormat, run: PlannedRun) -> str | None:

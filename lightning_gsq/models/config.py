@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import AutoConfig, PretrainedConfig
 
 from lightning_gsq.errors import ConfigurationError
@@ -43,6 +45,20 @@ def max_length(config: PretrainedConfig) -> int | None:
     text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
     return int(limit) if limit else None
+
+
+def sliding_windows(config: PretrainedConfig) -> list[int | None]:
+    """The sliding window of every block, in tokens; None for a block whose attention reaches over the whole context.
+
+    A window as long as the longest sequence is none.
+    """
+    text = config.get_text_config(decoder=True)
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    if not window or getattr(text, "use_sliding_window", None) is False or window >= (max_length(config) or math.inf):
+        return [None] * text.num_hidden_layers
+    # Without kinds of blocks (Mistral, Phi-3), all have it.
+    slides = [kind == "sliding_attention" for kind in kinds] if kinds else [True] * text.num_hidden_layers
+    return [window if slide else None for slide in slides]
 
 
 def _check_kind(source: ModelSource, config: PretrainedConfig) -> None:

@@ -93,7 +93,7 @@ def find_all_sites(block: nn.Module, run: Callable[[], Any]) -> list[LinearSite]
     sites = {name: _site(name, parameters[name], seen) for name, seen in products.items()}
     there = {name: site for name, site in sites.items() if site is not None}
     there |= _siblings(block, there)
-    named = _with_roles(there, roles.of)
+    named = _with_roles(there, roles.of, {name: _inputs(seen) for name, seen in products.items()})
     return [named[name] for name in parameters if name in named]
 
 
@@ -146,8 +146,12 @@ def _site(name: str, parameter: Tensor, products: list[Product]) -> LinearSite |
 
 def _apart(products: list[Product]) -> bool:
     """Whether the parts of a parameter are applied to different inputs, as experts are; all inputs are alive."""
-    inputs = {(p.inputs.data_ptr(), p.inputs.shape, p.inputs.stride()) for p in products}
-    return len(inputs) > 1 or len({p.offset for p in products}) == 1
+    return len(_inputs(products)) > 1 or len({p.offset for p in products}) == 1
+
+
+def _inputs(products: list[Product]) -> set[Any]:
+    """What the products are of, told apart by where it lies; all inputs are alive."""
+    return {(p.inputs.data_ptr(), p.inputs.shape, p.inputs.stride()) for p in products}
 
 
 def _siblings(block: nn.Module, sites: Mapping[str, LinearSite]) -> dict[str, LinearSite]:
@@ -172,8 +176,10 @@ def _siblings(block: nn.Module, sites: Mapping[str, LinearSite]) -> dict[str, Li
     return siblings
 
 
-def _with_roles(sites: Mapping[str, LinearSite], roles: Mapping[str, str]) -> dict[str, LinearSite]:
-    """The weights, each with its role."""
+def _with_roles(
+    sites: Mapping[str, LinearSite], roles: Mapping[str, str], inputs: Mapping[str, set[Any]]
+) -> dict[str, LinearSite]:
+    """The weights, each with its role; ``inputs`` are those of the weights that a product was seen of."""
     of = {}
     for name, site in sites.items():
         handful = min(site.out_features, site.in_features) < HANDFUL
@@ -181,10 +187,12 @@ def _with_roles(sites: Mapping[str, LinearSite], roles: Mapping[str, str]) -> di
     for name, role in roles.items():
         if role != STATE or name not in sites:
             continue
-        # Time steps and decays have a partner of the same shape beside them, which no softplus gives away.
+        # Time steps and decays have a partner of the same shape, computed from the same inputs, which no softplus gives
+        # away. The shape alone says nothing: that of Mamba's x_proj may be that of its out_proj.
         owner, site = name.rpartition(".")[0].rpartition(".")[0], sites[name]
         for other, twin in sites.items():
             beside = other.rpartition(".")[0].rpartition(".")[0] == owner
-            if beside and not of[other] and (twin.rows, twin.in_features) == (site.rows, site.in_features):
+            alike = (twin.rows, twin.in_features) == (site.rows, site.in_features)
+            if beside and alike and not of[other] and not inputs[name].isdisjoint(inputs.get(other, ())):
                 of[other] = STATE
     return {name: replace(site, role=of[name]) for name, site in sites.items()}

@@ -44,7 +44,9 @@ def test_the_whole_model_in_every_format_that_holds_it(
     run = quantize(model, tmp_path / "run", 4, 16, export=formats, dtype="float32")
     assert len(run.weights) == EXPORTED[kind]
     assert all(".language_model." in name for name in run.weights)
-    assert "outside of the text decoder" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "outside of the text decoder" in printed
+    assert f"lightning-gsq export {tmp_path / 'run'} --format native,compressed-tensors" in printed
     for format_ in ("gguf", "gptq", "mlx"):
         assert f"{format_} is a file of a text decoder" in str(model_obstacle(format_of(format_), run))
     ids = torch.arange(2, 15)[None]

@@ -14,6 +14,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -35,6 +36,7 @@ from lightning_gsq.gguf.tokenizers.derive import tokenizer_fields
 from lightning_gsq.gguf.types.codec import dequantize
 from lightning_gsq.gguf.types.table import TYPES
 from lightning_gsq.gguf.write import NewTensor, write_gguf
+from lightning_gsq.models.config import sliding_windows
 from tests.support.exported import SHAPE, quantize, save_model
 from tests.support.tiny import random_model
 from tests.support.tokenizers import sentencepiece_tokenizer, split_tokenizer, unigram_tokenizer
@@ -109,6 +111,32 @@ def test_llama_cpp_computes_what_the_run_computes(case: str, tmp_path: Path) -> 
     report = FORMAT.check(run, tmp_path)
     assert report.weights == (len(run.weights), len(run.weights))
     assert logprob_difference(report) < 0.15  # of a token; activations are rounded to 8 bits
+
+
+@pytest.mark.parametrize(("family", "window"), [("mistral", 8), ("mistral", 48), ("phi3", 8)])
+def test_a_window_that_llama_cpp_has_not(family: str, window: int, tmp_path: Path) -> None:
+    """It is said before the run, and the check compares texts no longer than that."""
+    config = (Phi3Config if family == "phi3" else MistralConfig)(**SIZES, sliding_window=window)
+    tokenizer = sentencepiece_tokenizer(prefix=True)
+    run = quantize(save_model(tmp_path / "model", config, tokenizer), tmp_path / "run", 4, 32)
+    assert FORMAT.refuse(run) is None
+    assert f"for texts of up to {window} tokens, the model's window" in FORMAT.remarks(run)[0]
+    FORMAT.write(run, tmp_path, ExportOptions())
+    fields = GGUFFile(tmp_path / FILE).fields
+    assert fields["phi3.context_length" if family == "phi3" else "llama.context_length"].value == window
+    report = FORMAT.check(run, tmp_path)
+    assert report.weights == (len(run.weights), len(run.weights))
+    if window == 8:
+        assert "all prompts are longer than the model's window" in report.note
+    else:
+        assert logprob_difference(report) < 0.15
+
+
+def test_a_window_beyond_the_longest_text_is_none() -> None:
+    assert sliding_windows(MistralConfig(**SIZES, sliding_window=SIZES["max_position_embeddings"])) == [None, None]
+    assert sliding_windows(MistralConfig(**SIZES, sliding_window=8)) == [8, 8]
+    assert sliding_windows(Qwen2Config(**SIZES, sliding_window=8)) == [None, None]
+    assert sliding_windows(Gemma3TextConfig(**GEMMA, sliding_window_pattern=3)) == [8, 8, None]
 
 
 def logprob_difference(report: CheckReport) -> float:

@@ -9,9 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    Gemma2Config,
     Gemma3TextConfig,
+    GPTBigCodeConfig,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
+    Olmo3Config,
+    OlmoConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
@@ -27,6 +33,7 @@ from lightning_gsq.weights.packing import pack
 from lightning_gsq.weights.quantized import QuantizedTensor
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import SHAPE, edit_config, quantize, save_model
+from tests.support.planned import planned
 from tests.support.weights import random_tensor
 
 mx = pytest.importorskip("mlx.core")
@@ -104,6 +111,67 @@ def test_an_architecture_that_mlx_lm_does_not_know(tmp_path: Path) -> None:
     assert FORMAT.refuse(run) is None
     run.config.model_type = "opt"
     assert "has no model opt; use native" in (FORMAT.refuse(run) or "")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            MistralConfig(**SHAPE, sliding_window=8),
+            "computes a mistral without its sliding window, and so other numbers after 8 tokens; use native or "
+            "dequantized, or quantize a copy",
+        ),
+        (Phi3Config(**SHAPE, sliding_window=64), "computes a phi3 without its sliding window"),
+        (
+            Gemma2Config(**SHAPE, head_dim=32, sliding_window=8),
+            "without its sliding window, and so other numbers after 8 tokens; use native or dequantized",
+        ),
+        (
+            Mamba2Config(vocab_size=272, hidden_size=128, num_hidden_layers=2, num_heads=8, head_dim=32, n_groups=1),
+            "cannot build it: TypeError: ModelArgs.__init__() missing 1 required positional argument: "
+            "'intermediate_size'; use native, or dequantized",
+        ),
+        (
+            GPTBigCodeConfig(vocab_size=272, n_embd=128, n_layer=2, n_head=4, n_positions=128),
+            "cannot build it: TypeError",
+        ),
+        (OlmoConfig(**SHAPE), "cannot build it: SystemExit"),
+    ],
+    ids=["mistral", "phi3", "gemma2", "mamba2", "gpt-bigcode", "olmo"],
+)
+def test_what_mlx_lm_cannot_build_or_computes_otherwise(
+    tmp_path: Path, config: PretrainedConfig, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Known before a run trains, in one line."""
+    run = planned(save_model(tmp_path / "model", config))
+    capsys.readouterr()
+    reason = FORMAT.refuse(run) or ""
+    assert message in reason and "\n" not in reason
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SHAPE),  # 4,096 tokens, and texts of 128 at most
+        Olmo3Config(**SHAPE, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+        MambaConfig(vocab_size=272, hidden_size=128, num_hidden_layers=2),
+    ],
+    ids=["mistral", "olmo3", "mamba"],
+)
+def test_a_trial_refuses_nothing_that_mlx_lm_computes(tmp_path: Path, config: PretrainedConfig) -> None:
+    run = quantize(save_model(tmp_path / "model", config), tmp_path / "run", 8, 32)
+    assert FORMAT.refuse(run) is None
+    (tmp_path / "out").mkdir()
+    FORMAT.write(run, tmp_path / "out", ExportOptions())
+    report = FORMAT.check(run, tmp_path / "out")
+    assert report.logits is not None and report.logits[0] <= 1e-3 * report.logits[1]
+
+
+def test_a_parameter_that_mlx_lm_has_no_place_for(tmp_path: Path) -> None:
+    run = planned(save_model(tmp_path / "model"))
+    run.values["model.more.weight"] = torch.zeros(2, 2)
+    assert "Received 1 parameters not in model" in (FORMAT.refuse(run) or "")
 
 
 def test_a_bias_beyond_the_scales_dtype_is_refused() -> None:

@@ -8,23 +8,12 @@ import pytest
 from transformers import LlamaConfig
 
 from lightning_gsq.export import all_formats, format_of, preflight
-from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.export.readers import packages
-from lightning_gsq.models import loading
-from lightning_gsq.run.block_plan import make_plan
-from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.salient_part import SalientPart
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.exported import SHAPE, save_model
+from tests.support.planned import planned
 from tests.support.tiny import save_tiny_model
-
-
-def planned(folder: Path, bits: object = 4, group_size: int = 32, **settings: object) -> PlannedRun:
-    """A run over a saved model that has not begun."""
-    scheme = settings.pop("scheme", None) or QuantScheme(bits, group_size)  # type: ignore[arg-type]
-    model = ModelQuantization(str(folder), scheme, **settings)  # type: ignore[arg-type]
-    model.load(loading.resolve(str(folder)))
-    return PlannedRun(model, make_plan(model), {})
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +140,20 @@ def test_a_missing_reader_is_told_before(monkeypatch: pytest.MonkeyPatch) -> Non
     assert note == "NOT CHECKED with gptqmodel, which is not installed (pip install gptqmodel)"
     report = packages.not_checked("gptqmodel")
     assert report is not None and report.describe() == note
+
+
+@pytest.mark.parametrize(
+    ("family", "formats"),
+    [
+        ("llama", ["native", "dequantized"]),  # its tokenizer has no merges, groups of 5 end inside of rows
+        ("gpt2", ["native", "dequantized"]),
+        ("gemma3", ["native", "compressed-tensors"]),
+    ],
+)
+def test_formats_that_are_suggested_take_the_run(family: str, formats: list[str], tmp_path: Path) -> None:
+    run = planned(save_tiny_model(family, tmp_path / family), group_size=5 if family == "llama" else 16)
+    assert preflight.suggested_formats(run) == formats
+
+
+def test_gguf_is_suggested_where_it_takes_the_run(llama: Path) -> None:
+    assert preflight.suggested_formats(planned(llama)) == ["native", "gguf"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MambaConfig
 
 from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.left_out import lines, reasons
@@ -14,7 +15,7 @@ from lightning_gsq.models.roles import GATE, INDEXER, ROUTER, STATE
 from lightning_gsq.models.survey import survey
 from tests.support.decoders import DECODERS
 from tests.support.published import CONFIGS
-from tests.support.tiny import FAMILIES, random_model
+from tests.support.tiny import FAMILIES, VOCABULARY, random_model
 
 D, O, E, T = 16, 24, 3, 7  # noqa: E741 - out_features
 
@@ -185,6 +186,31 @@ def test_roles(name: str) -> None:
     block, surveyed = find_blocks(model)[1][0], survey(model)
     sites = find_all_sites(block, lambda: run_block(block, surveyed.inputs_BTD[0], surveyed.bound_call(0)))
     assert {site.name: site.role for site in sites if site.role} == ROLES_OF[name]
+
+
+@pytest.mark.parametrize("state_size", [8, 16])
+def test_mambas_output_has_no_role_even_in_the_shape_of_its_input_to_the_state(state_size: int) -> None:
+    """With states of 16 both are 64 by 128."""
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=1, state_size=state_size, time_step_rank=32
+    )
+    model = random_model(config)
+    block, surveyed = find_blocks(model)[1][0], survey(model)
+    sites = find_all_sites(block, lambda: run_block(block, surveyed.inputs_BTD[0], surveyed.bound_call(0)))
+    assert {site.name: site.role for site in sites if site.role} == ROLES_OF["mamba"]
+
+
+def test_a_partner_of_a_time_step_is_one_of_its_inputs() -> None:
+    def run(block: Block, x: Tensor) -> object:
+        step = nn.functional.softplus(x @ block.step.weight.T)
+        decay = (x @ block.decay.weight.T).sigmoid()
+        return (step * decay) @ block.out.weight.T
+
+    block = Block(run)
+    for name in ("step", "decay", "out"):
+        setattr(block, name, nn.Linear(D, D, bias=False))
+    roles = {site.name: site.role for site in find_all_sites(block, lambda: block(torch.randn(T, D)))}
+    assert roles == {"step.weight": STATE, "decay.weight": STATE, "out.weight": ""}
 
 
 def test_an_indexer_is_several_weights_behind_one_choice() -> None:

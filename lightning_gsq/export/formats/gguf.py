@@ -33,6 +33,7 @@ from lightning_gsq.export.formats.gguf_storage import (
     SUPPORTED_BY_TRANSFORMERS,
     Storage,
     fitting_schemes,
+    same_up_to,
     source_file,
 )
 from lightning_gsq.export.formats.gguf_tensors import from_file, from_folder, ledger_of, quantized
@@ -143,7 +144,21 @@ class GGUFFormat(ExportFormat):
         return storage.name if storage.exact else f"{storage.name}, rounded anew"
 
     def remarks(self, run: PlannedRun) -> list[str]:
-        """Says of each scheme that fills its block type badly which schemes fit it, and the next smaller one."""
+        """Says how far a file without a window goes, and which schemes fit a block type where one fills it badly."""
+        return [*self._remarks_on_windows(run), *self._remarks_on_schemes(run)]
+
+    def _remarks_on_windows(self, run: PlannedRun) -> list[str]:
+        layout = layout_of(run)
+        length = same_up_to(run.config, self._fields(run, layout))
+        if length is None:
+            return []
+        return [
+            f"llama.cpp has no sliding window for a {run.config.model_type}: it computes the same for texts of up to "
+            f"{length:,} tokens, the model's window; after that it attends to more, and gives other numbers"
+            + ("" if layout.source is not None else ". The file names that length as its context")
+        ]
+
+    def _remarks_on_schemes(self, run: PlannedRun) -> list[str]:
         remarks = {}
         for weight in run.weights.values():
             storage = Storage.of(weight.scheme, weight.site.in_features, "Q8_0")

@@ -9,6 +9,8 @@ loosely: the mean over a text may differ by :data:`LOGPROB_TOLERANCE`.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 from lightning_gsq.export.check import NEW_TOKENS, PROMPTS, greedy, perplexity, short_text, token_ids
 from lightning_gsq.export.contract import CheckFailedError, CheckReport
 from lightning_gsq.export.formats.gguf_layout import Layout, with_file
-from lightning_gsq.export.formats.gguf_storage import F16, Storage
+from lightning_gsq.export.formats.gguf_storage import F16, Storage, same_up_to
 from lightning_gsq.export.formats.gguf_transformers import note_of_transformers
 from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.readers.packages import missing
@@ -48,7 +50,8 @@ def check_file(run: FinishedRun, path: Path, layout: Layout) -> CheckReport:
     if layout.source is not None:
         _compare_copies(file, layout.source, layout)
     network = run.reference()
-    ids_BT = short_text(run.tokenizer)[:, :TEXT_TOKENS]
+    longest = same_up_to(run.config, file.fields) or sys.maxsize
+    ids_BT = short_text(run.tokenizer)[:, : min(TEXT_TOKENS, longest)]
     ours = perplexity(network, ids_BT)
     exact, error = _compare_values(run, network, file, layout)
     notes = [] if exact == len(run.weights) else [f"a projection: weights change by up to {error:.2g} of the largest"]
@@ -56,9 +59,9 @@ def check_file(run: FinishedRun, path: Path, layout: Layout) -> CheckReport:
     without = missing(llama_cpp.PACKAGE)
     if without:
         return CheckReport("the bytes of the file", (len(run.weights), exact), note="; ".join([without, *notes]))
-    answer = llama_cpp.ask(path, PROMPTS, NEW_TOKENS, TOP, ids_BT[0].tolist())
-    difference, same = _compare_with_llama_cpp(run, network, answer)
-    notes.append(f"log-probabilities of the next token differ by up to {difference:.2g}, same greedy text for {same}")
+    prompts = [p for p in PROMPTS if token_ids(run.tokenizer, p).shape[1] + NEW_TOKENS <= longest]
+    answer = llama_cpp.ask(path, prompts, NEW_TOKENS, TOP, ids_BT[0].tolist())
+    notes.append(_compare_with_llama_cpp(run, network, prompts, answer))
     report = CheckReport(
         f"{llama_cpp.PACKAGE} {version(llama_cpp.PACKAGE)}",
         weights=(len(run.weights), exact),
@@ -120,10 +123,14 @@ def _compare_copies(file: GGUFFile, source: GGUFFile, layout: Layout) -> None:
             raise CheckFailedError(f"{file.path}: {name} is not that of {source.path}")
 
 
-def _compare_with_llama_cpp(run: FinishedRun, network: PreTrainedModel, answer: llama_cpp.Answer) -> tuple[float, str]:
-    """Largest difference of a log-probability among llama.cpp's most probable tokens; how many texts are the same."""
+def _compare_with_llama_cpp(
+    run: FinishedRun, network: PreTrainedModel, prompts: Sequence[str], answer: llama_cpp.Answer
+) -> str:
+    """How far llama.cpp's most probable tokens and its texts are from the network's, in words."""
+    if not prompts:
+        return "all prompts are longer than the model's window, which llama.cpp has not: no greedy text compared"
     difference, same = 0.0, 0
-    for prompt, text, top, ids in zip(PROMPTS, answer.texts, answer.tops, answer.ids, strict=True):
+    for prompt, text, top, ids in zip(prompts, answer.texts, answer.tops, answer.ids, strict=True):
         ids_BT = token_ids(run.tokenizer, prompt)
         if ids != ids_BT[0].tolist():
             raise CheckFailedError(f"llama.cpp splits {prompt!r} into the tokens {ids}, expected {ids_BT[0].tolist()}")
@@ -131,4 +138,7 @@ def _compare_with_llama_cpp(run: FinishedRun, network: PreTrainedModel, answer: 
         difference = max([difference, *(abs(value - float(logprobs_V[token])) for token, value in top.items())])
         own_T = greedy(network, ids_BT)[0, ids_BT.shape[1] :]
         same += text.strip() == str(run.tokenizer.decode(own_T, skip_special_tokens=True)).strip()
-    return difference, f"{same} of {len(PROMPTS)} prompts"
+    return (
+        f"log-probabilities of the next token differ by up to {difference:.2g}, same greedy text for {same} of "
+        f"{len(prompts)} prompts"
+    )

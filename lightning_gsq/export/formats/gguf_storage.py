@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import gguf
 import torch
 from gguf import GGMLQuantizationType
+from transformers import PretrainedConfig
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.gguf.blocks import BLOCK_TYPES, exact_type
-from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.gguf.file import Field, GGUFFile
 from lightning_gsq.gguf.types.table import GgmlType
+from lightning_gsq.models.config import sliding_windows
 from lightning_gsq.quantizers.from_file import SCHEMES
 from lightning_gsq.weights.scheme import QuantScheme
 
 FILE = "model.gguf"
+WINDOW = ".attention.sliding_window"
+NAMED_ALONE = {f"phi3{WINDOW}"}
+"""Windows that a file names and llama.cpp does not apply."""
 F32, F16 = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.F16)
 SUPPORTED_BY_TRANSFORMERS = {int(kind) for kind in gguf.quants._type_traits} | {F32, F16}
 
@@ -87,3 +93,15 @@ def source_file(run: PlannedRun) -> GGUFFile | None:
             "copied"
         )
     return GGUFFile(source.files[0])
+
+
+def same_up_to(config: PretrainedConfig, fields: Mapping[str, Field]) -> int | None:
+    """Tokens after which llama.cpp attends to more than the model does, for lack of a sliding window; None if never.
+
+    Args:
+        config: The model's configuration.
+        fields: The key-values of its file.
+    """
+    windows = [window for window in sliding_windows(config) if window is not None]
+    applied = any(key.endswith(WINDOW) and key not in NAMED_ALONE for key in fields)
+    return min(windows) if windows and not applied else None

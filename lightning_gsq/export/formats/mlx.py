@@ -18,6 +18,7 @@ one of 16 bits, MLX would compute everything in fp32.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,15 +30,16 @@ from transformers import PretrainedConfig
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.check import compare
-from lightning_gsq.export.companions import write_companions
+from lightning_gsq.export.companions import write_companions, written_config
 from lightning_gsq.export.contract import CheckReport, ExportOptions, Runtime
 from lightning_gsq.export.formats.linear import LinearFormat
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.readers import mlx
-from lightning_gsq.export.readers.packages import not_checked
+from lightning_gsq.export.readers.packages import missing, not_checked
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.export.writer import ShardWriter
+from lightning_gsq.models.config import sliding_windows
 from lightning_gsq.weights.layout import OFFSETS
 from lightning_gsq.weights.ledger import Ledger
 from lightning_gsq.weights.packing import pack
@@ -107,8 +109,37 @@ class MLXFormat(LinearFormat):
         return None
 
     def refuse(self, run: PlannedRun) -> str | None:
-        """Refuses what layers cannot hold, and architectures that ``mlx_lm`` does not know."""
-        return super().refuse(run) or mlx.refuse_architecture(run.config.model_type)
+        """Refuses what layers cannot hold, and models that ``mlx_lm`` does not know, build or compute."""
+        return super().refuse(run) or mlx.refuse_architecture(run.config.model_type) or self._refuse_model(run)
+
+    def _refuse_model(self, run: PlannedRun) -> str | None:
+        if missing(mlx.PACKAGE):
+            return None
+        config = self._config(run)
+        layers = {
+            weight.stem: mlx.Layer(weight.shape, self.bits(weight.scheme), weight.group_length)
+            for weight in run.weights.values()
+        }
+        others = {name: tuple(run.values[name].shape) for name in run.other_names()}
+        reason = mlx.why_not_built(config, layers, others)
+        windows = [] if reason else [window for window in sliding_windows(run.config) if window is not None]
+        if not windows or Counter(windows) <= Counter(mlx.windows_of(config)):
+            return f"{reason}; use native, or dequantized" if reason else None
+        # Where blocks are of kinds, transformers takes a null for a window that is lacking.
+        way = (
+            ""
+            if getattr(run.config, "layer_types", None)
+            else (', or quantize a copy of the model without a window ("sliding_window": null in its config.json)')
+        )
+        return (
+            f"mlx_lm computes a {run.config.model_type} without its sliding window, and so other numbers after "
+            f"{windows[0]:,} tokens; use native or dequantized{way}"
+        )
+
+    def _config(self, run: PlannedRun) -> dict[str, Any]:
+        """config.json, but for what only other programs read."""
+        written: dict[str, Any] = json.loads(written_config(run, None, self.compute_dtype(run)).to_json_string())
+        return written | legacy_rotary(run.config)
 
     def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
         """Codes, and a scale and a bias a group."""
