@@ -118,13 +118,13 @@ def test_an_architecture_that_mlx_lm_does_not_know(tmp_path: Path) -> None:
     [
         (
             MistralConfig(**SHAPE, sliding_window=8),
-            "computes a mistral without its sliding window, and so other numbers after 8 tokens; use native or "
-            "dequantized, or quantize a copy",
+            "computes a mistral without its sliding window, and so other numbers after 8 tokens, too "
+            "few to check the file; use native or dequantized, or quantize a copy",
         ),
         (Phi3Config(**SHAPE, sliding_window=64), "computes a phi3 without its sliding window"),
         (
             Gemma2Config(**SHAPE, head_dim=32, sliding_window=8),
-            "without its sliding window, and so other numbers after 8 tokens; use native or dequantized",
+            "without its sliding window, and so other numbers after 8 tokens, too few to check the file",
         ),
         (
             Mamba2Config(vocab_size=272, hidden_size=128, num_hidden_layers=2, num_heads=8, head_dim=32, n_groups=1),
@@ -166,6 +166,14 @@ def test_a_trial_refuses_nothing_that_mlx_lm_computes(tmp_path: Path, config: Pr
     FORMAT.write(run, tmp_path / "out", ExportOptions())
     report = FORMAT.check(run, tmp_path / "out")
     assert report.logits is not None and report.logits[0] <= 1e-3 * report.logits[1]
+
+
+def test_a_window_that_mlx_lm_leaves_out_is_said(tmp_path: Path) -> None:
+    config = MistralConfig(**{**SHAPE, "max_position_embeddings": 1024}, sliding_window=512)
+    run = planned(save_model(tmp_path / "model", config))
+    assert FORMAT.refuse(run) is None
+    (said,) = (remark for remark in FORMAT.remarks(run) if "window" in remark)
+    assert "without its sliding window: the same for texts of up to 512 tokens" in said
 
 
 def test_a_parameter_that_mlx_lm_has_no_place_for(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export.check import compare
+from lightning_gsq.export.check import PERPLEXITY_TOKENS, compare
 from lightning_gsq.export.companions import write_companions, written_config
 from lightning_gsq.export.contract import CheckReport, ExportOptions, Runtime
 from lightning_gsq.export.formats.linear import LinearFormat
@@ -115,26 +115,34 @@ class MLXFormat(LinearFormat):
     def _refuse_model(self, run: PlannedRun) -> str | None:
         if missing(mlx.PACKAGE):
             return None
-        config = self._config(run)
         layers = {
             weight.stem: mlx.Layer(weight.shape, self.bits(weight.scheme), weight.group_length)
             for weight in run.weights.values()
         }
         others = {name: tuple(run.values[name].shape) for name in run.other_names()}
-        reason = mlx.why_not_built(config, layers, others)
-        windows = [] if reason else [window for window in sliding_windows(run.config) if window is not None]
-        if not windows or Counter(windows) <= Counter(mlx.windows_of(config)):
-            return f"{reason}; use native, or dequantized" if reason else None
+        reason = mlx.why_not_built(self._config(run), layers, others)
+        if reason:
+            return f"{reason}; use native, or dequantized"
+        window = self._window_left_out(run)
+        if window is None or window >= PERPLEXITY_TOKENS:
+            return None
         # Where blocks are of kinds, transformers takes a null for a window that is lacking.
         way = (
             ""
             if getattr(run.config, "layer_types", None)
-            else (', or quantize a copy of the model without a window ("sliding_window": null in its config.json)')
+            else ', or quantize a copy of the model without a window ("sliding_window": null in its config.json)'
         )
         return (
             f"mlx_lm computes a {run.config.model_type} without its sliding window, and so other numbers after "
-            f"{windows[0]:,} tokens; use native or dequantized{way}"
+            f"{window:,} tokens, too few to check the file; use native or dequantized{way}"
         )
+
+    def _window_left_out(self, run: PlannedRun) -> int | None:
+        """Tokens after which ``mlx_lm`` attends to more than the model does; None if never, or if it is not there."""
+        windows = [window for window in sliding_windows(run.config) if window is not None]
+        if not windows or missing(mlx.PACKAGE):
+            return None
+        return None if Counter(windows) <= Counter(mlx.windows_of(self._config(run))) else min(windows)
 
     def _config(self, run: PlannedRun) -> dict[str, Any]:
         """config.json, but for what only other programs read."""
@@ -151,13 +159,19 @@ class MLXFormat(LinearFormat):
         return value.to(self.compute_dtype(run)) if value.is_floating_point() else value
 
     def remarks(self, run: PlannedRun) -> list[str]:
-        """Says what MLX computes in."""
-        if run.scale_dtype != torch.float16:
-            return []
-        return [
-            "computes in float16, the dtype of the scales; for a model whose hidden states exceed 65504 (Gemma 3), "
-            "quantize with --model.scale_dtype bfloat16"
-        ]
+        """Says what MLX computes in, and how far without the model's window."""
+        remarks = []
+        if run.scale_dtype == torch.float16:
+            remarks.append(
+                "computes in float16, the dtype of the scales; for a model whose hidden states exceed 65504 (Gemma 3), "
+                "quantize with --model.scale_dtype bfloat16"
+            )
+        if (window := self._window_left_out(run)) is not None:
+            remarks.append(
+                f"mlx_lm computes a {run.config.model_type} without its sliding window: the same for texts of up to "
+                f"{window:,} tokens; after that it attends to more, and gives other numbers"
+            )
+        return remarks
 
     def write(self, run: FinishedRun, folder: Path, options: ExportOptions) -> Ledger:
         """Writes safetensors, config and tokenizer."""
