@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
 import math
+from dataclasses import dataclass, replace
 
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate.block_terms import worst_block
@@ -15,6 +16,59 @@ from lightning_gsq.training import Lion, ModelQuantization
 
 LION = "--model.gumbel.logits_dtype bfloat16 --model.optimizer Lion"
 SHORTER = "--data.batch_size 1"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A run as it is counted.
+
+    Args:
+        model: The model's settings.
+        data: Calibration text.
+        skeleton: The model.
+        plan: Weights to quantize of each block.
+        around: Surroundings.
+    """
+
+    model: ModelQuantization
+    data: CalibrationDataModule
+    skeleton: Skeleton
+    plan: dict[int, Weights]
+    around: Surroundings
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Of the largest block, on the device."""
+        worst = worst_block(self.model, self.data, self.skeleton, self.plan, self.around)
+        return max(sum(worst.start.values()), sum(worst.training.values()))
+
+    def one_by_one(self) -> _Case:
+        """With a sequence a step."""
+        data = copy.copy(self.data)
+        data.batch_size = 1
+        return replace(self, data=data)
+
+    def with_lion(self) -> _Case:
+        """With bfloat16 logits and Lion."""
+        model = copy.copy(self.model)
+        gumbel = replace(model.block.gumbel, logits_dtype="bfloat16")
+        model.block = replace(model.block, gumbel=gumbel, optimizer=lambda groups: Lion(groups, lr=1e-3))
+        return replace(self, model=model, around=replace(self.around, optimizer_state=optimizer_state(model)))
+
+    def spread(self, count: int) -> _Case:
+        """What each of so many devices would hold, with its share of the experts."""
+        blocks = [
+            replace(block, module=thinner(block.module, -(-most_experts(block.module) // count)))
+            for block in self.skeleton.blocks
+        ]
+        shares = {
+            index: {
+                (replace(site, experts=-(-site.experts // count)) if site.experts else site): scheme
+                for site, scheme in weights.items()
+            }
+            for index, weights in self.plan.items()
+        }
+        return replace(self, skeleton=replace(self.skeleton, blocks=blocks), plan=shares)
 
 
 def device_advice(
@@ -36,25 +90,21 @@ def device_advice(
         around: Surroundings.
         room: Bytes of a device.
     """
-    needed = _bytes(model, data, skeleton, plan, around)
-    if needed <= room:
+    case = _Case(model, data, skeleton, plan, around)
+    if case.bytes <= room:
         return []
-    thrifty, one = _with_lion(model), _one_by_one(data)
-    state = dataclasses.replace(around, optimizer_state=optimizer_state(thrifty))
-    tried = {
-        SHORTER: _bytes(model, one, skeleton, plan, around),
-        LION: _bytes(thrifty, data, skeleton, plan, state),
-        f"{LION} {SHORTER}": _bytes(thrifty, one, skeleton, plan, state),
-    }
-    fitting = next((options for options, size in tried.items() if size <= room), None)
+    smallest = case.with_lion().one_by_one()
+    tried = {SHORTER: case.one_by_one(), LION: case.with_lion(), f"{LION} {SHORTER}": smallest}
+    sizes = {options: changed.bytes for options, changed in tried.items()}
+    fitting = next((options for options, size in sizes.items() if size <= room), None)
     if fitting is not None:
-        return [f"with {fitting} the training of the largest block takes {_gb(tried[fitting])} on the device, and fits"]
-    least = min(tried, key=lambda options: tried[options])
+        return [f"with {fitting} the training of the largest block takes {_gb(sizes[fitting])} on the device, and fits"]
+    least = min(sizes, key=lambda options: sizes[options])
     lines = [
-        f"no option makes the largest block fit: {_gb(needed)}, with {least} {_gb(tried[least])}, on every device, "
+        f"no option makes the largest block fit: {_gb(case.bytes)}, with {least} {_gb(sizes[least])}, on every device, "
         "since further devices share sequences and not weights"
     ]
-    count = _devices(thrifty, one, skeleton, plan, state, room, tried[f"{LION} {SHORTER}"])
+    count = _devices(smallest, room)
     if count is not None:
         lines.append(
             f"spread over devices of {_gb(room)}, its experts would need {count} of them with these options; no run "
@@ -63,80 +113,25 @@ def device_advice(
     return lines
 
 
-def _devices(
-    model: ModelQuantization,
-    data: CalibrationDataModule,
-    skeleton: Skeleton,
-    plan: dict[int, Weights],
-    around: Surroundings,
-    room: int,
-    alone: int,
-) -> int | None:
+def _devices(case: _Case, room: int) -> int | None:
     """Devices over which the experts of every block have to be spread; None if the rest alone is too large.
 
     What a device holds is a fixed part and one that the experts share, so that two sizes say about where the answer
     is; there it is counted.
     """
-    most = max((most_experts(block.module) for block in skeleton.blocks), default=0)
+    most = max((most_experts(block.module) for block in case.skeleton.blocks), default=0)
     if most < 2:
         return None
     spread = min(most, 16)
-    shared = (alone - _spread_bytes(model, data, skeleton, plan, around, spread)) / (1 - 1 / spread)
-    if alone - shared >= room:
+    shared = (case.bytes - case.spread(spread).bytes) / (1 - 1 / spread)
+    if case.bytes - shared >= room:
         return None
-    count = max(2, math.ceil(shared / (room - (alone - shared))) - 1)
+    count = max(2, math.ceil(shared / (room - (case.bytes - shared))) - 1)
     while count <= most:
-        if _spread_bytes(model, data, skeleton, plan, around, count) <= room:
+        if case.spread(count).bytes <= room:
             return count
         count += 1
     return None
-
-
-def _spread_bytes(
-    model: ModelQuantization,
-    data: CalibrationDataModule,
-    skeleton: Skeleton,
-    plan: dict[int, Weights],
-    around: Surroundings,
-    count: int,
-) -> int:
-    """What each of so many devices would hold, with its share of the experts."""
-    blocks = [
-        dataclasses.replace(block, module=thinner(block.module, -(-most_experts(block.module) // count)))
-        for block in skeleton.blocks
-    ]
-    shares = {
-        index: {
-            (dataclasses.replace(site, experts=-(-site.experts // count)) if site.experts else site): scheme
-            for site, scheme in weights.items()
-        }
-        for index, weights in plan.items()
-    }
-    return _bytes(model, data, dataclasses.replace(skeleton, blocks=blocks), shares, around)
-
-
-def _bytes(
-    model: ModelQuantization,
-    data: CalibrationDataModule,
-    skeleton: Skeleton,
-    plan: dict[int, Weights],
-    around: Surroundings,
-) -> int:
-    worst = worst_block(model, data, skeleton, plan, around)
-    return max(sum(worst.start.values()), sum(worst.training.values()))
-
-
-def _with_lion(model: ModelQuantization) -> ModelQuantization:
-    changed = copy.copy(model)
-    gumbel = dataclasses.replace(model.block.gumbel, logits_dtype="bfloat16")
-    changed.block = dataclasses.replace(model.block, gumbel=gumbel, optimizer=lambda groups: Lion(groups, lr=1e-3))
-    return changed
-
-
-def _one_by_one(data: CalibrationDataModule) -> CalibrationDataModule:
-    changed = copy.copy(data)
-    changed.batch_size = 1
-    return changed
 
 
 def _gb(count: float) -> str:

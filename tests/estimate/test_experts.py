@@ -92,7 +92,7 @@ def test_what_would_make_a_block_fit(tiny: Skeleton) -> None:
     def said(room: float, skeleton: Skeleton = tiny, data: CalibrationDataModule = data) -> list[str]:
         return device_advice(model, data, skeleton, plan, AROUND, int(room))
 
-    needed = advice._bytes(model, data, tiny, plan, AROUND)
+    needed = advice._Case(model, data, tiny, plan, AROUND).bytes
     assert said(needed) == []
     assert f"with {LION} the training" in said(0.8 * needed)[0]
     alone, spread = said(0.5 * needed)
