@@ -139,7 +139,7 @@ class CompressedTensorsFormat(LinearFormat):
                 other = first.setdefault(parent, weight)
                 if kind_of(other) != kind_of(weight):
                     return (
-                        f"vLLM reads all matrices of a block's experts with the same bits and group size, "
+                        "vLLM reads all matrices of a block's experts with the same bits and group size, "
                         f"and {other.name} is {_words(other)}, {weight.name} {_words(weight)}; give them one scheme, "
                         "or export to native"
                     )

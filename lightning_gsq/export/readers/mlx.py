@@ -59,7 +59,7 @@ class Layer:
 def why_not_built(
     config: dict[str, Any], layers: Mapping[str, Layer], others: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """Why ``mlx_lm`` cannot load a folder, or would attend to more than the model does; None if it can, or without it.
+    """Why ``mlx_lm`` cannot load a folder; None if it can, or is not there.
 
     A model of the configuration is built, and takes tensors of the shapes that the folder is to have. All of it is
     lazy: nothing of the model's size is computed or kept.
