@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import GumbelQuantizer
+from lightning_gsq.training import BlockQuantization
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,12 @@ class HardRounding(Callback):
         quantizers = [module for module in pl_module.modules() if isinstance(module, GumbelQuantizer)]
         if not quantizers:
             raise ConfigurationError(f"HardRounding: {type(pl_module).__name__} has no GumbelQuantizer")
-        flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for q in quantizers)
+        flip_rate = _flip_rate(pl_module, quantizers)
         for quantizer in quantizers:
             quantizer.hard = True
         metrics = trainer.callback_metrics
         soft = float(metrics[self.soft_metric]) if self.soft_metric in metrics else None
         gap = float(metrics[self.hard_metric]) - soft if soft is not None and self.hard_metric in metrics else None
-        flip_rate = flipped / sum(q.start_codes.numel() for q in quantizers)
         self.report = RoundingReport(flip_rate, gap, soft)
         figures = {"rounding/flip_rate": flip_rate}
         if soft is not None and gap is not None:
@@ -83,3 +84,10 @@ class HardRounding(Callback):
                 )
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step + getattr(pl_module, "first_step", 0))
+
+
+def _flip_rate(module: LightningModule, quantizers: Sequence[GumbelQuantizer]) -> float:
+    if isinstance(module, BlockQuantization):
+        return module.flip_rate()  # which knows of experts that other processes hold
+    flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for q in quantizers)
+    return flipped / sum(q.start_codes.numel() for q in quantizers)

@@ -28,6 +28,7 @@ from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
 from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
 from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.end_to_end import check_end_to_end
+from lightning_gsq.run.experts import check_expert_parallel
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.imatrix_file import check_names, save_imatrix
 from lightning_gsq.run.importance import Importance, read_importance
@@ -115,6 +116,7 @@ def fit(
             say(line)
         menu = None if model.size is None else make_menu(model, plan, exports, settings["model"])
         plan = plan if menu is None else menu.plan
+        check_expert_parallel(model, plan, trainer)
         importance = _check_plan(model, plan, end_to_end)
         if menu is not None:
             _check_plan(model, menu.widest_plan, end_to_end)

@@ -10,6 +10,7 @@ Logits start at ``sigma * (N(0, 1) + alpha * c)`` with ``c_l = -(v_l - start)^2 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.ops.gumbel_softmax import Backend, gumbel_softmax_values, gumbel_softmax_weight
 from lightning_gsq.quantizers.trained_scales import TrainedScales
-from lightning_gsq.quantizers.warm_start import Start
+from lightning_gsq.quantizers.warm_start import Start, unstack
 from lightning_gsq.weights.layout import SCALES
 from lightning_gsq.weights.quantized import QuantizedTensor, expand_groups
 from lightning_gsq.weights.scheme import QuantScheme
@@ -89,18 +90,26 @@ class GumbelQuantizer(TrainedScales):
         start: The warm start.
         scheme: Grid and group size.
         options: How logits start.
-        generator: Source of the logits' initial noise, on the CPU.
+        generators: Sources of the logits' initial noise, on the CPU: one, or one for each expert.
+        first_row: Number of the first row in the whole matrix, where a process holds some experts of it.
     """
 
     start_codes: Tensor
 
-    def __init__(self, start: Start, scheme: QuantScheme, options: GumbelOptions, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        start: Start,
+        scheme: QuantScheme,
+        options: GumbelOptions,
+        *generators: torch.Generator,
+        first_row: int = 0,
+    ) -> None:
         super().__init__(scheme, start.scale_parts)
-        self.options = options
+        self.options, self.first_row = options, first_row
         self.temperature, self.logit_scale, self.hard = 1.0, 1.0, False
         self.register_buffer("start_codes", start.codes_OI)
         self.find_candidates(start)
-        self.logits = nn.Parameter(self.initial_logits(start, generator).to(getattr(torch, options.logits_dtype)))
+        self.logits = nn.Parameter(self._all_logits(start, generators))
 
     def find_candidates(self, start: Start) -> None:
         """What each weight chooses from: levels of the grid, or shifts around the start's code."""
@@ -135,6 +144,7 @@ class GumbelQuantizer(TrainedScales):
             "tau": tau,
             "noise": self.options.noise,
             "seed": seed,
+            "first_row": self.first_row,
             "group_length": self.group_length,
             "backend": self.options.backend,
         }
@@ -183,6 +193,19 @@ class GumbelQuantizer(TrainedScales):
         else:
             p_LOI = torch.softmax(self.logit_scale * self.logits.float() / self.temperature, dim=0)
         return -torch.xlogy(p_LOI, p_LOI).sum(0) / torch.log(torch.tensor(2.0))
+
+    def _all_logits(self, start: Start, generators: tuple[torch.Generator, ...]) -> Tensor:
+        """Those of all experts in their dtype, each from its own generator, so that few are in fp32 at once."""
+        dtype, experts = getattr(torch, self.options.logits_dtype), unstack(start, len(generators))
+        parts = (self.initial_logits(*pair).to(dtype) for pair in zip(experts, generators, strict=True))
+        logits_LOI = next(parts)
+        if len(generators) == 1:
+            return logits_LOI
+        rows = logits_LOI.shape[1]
+        all_LOI = logits_LOI.new_empty(len(logits_LOI), rows * len(generators), logits_LOI.shape[2])
+        for expert, part_LOI in enumerate(itertools.chain([logits_LOI], parts)):
+            all_LOI[:, expert * rows : (expert + 1) * rows] = part_LOI
+        return all_LOI
 
     def initial_logits(self, start: Start, generator: torch.Generator) -> Tensor:
         """The logits that training starts from, fp32."""

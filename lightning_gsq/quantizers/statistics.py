@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,13 +36,14 @@ class InputStatistics:
             yield
         self._last = None
 
-    def reduce(self, add: Callable[[Tensor], Tensor]) -> None:
+    def reduce(self, add: Callable[[Tensor], Tensor], sites: Iterable[LinearSite]) -> None:
         """Adds up what several processes have seen.
 
         Args:
             add: Sums a tensor over the processes, in place. Called in the same order everywhere.
+            sites: The weights that all of them have.
         """
-        for site in self.sites.values():
+        for site in sites:
             for expert in range(max(site.experts, 1)):
                 key = (site.name, expert)
                 empty = self.empty(site)

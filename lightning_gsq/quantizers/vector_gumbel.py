@@ -42,7 +42,13 @@ class VectorQuantizer(GumbelQuantizer):
     def sample(self, s_OG: Tensor, kappa: float, tau: float, seed: int) -> Tensor:
         """``s`` times sampled codes, ``O I`` in the logits' dtype."""
         codes_OI = gumbel_softmax_vectors(
-            self.logits, self.candidates, kappa=kappa, tau=tau, noise=self.options.noise, seed=seed
+            self.logits,
+            self.candidates,
+            kappa=kappa,
+            tau=tau,
+            noise=self.options.noise,
+            seed=seed,
+            first_row=self.first_row,
         )
         return (expand_groups(s_OG, codes_OI.shape[1], self.group_length) * codes_OI).to(self.logits.dtype)
 
@@ -73,8 +79,8 @@ class VectorQuantizer(GumbelQuantizer):
 
 
 def quantizer_of(
-    start: Start, scheme: QuantScheme, options: GumbelOptions, generator: torch.Generator
+    start: Start, scheme: QuantScheme, options: GumbelOptions, *generators: torch.Generator, first_row: int = 0
 ) -> GumbelQuantizer:
-    """The trainable form of a matrix: a choice of levels, or of code vectors."""
+    """The trainable form of a matrix: a choice of levels, or of code vectors; arguments as of both."""
     kind = VectorQuantizer if isinstance(scheme.grid, VectorGrid) else GumbelQuantizer
-    return kind(start, scheme, options, generator)
+    return kind(start, scheme, options, *generators, first_row=first_row)

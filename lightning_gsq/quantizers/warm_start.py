@@ -161,6 +161,16 @@ def start_at(tensor: QuantizedTensor, w_OI: Tensor) -> Start:
     return Start(tensor.codes_OI, parts.pop(SCALES), position_OI, parts)
 
 
+def unstack(start: Start, count: int) -> Iterator[Start]:
+    """The starts of so many matrices of one size that :func:`stack` put below one another."""
+    parts = {name: value.chunk(count) for name, value in start.others.items()}
+    columns = zip(
+        start.codes_OI.chunk(count), start.scales_OG.chunk(count), start.position_OI.chunk(count), strict=True
+    )
+    for number, (codes_OI, scales_OG, position_OI) in enumerate(columns):
+        yield Start(codes_OI, scales_OG, position_OI, {name: parts[name][number] for name in parts})
+
+
 def stack(starts: list[Start]) -> Start:
     """The starts of several matrices as one, row below row."""
     return Start(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_gsq.models.expert_parallel import in_step
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelOptions, Matrix, WarmStart
 from lightning_gsq.quantizers.salient import MixedQuantizer
@@ -24,6 +25,7 @@ from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice
 from lightning_gsq.saliency.choose import settled_start
 from lightning_gsq.system.seeding import generator_of, seed_of
+from lightning_gsq.system.token_exchange import OwnGradientsStrategy
 from lightning_gsq.training import BlockQuantization
 from lightning_gsq.training.block import WeightQuantizer
 from lightning_gsq.training.losses import refuse_non_finite
@@ -39,15 +41,15 @@ def fit_block(
 
     Args:
         run: The run.
-        plan: The block's weights and their schemes.
+        plan: The block's weights and their schemes, as this process has them.
         block: The block on the device.
         inputs: What enters it in the quantized model: training sequences, then held-out ones.
         full: What enters it in the full-precision model.
         targets: What should leave it.
 
     Returns:
-        Its quantized weights, and measures: held-out errors ``start``, ``trained`` and ``final``, ``flip_rate``, and
-        what was logged last.
+        Its quantized weights, as far as this process has them, and measures: held-out errors ``start``, ``trained``
+        and ``final``, ``flip_rate``, and what was logged last.
     """
     began = time.perf_counter()
     weights_NT = _token_weights(run, inputs.hidden_NTD, full.hidden_NTD)
@@ -62,7 +64,7 @@ def fit_block(
     module.measured_afterwards = True
     batches = _training_batches(run, plan, training)
     validation: BlockLoader = DataLoader(held_out, batch_size=run.data.batch_size, collate_fn=first)
-    trainer = run.make_trainer()
+    trainer = run.make_trainer() if run.exchange is None else run.make_trainer(strategy=OwnGradientsStrategy())
     with run.watch("training"):
         trainer.fit(module, batches, validation)
     _let_go(trainer)
@@ -109,25 +111,45 @@ def _module(
         index=plan.index,
         name=plan.name,
         seed=run.seed,
-        position=(run.plan.index(plan), len(run.plan)),
+        position=([planned.index for planned in run.plan].index(plan.index), len(run.plan)),
         run=run.run_block,
         saliency={name: choice.figures for name, choice in choices.items()},
+        exchange=run.exchange,
     )
 
 
 def _quantizer(run: Run, plan: BlockPlan, site: LinearSite, matrix: Matrix, choice: Choice | None) -> WeightQuantizer:
-    generator = generator_of(run.seed, plan.index, site.name, "logits")
-    return make_quantizer(matrix, choice, run.model.start.warm_start, run.model.block.gumbel, generator)
+    key, held = (run.seed, plan.index, site.name, "logits"), plan.held.get(site.name)
+    # The noise of an expert is its own, so that it does not depend on which others its process has.
+    generators = [generator_of(*key)] if held is None else [generator_of(*key, expert) for expert in held]
+    first_row = 0 if held is None else held.start * site.out_features
+    options = run.model.block.gumbel
+    return make_quantizer(matrix, choice, run.model.start.warm_start, options, *generators, first_row=first_row)
 
 
 @torch.no_grad()
 def make_quantizer(
-    matrix: Matrix, choice: Choice | None, warm_start: WarmStart, options: GumbelOptions, generator: torch.Generator
+    matrix: Matrix,
+    choice: Choice | None,
+    warm_start: WarmStart,
+    options: GumbelOptions,
+    *generators: torch.Generator,
+    first_row: int = 0,
 ) -> WeightQuantizer:
-    """The trainable form of a weight, from its warm start; ``choice`` is None for a scheme without a salient part."""
+    """The trainable form of a weight, from its warm start.
+
+    Args:
+        matrix: The weight.
+        choice: Its salient part; None for a scheme without one.
+        warm_start: Gives codes and scales.
+        options: How logits start.
+        generators: Of the logits' noise: one, or one for each expert where there is no salient part.
+        first_row: As of :class:`~lightning_gsq.quantizers.GumbelQuantizer`.
+    """
     if choice is None:
-        return quantizer_of(start_of(matrix, warm_start), matrix.scheme, options, generator)
-    return MixedQuantizer(settled_start(matrix, choice, warm_start), choice.scheme, options, generator)
+        start = start_of(matrix, warm_start)
+        return quantizer_of(start, matrix.scheme, options, *generators, first_row=first_row)
+    return MixedQuantizer(settled_start(matrix, choice, warm_start), choice.scheme, options, *generators)
 
 
 def _training_batches(run: Run, plan: BlockPlan, training: ActivationDataset) -> BlockLoader:
@@ -168,18 +190,15 @@ def _measures(run: Run, module: BlockQuantization, held_out: BlockLoader) -> dic
         "its weights, or the hidden states that enter it, are not finite: see --model.dtype, --model.scale_dtype and "
         "--activations.dtype",
     )
-    flipped = sum(int((q.codes_OI() != q.start_codes).sum()) for _, q in module.named_quantizers())
-    measures["flip_rate"] = flipped / sum(q.start_codes.numel() for _, q in module.named_quantizers())
+    measures["flip_rate"] = module.flip_rate()
     return measures
 
 
 @torch.no_grad()
-def _error(
-    run: Run, module: BlockQuantization, batches: Iterable[tuple[Tensor, ...]], weights: dict[str, Tensor]
-) -> float:
+def _error(run: Run, module: BlockQuantization, batches: BlockLoader, weights: dict[str, Tensor]) -> float:
     """Relative squared error of the block on held-out sequences."""
     total, count = 0.0, 0
-    with run.precision():
+    with run.precision(), in_step(module.block, len(batches), weights):
         for batch in batches:
             tensors = tuple(tensor.to(run.device) for tensor in batch)
             total += float(module.loss(tensors, weights)) * len(tensors[0])

@@ -26,17 +26,28 @@ class BlockPlan:
         name: Its name, such as ``model.layers.3``.
         weights: The weights to quantize, in order, with their schemes.
         left_out: Why each of its other matrices stays as it is, by name inside the block.
+        held: Which experts this process has of weights whose experts are spread, by name inside the block.
     """
 
     index: int
     name: str
     weights: dict[LinearSite, QuantScheme]
     left_out: dict[str, str] = field(default_factory=dict, compare=False)
+    held: dict[str, range] = field(default_factory=dict)
 
     @property
     def expected(self) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
         """Scheme and ``(O, I)`` by parameter name: what the block's file has to hold."""
         return {site.name: (scheme, (site.rows, site.in_features)) for site, scheme in self.weights.items()}
+
+    def own(self, held: Mapping[str, range]) -> BlockPlan:
+        """What a process does that has these experts of some weights, by name in the block, and all of the others."""
+        here = {site.name: held[site.name] for site in self.weights if site.experts and site.name in held}
+        weights = {
+            replace(site, experts=len(here[site.name])) if site.name in here else site: scheme
+            for site, scheme in self.weights.items()
+        }
+        return replace(self, weights=weights, held=here)
 
 
 def make_plan(model: ModelQuantization) -> list[BlockPlan]:

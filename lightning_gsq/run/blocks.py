@@ -53,13 +53,14 @@ def train_blocks(run: Run, outer: Blocks) -> None:
             if missing or target.follows_original:
                 propagate(run, block, index, full, wanted)
             if plan is not None:
+                own = run.own(plan)
                 if tensors is None:
-                    tensors, measures = fit_block(run, plan, block, quantized, full, wanted)
+                    tensors, measures = fit_block(run, own, block, quantized, full, wanted)
                     # A Trainer and its module refer to each other: without this, the logits and optimizer
                     # states of many blocks pile up before Python looks for such cycles by itself.
                     gc.collect()
                     finished.add(plan, tensors, {**lap.take(), **measures, "made_by": made_by(run)})
-                install(block, plan, tensors)
+                install(block, own, tensors)
             if index < run.last_block:
                 propagate(run, block, index, quantized, quantized)
             if target.follows_original:
@@ -71,7 +72,8 @@ def train_blocks(run: Run, outer: Blocks) -> None:
 def made_by(run: Run) -> dict[str, Any]:
     """The processes that share the sequences: they decide how large a step is and what noise each sees."""
     strategy = type(run.trainer.strategy).__name__
-    return {"processes": run.ranks.world, "nodes": run.trainer.num_nodes, "strategy": strategy}
+    made = {"processes": run.ranks.world, "nodes": run.trainer.num_nodes, "strategy": strategy}
+    return made if run.exchange is None else {**made, "expert_parallel": True}
 
 
 def _say_what_is_there(run: Run, finished: Finished) -> None:
@@ -89,4 +91,5 @@ def _say_what_is_there(run: Run, finished: Finished) -> None:
 
 
 def _processes(made: dict[str, Any]) -> str:
-    return f"{made.get('processes')} process(es) on {made.get('nodes')} node(s), {made.get('strategy')}"
+    spread = ", experts spread" if made.get("expert_parallel") else ""
+    return f"{made.get('processes')} process(es) on {made.get('nodes')} node(s), {made.get('strategy')}{spread}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_gsq.run.block_files import OUTER, ROUNDED, Blocks, DamagedFileError, Header
 from lightning_gsq.run.block_plan import BlockPlan
+from lightning_gsq.run.experts import own_part, whole
 from lightning_gsq.run.run import Run
 
 
@@ -65,7 +66,7 @@ class Finished:
         return True
 
     def take(self, plan: BlockPlan) -> Blocks | None:
-        """The next block, if its file is there and was made on those that were taken and added before."""
+        """What this process has of the next block, if its file is there and was made on those before."""
         header = self.headers.get(plan.index)
         if header is None:
             return None
@@ -73,11 +74,11 @@ class Finished:
             self.run.say(f"{plan.name} was made on other weights of the blocks before it; it is made again")
             return None
         self._before = header.digest
-        return self.run.folder.read_block(self.kind, plan.index, plan.expected)
+        return own_part(self.run, plan, self.run.folder.read_block(self.kind, plan.index, plan.expected))
 
     def add(self, plan: BlockPlan, tensors: Blocks, measures: Mapping[str, Any] | None = None) -> None:
-        """Writes the next block."""
-        self.run.folder.write_block(self.kind, plan.index, tensors, self._before, measures)
+        """Writes the next block, of which each process gives what it has."""
+        self.run.folder.write_block(self.kind, plan.index, whole(self.run, plan, tensors), self._before, measures)
         header = self.run.folder.header(self.kind, plan.index) if self.run.ranks.first else None
         self._before = self.run.ranks.agree("" if header is None else header.digest)
 

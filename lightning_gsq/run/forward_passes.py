@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import embed, run_block_giving
+from lightning_gsq.models.expert_parallel import in_step, spread
 from lightning_gsq.models.passing import Forms, arguments_from_ids
 from lightning_gsq.run.hidden_states import ActivationOptions, ActivationStore, Stream
 from lightning_gsq.run.run import Run
@@ -26,6 +27,11 @@ FORWARD_TOKENS = 4096
 def sequences_at_once(length: int) -> int:
     """Sequences of ``length`` tokens that pass through a block at once."""
     return max(1, FORWARD_TOKENS // length)
+
+
+def passes_of(hidden_NTD: Tensor) -> int:
+    """In how many passes these sequences go through a block."""
+    return -(-len(hidden_NTD) // sequences_at_once(hidden_NTD.shape[1]))
 
 
 @contextmanager
@@ -143,7 +149,8 @@ def propagate(run: Run, block: nn.Module, index: int, source: Stream, out: Strea
 
     with run.watch("streams"), run.precision():
         arguments = arguments_of(run.model.network, run.forms, call, index, source)
-        pass_through(through, arguments, source, out, needed_after(run.calls, index), index)
+        with torch.no_grad(), in_step(block, passes_of(source.hidden_NTD)):
+            pass_through(through, arguments, source, out, needed_after(run.calls, index), index)
 
 
 def needed_after(calls: Sequence[BlockCall], index: int) -> set[str]:
@@ -157,5 +164,7 @@ def fetch(run: Run, hidden_BTD: Tensor) -> Tensor:
 
 
 def working_copy(run: Run, index: int) -> nn.Module:
-    """A block on the device in fp32; the model itself stays where it is."""
+    """A block on the device in fp32, or this process's part of it; the model itself stays where it is."""
+    if run.exchange is not None:
+        return spread(run.blocks[index], run.exchange, run.device, torch.float32)
     return copy.deepcopy(run.blocks[index]).to(run.device, torch.float32)

@@ -17,6 +17,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.imatrix import ImportanceMatrix, InputSquares, write_imatrix
 from lightning_gsq.quantizers.statistics import InputSquareSums
 from lightning_gsq.run.block_plan import BlockPlan
+from lightning_gsq.run.experts import of_all_processes
 from lightning_gsq.run.forward_passes import (
     embedded,
     hidden_store,
@@ -86,9 +87,12 @@ def _squares(run: Run) -> dict[str, InputSquares]:
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:
-                sums = InputSquareSums(list(plan.weights), run.device)
-                collect(run, sums, index, block, stream)
-                entries |= {f"{plan.name}.{site.name}": InputSquares(*sums.of(site)) for site in plan.weights}
+                own = run.own(plan)
+                sums = InputSquareSums(list(own.weights), run.device)
+                collect(run, sums, own, block, stream)
+                for site in own.weights:
+                    parts = (of_all_processes(run, own, site.name, part) for part in sums.of(site))
+                    entries[f"{plan.name}.{site.name}"] = InputSquares(*parts)
             if index < run.last_block:
                 propagate(run, block, index, stream, stream)
     return entries

@@ -35,9 +35,16 @@ class Importance:
 
     of: Mapping[str, Tensor]
 
-    def hessians(self, name: str, device: torch.device) -> list[Tensor]:
-        """In place of the means of ``2 x xᵀ`` over the inputs of each matrix of a weight: their diagonals alone."""
-        return [torch.diag(2 * mean_I.to(device)) for mean_I in self.of[name]]
+    def hessians(self, name: str, device: torch.device, held: range | None = None) -> list[Tensor]:
+        """In place of the means of ``2 x xᵀ`` over the inputs of each matrix of a weight: their diagonals alone.
+
+        Args:
+            name: The weight's full name.
+            device: Where to.
+            held: The experts of it that are wanted; None for all.
+        """
+        mean_EI = self.of[name] if held is None else self.of[name][held.start : held.stop]
+        return [torch.diag(2 * mean_I.to(device)) for mean_I in mean_EI]
 
 
 def read_importance(model: ModelQuantization, plan: Sequence[BlockPlan]) -> Importance | None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import run_block
+from lightning_gsq.models.expert_parallel import in_step
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import InputStatistics, Matrix
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.forward_passes import arguments_of, fetch, sequences_at_once
+from lightning_gsq.run.forward_passes import arguments_of, fetch, passes_of, sequences_at_once
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice, settle
@@ -49,14 +50,14 @@ def matrices_of(
     needed, importance = run.model.start.watches_inputs, run.importance
     statistics = InputStatistics(list(plan.weights), run.device)
     if needed:
-        collect(run, statistics, plan.index, block, stream, arguments)
-        rare = rarely_reached(statistics, plan) if says else None
+        collect(run, statistics, plan, block, stream, arguments)
+        rare = rarely_reached(run, statistics, plan) if says else None
         if rare is not None:
             run.say(rare)
 
     def hessians(site: LinearSite) -> list[Tensor] | None:
         if importance is not None:
-            return importance.hessians(f"{plan.name}.{site.name}", run.device)
+            return importance.hessians(f"{plan.name}.{site.name}", run.device, plan.held.get(site.name))
         return statistics.hessians(site) if needed else None
 
     return {
@@ -73,7 +74,7 @@ def matrices_of(
 def collect(
     run: Run,
     statistics: InputStatistics,
-    index: int,
+    plan: BlockPlan,
     block: nn.Module,
     stream: Stream,
     arguments: Sequence[Tensor] | None = None,
@@ -82,26 +83,34 @@ def collect(
 
     Args:
         run: The run.
-        statistics: Of the block's weights.
-        index: The block's number.
+        statistics: Of the block's weights, as this process has them.
+        plan: Their plan.
         block: The block on the device.
         stream: What enters it; its first sequences are watched.
         arguments: What it is called with for each sequence, if that is known already.
     """
+    index = plan.index
     call, inputs_NTD = run.calls[index].to(run.device), stream.hidden_NTD[: hessian_sequences(run)]
     if arguments is None:
         arguments = arguments_of(run.model.network, run.forms, call, index, stream)
-    with run.watch("statistics"), torch.no_grad(), statistics.watching(block), run.precision():
+    watched = statistics.watching(block)
+    with run.watch("statistics"), torch.no_grad(), watched, run.precision(), in_step(block, passes_of(inputs_NTD)):
         for part in slices(len(inputs_NTD), sequences_at_once(inputs_NTD.shape[1])):
             bound = call.bind([tensor[part] for tensor in arguments], torch.float32)
             run_block(block, fetch(run, inputs_NTD[part]), bound)
     if run.ranks.world > 1:
-        statistics.reduce(run.ranks.sum)
+        # An expert that one process alone has has met the tokens of all.
+        shared = [site for site in plan.weights if run.exchange is None or site.name not in plan.held]
+        statistics.reduce(run.ranks.sum, shared)
 
 
-def rarely_reached(statistics: InputStatistics, plan: BlockPlan) -> str | None:
+def rarely_reached(run: Run, statistics: InputStatistics, plan: BlockPlan) -> str | None:
     """A line on the matrices, such as those of experts, that few tokens reached; None where all saw enough."""
-    seen = [(count, site.in_features) for site in plan.weights for count in statistics.tokens(site)]
+    held = plan.held if run.exchange is not None else {}
+    counts = {site.name: [(count, site.in_features) for count in statistics.tokens(site)] for site in plan.weights}
+    own = [pair for name in held for pair in counts[name]]
+    seen = [pair for name in counts if name not in held for pair in counts[name]]
+    seen += [pair for pairs in (run.ranks.all(own) if held else ()) for pair in pairs]
     rare = [count for count, columns in seen if count < columns]
     if not rare:
         return None

@@ -35,7 +35,7 @@ BESIDE_THE_RECIPE: dict[str, set[str]] = {
         "strategy",
         "use_distributed_sampler",
     },
-    "model": {"phases", "save_imatrix"},
+    "model": {"phases", "save_imatrix", "expert_parallel"},
     "data": {"cache_folder", "retries", "retry_pause"},
     "evaluation": {"by_block"},
     "activations": {"memory_limit_gb", "folder"},

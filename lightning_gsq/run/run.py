@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import BlockRunner, compiled_run_block, find_blocks, run_block, trace
+from lightning_gsq.models.expert_parallel import held_weights
 from lightning_gsq.models.passing import Forms
 from lightning_gsq.models.survey import survey
 from lightning_gsq.run.block_plan import BlockPlan
@@ -22,6 +23,7 @@ from lightning_gsq.run.importance import Importance
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.stopwatch import Stopwatch
+from lightning_gsq.system.token_exchange import TokenExchange
 from lightning_gsq.training import ModelQuantization
 
 
@@ -46,6 +48,7 @@ class Run:
         forms: What each returns beside them.
         width: Width of the hidden states, ``D``.
         run_block: How a block is run: plainly, or compiled.
+        exchange: The processes that the experts of a block are spread over; None where each has whole blocks.
         importance: Mean squares of inputs that a file gives in place of the run's own; None without one.
         watch: Where the seconds go.
     """
@@ -66,6 +69,7 @@ class Run:
     forms: Forms
     width: int
     run_block: BlockRunner
+    exchange: TokenExchange | None = None
     importance: Importance | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -94,6 +98,12 @@ class Run:
         """What to do with a block, by its number."""
         return {plan.index: plan for plan in self.plan}
 
+    def own(self, plan: BlockPlan) -> BlockPlan:
+        """This process's part of what is done with a block: all of it, unless its experts are spread."""
+        if not self.model.block.expert_parallel:
+            return plan
+        return plan.own(held_weights(self.blocks[plan.index], self.ranks.rank, self.ranks.world))
+
     def mean(self, value: float) -> float:
         """Mean over the processes."""
         return float(self.ranks.sum(torch.tensor(value, dtype=torch.float64, device=self.device))) / self.ranks.world
@@ -119,7 +129,9 @@ def make_run(
     """The run of these parts; looks at how the model calls its blocks. Arguments as in :class:`Run`."""
     trainer = make_trainer()
     surveyed, traced = survey(model.network), trace(model.network, data.train_ids_NT[:1])
-    compiled = model.block.compiled and compiler_available(trainer.strategy.root_device.type)
+    device = trainer.strategy.root_device
+    compiled = model.block.compiled and compiler_available(device.type)
+    spread = model.block.expert_parallel and ranks.world > 1
     return Run(
         model=model,
         data=data,
@@ -137,5 +149,6 @@ def make_run(
         forms=surveyed.forms,
         width=traced.output_BTD.shape[-1],
         run_block=compiled_run_block() if compiled else run_block,
+        exchange=TokenExchange(ranks.rank, ranks.world, device) if spread else None,
         importance=importance,
     )

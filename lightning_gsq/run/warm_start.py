@@ -40,9 +40,9 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:
-                tensors = finished.take(plan)
+                tensors, own = finished.take(plan), run.own(plan)
                 if tensors is None:
-                    matrices = matrices_of(run, plan, block, stream, says="blocks" not in run.model.phases)
+                    matrices = matrices_of(run, own, block, stream, says="blocks" not in run.model.phases)
                     choices = choose_salient(run, matrices)
                     with run.watch("warm_start"):
                         tensors = {
@@ -54,9 +54,13 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
                             for name, matrix in matrices.items()
                         }
                     finished.add(plan, tensors)
-                results.append(tensors)
-                install(block, plan, tensors)
+                if run.exchange is None:
+                    results.append(tensors)
+                install(block, own, tensors)
             if index < run.last_block:
                 propagate(run, block, index, stream, stream)
             move()
+    if run.exchange is not None:  # this process has made some of the experts; the files hold all
+        run.ranks.wait()
+        results = [run.folder.read_block("warm_start", plan.index, plan.expected) for plan in run.plan]
     return results, True

@@ -7,10 +7,10 @@ by then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -19,8 +19,11 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError, ProcessLostError
+from lightning_gsq.system.slices import slices
 
 T = TypeVar("T")
+PIECE_BYTES = 1 << 26
+"""What processes send each other at once."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,41 @@ class Ranks:
         """The sum over all processes, in place."""
         if self.world > 1:
             torch.distributed.all_reduce(values)
+        return values
+
+    def gather_rows(self, own: Tensor, counts: Sequence[int], device: torch.device) -> Tensor:
+        """Rows of all processes below one another, in the first process; the others keep their own.
+
+        They travel some at a time, so that no more than :data:`PIECE_BYTES` of them is on a device at once.
+
+        Args:
+            own: This process's rows, on the host.
+            counts: How many each process has.
+            device: Where processes exchange tensors.
+        """
+        step = max(1, PIECE_BYTES // max(1, own[:1].nbytes))
+        if not self.first:
+            for part in slices(len(own), step):
+                torch.distributed.send(own[part].contiguous().view(torch.uint8).to(device), 0)
+            return own
+        everything = own.new_empty(sum(counts), *own.shape[1:])
+        everything[: len(own)] = own
+        start = len(own)
+        for rank, count in enumerate(counts[1:], 1):
+            for part in slices(count, step):
+                rows = everything[start:][part]
+                piece = torch.empty_like(rows.view(torch.uint8), device=device)
+                torch.distributed.recv(piece, rank)
+                rows.copy_(piece.cpu().view(own.dtype))
+            start += count
+        return everything
+
+    def all(self, value: T) -> list[T]:
+        """What each process has, in all of them."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
         return values
 
     def agree(self, value: T) -> T:

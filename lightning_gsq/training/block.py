@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import BlockRunner, run_block
+from lightning_gsq.models.expert_parallel import held_weights, passes_of_others, without_tokens
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelQuantizer
 from lightning_gsq.quantizers.salient import MixedQuantizer
 from lightning_gsq.system.seeding import seed_of
+from lightning_gsq.system.token_exchange import TokenExchange
+from lightning_gsq.training import expert_parallel
 from lightning_gsq.training.losses import refuse_non_finite
 from lightning_gsq.training.optim import Adam, Lion
 from lightning_gsq.training.schedule import cosine_to_floor
@@ -50,6 +53,9 @@ class BlockQuantization(LightningModule):
         position: How many blocks of this run come before this one, and how many there are.
         run: How a block is run: plainly, or compiled.
         saliency: What was chosen for the weights with a salient part, as figures by name; for callbacks that log them.
+        exchange: The processes that the block's experts are spread over, if it has any; what each of them has is
+            trained by all, with one sample of the weights for a step. None where a process has the block to itself, or
+            shares it as its strategy says.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class BlockQuantization(LightningModule):
         position: tuple[int, int] = (0, 1),
         run: BlockRunner = run_block,
         saliency: Mapping[str, Mapping[str, float]] | None = None,
+        exchange: TokenExchange | None = None,
     ) -> None:
         super().__init__()
         self.block = block.requires_grad_(False).eval()
@@ -79,7 +86,12 @@ class BlockQuantization(LightningModule):
         self.measured_afterwards = False
         """Whether a run will say how good the block has become, so that callbacks need not."""
         self._call, self._run = call, run
+        self.exchange = exchange
+        self.own = set() if exchange is None else set(held_weights(block, exchange.rank, exchange.world))
+        """Names of the weights of which this process has some experts, others the others."""
         self._validated: tuple[dict[str, Tensor], dict[str, Tensor]]
+        self._batches = self._further = 0
+        """Validation batches of this process, and those of another beyond them, whose tokens come here as well."""
 
     @property
     def first_step(self) -> int:
@@ -97,6 +109,10 @@ class BlockQuantization(LightningModule):
         for name, quantizer in self.named_weights():
             for suffix, part in quantizer.parts():
                 yield name + suffix, part
+
+    def _parameters_of(self, own: bool) -> list[nn.Parameter]:
+        """What trains: of this process's experts, or of everything else, of which each process has a copy."""
+        return [p for name, weight in self.named_weights() if (name in self.own) == own for p in weight.parameters()]
 
     def sampled_weights(self, *key: int) -> dict[str, Tensor]:
         """One relaxed sample of every weight; ``key`` selects the noise."""
@@ -134,7 +150,7 @@ class BlockQuantization(LightningModule):
         Raises:
             NonFiniteLossError: it is NaN or infinite.
         """
-        loss = self.loss(batch, self.sampled_weights(self.global_step, batch_idx, self.global_rank))
+        loss = self.loss(batch, self.sampled_weights(self.global_step, batch_idx, self._noise))
         refuse_non_finite(
             loss,
             f"the loss of {self.name} at step {self.global_step}",
@@ -145,9 +161,43 @@ class BlockQuantization(LightningModule):
         self.log_dict({"block/loss_soft": loss.detach(), "step": float(self.first_step + self.global_step)})
         return loss
 
+    @property
+    def _noise(self) -> int:
+        """Which noise a process draws: its own, unless they share a block, of which a step has one sample."""
+        return self.global_rank if self.exchange is None else 0
+
+    def on_fit_start(self) -> None:
+        """Where experts are spread, makes everything else that of the first process."""
+        if self.exchange is not None:
+            for name, weight in self.named_weights():
+                if name not in self.own:
+                    expert_parallel.share([*weight.parameters(), *weight.buffers()], self.exchange)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Where experts are spread, averages the gradients of everything else."""
+        if self.exchange is not None:
+            expert_parallel.average(self._parameters_of(own=False), self.exchange)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as the Trainer says; a norm is that over all processes' experts."""
+        if self.exchange is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            shared, own = (self._parameters_of(own) for own in (False, True))
+            expert_parallel.clip_norm(shared, own, gradient_clip_val, self.exchange)
+
     def on_validation_epoch_start(self) -> None:
         """Draws one sample of the weights and rounds them once, for all validation batches."""
-        self._validated = self.sampled_weights(-1, self.global_step, self.global_rank), self.hard_weights()
+        self._validated = self.sampled_weights(-1, self.global_step, self._noise), self.hard_weights()
+        trainer = self.trainer
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._batches = int(sum(batches))
+        self._further = passes_of_others(self.block, self._batches)
 
     def on_validation_epoch_end(self) -> None:
         """Frees them."""
@@ -156,6 +206,9 @@ class BlockQuantization(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs the losses of a sample and of the rounded weights on held-out sequences."""
         soft, hard = (self.loss(batch, weights) for weights in self._validated)
+        for _ in range(self._further if batch_idx + 1 == self._batches else 0):
+            for weights in self._validated:
+                without_tokens(self.block, weights)
         losses = {"block/val_loss_soft": soft, "block/val_loss_hard": hard}
         self.log_dict({**losses, "step": float(self.first_step + self.global_step)}, sync_dist=True)
 
@@ -167,6 +220,19 @@ class BlockQuantization(LightningModule):
         check_rounding(optimizer, logits)
         schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, self.learning_rate_floor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    @torch.no_grad()
+    def flip_rate(self) -> float:
+        """The share of codes that differ from the warm start, over the experts of all processes."""
+        counts = torch.zeros(2, 2, dtype=torch.float64)
+        for name, weight in self.named_weights():
+            for _, part in weight.parts():
+                changed = int((part.codes_OI() != part.start_codes).sum())
+                counts[int(name in self.own)] += torch.tensor([changed, part.start_codes.numel()])
+        if self.exchange is not None:
+            counts[1] = self.exchange.sum(counts[1].to(self.exchange.device)).cpu()
+        flipped, total = counts.sum(0).tolist()
+        return float(flipped / total)
 
     def _dense(self, tensors: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
         return {site.name: site.from_matrix(tensors[site.name].dequantize()) for site in self.sites}

@@ -67,6 +67,8 @@ class ModelQuantization(LightningModule):
         learning_rate_floor: End of the cosine learning rate schedule, as a share of its start.
         compile_blocks: Run blocks through torch.compile where a compiler is there: some tens of seconds at the start,
             then a quarter less time a block on a CPU.
+        expert_parallel: With several devices, each holds, rounds and trains its own routed experts of a block, and
+            tokens go to all of them; for blocks of experts that one device does not hold.
         scale_dtype: Stored dtype of the scales.
         dtype: Dtype the model is loaded in; "auto" keeps that of its files (float32 for GGUF).
         output_dtype: Dtype of the dequantized model that a run saves.
@@ -100,6 +102,7 @@ class ModelQuantization(LightningModule):
         scale_learning_rate: float = 3e-3,
         learning_rate_floor: float = 0.1,
         compile_blocks: bool = False,
+        expert_parallel: bool = False,
         scale_dtype: settings.ScaleDtype = "float16",
         dtype: loading.Dtype = "auto",
         output_dtype: settings.OutputDtype = "bfloat16",
@@ -133,6 +136,7 @@ class ModelQuantization(LightningModule):
             scale_learning_rate,
             learning_rate_floor,
             compile_blocks,
+            expert_parallel,
         )
         self.storage = settings.StorageOptions(getattr(torch, scale_dtype), getattr(torch, output_dtype))
         self.negative_log_likelihood = loss_mean()

@@ -150,6 +150,7 @@ class BlockOptions:
         scale_learning_rate: Learning rate of the scales, relative to each scale.
         learning_rate_floor: End of the cosine schedule, as a share of its start.
         compiled: Run blocks through ``torch.compile`` where a compiler is there.
+        expert_parallel: Each process has its own routed experts of a block.
     """
 
     target: Target
@@ -159,6 +160,7 @@ class BlockOptions:
     scale_learning_rate: float
     learning_rate_floor: float
     compiled: bool
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.scale_learning_rate <= 0:

@@ -141,6 +141,22 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(sample, (logits, scales))
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("case", CASES)
+def test_some_rows_get_the_noise_that_they_have_in_the_whole(case: str, backend: str) -> None:
+    logits, scales, levels, codes = _inputs(case)
+    logits, scales = (tensor.detach().float().to(DEVICE) for tensor in (logits, scales))
+    codes = None if codes is None else codes.to(DEVICE)
+    settings = {"kappa": 80.0, "tau": 0.7, "seed": 2**40 + 3, "group_length": GROUP, "backend": backend}
+    whole = gumbel_softmax_weight(logits, scales, levels, codes, **settings)  # type: ignore[arg-type]
+    base = None if codes is None else codes[2:5]
+    some = gumbel_softmax_weight(logits[:, 2:5], scales[2:5], levels, base, first_row=2, **settings)  # type: ignore[arg-type]
+    torch.testing.assert_close(some, whole[2:5])
+    exact = {key: value for key, value in settings.items() if key != "backend"}
+    far = gumbel_softmax_weight_reference(logits, scales, levels, codes, first_row=2**40, **exact)  # type: ignore[arg-type]
+    assert torch.isfinite(far).all()
+
+
 def test_same_seed_same_sample() -> None:
     logits, scales, levels, codes = _inputs("shifts")
     draws = [

@@ -32,6 +32,7 @@ def gumbel_softmax_weight(
     tau: float,
     noise: float = 1.0,
     seed: int = 0,
+    first_row: int = 0,
     group_length: int,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -47,6 +48,7 @@ def gumbel_softmax_weight(
         tau: Temperature, positive.
         noise: Factor on the noise; 0 draws none.
         seed: Seed of this call's noise, 63 bits; the backward pass draws the same again.
+        first_row: Number of the first row in a larger matrix of the same width, whose noise these rows get.
         group_length: Weights in a full group; the last group of a row may be shorter.
         backend: "triton" (CUDA), "compile" (``torch.compile``), "eager" (uncompiled), or "auto" for the first of them
             that works here.
@@ -54,7 +56,7 @@ def gumbel_softmax_weight(
     Returns:
         ``w_OI`` in the logits' dtype, differentiable in logits and scales.
     """
-    numbers, words = numbers_of((kappa, tau, noise), seed, logits_LOI)
+    numbers, words = numbers_of((kappa, tau, noise), seed, logits_LOI, first_row)
     result: Tensor = op.gumbel_softmax_weight(
         logits_LOI, scales_OG, base_OI, levels, numbers, words, group_length, backend
     )

@@ -47,7 +47,7 @@ def _relax(
     """Probabilities of each level (none for the binary form) and the expected level."""
     kappa, tau, noise = scalars[0], scalars[1], scalars[2]
     count, rows, columns = logits_LRC.shape
-    position = counters(rows, columns, row_stride, offset, logits_LRC.device) * count
+    position = (counters(rows, columns, row_stride, offset, logits_LRC.device) + seed[2]) * count
     if count == 1:
         u = uniform(position, seed).to(scalars.dtype)
         logistic = torch.log(u) - torch.log1p(-u)
@@ -206,7 +206,10 @@ def backward(
     return torch.cat(d_logits, dim=-1), torch.stack(d_scales, dim=1)
 
 
-def numbers_of(scalars: tuple[float, float, float], seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """kappa, tau and the noise's factor, and the seed, as tensors: changing values compile nothing anew."""
+def numbers_of(
+    scalars: tuple[float, float, float], seed: int, like: Tensor, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
+    """kappa, tau and the noise's factor, and the seed's words, as tensors: changing values compile nothing anew."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.tensor(scalars, dtype=dtype, device=like.device), seed_words(seed).to(like.device)
+    words = seed_words(seed, first_row * like.shape[-1])
+    return torch.tensor(scalars, dtype=dtype, device=like.device), words.to(like.device)

@@ -42,6 +42,11 @@ def _uniform(counter, seed):
 
 
 @triton.jit
+def _counter(offset, seed, LEVELS: tl.constexpr):
+    return (offset.to(tl.uint32) + tl.load(seed + 2).to(tl.uint32, bitcast=True)) * LEVELS
+
+
+@triton.jit
 def _log2(x, FAST: tl.constexpr):
     if FAST:
         return libdevice.fast_log2f(x)
@@ -123,7 +128,7 @@ def _forward_kernel(
 ):  # fmt: skip
     for first in range(0, group_length, COLUMNS):
         tile, offset, inside = _place(groups, columns, group_length, tiles, first, ROWS, COLUMNS)
-        counter = offset.to(tl.uint32) * LEVELS
+        counter = _counter(offset, seed, LEVELS)
         scale = tl.load(scales + tile, mask=tile < tiles, other=0.0).to(tl.float32)[:, None]
         if LEVELS == 1:
             value, _ = _binary(logits + offset, numbers, counter, seed, inside, FAST)
@@ -143,7 +148,7 @@ def _backward_kernel(
     d_scale = tl.zeros([ROWS], tl.float32)
     for first in range(0, group_length, COLUMNS):
         tile, offset, inside = _place(groups, columns, group_length, tiles, first, ROWS, COLUMNS)
-        counter = offset.to(tl.uint32) * LEVELS
+        counter = _counter(offset, seed, LEVELS)
         scale = tl.load(scales + tile, mask=tile < tiles, other=0.0).to(tl.float32)[:, None]
         upstream = tl.load(r + offset, mask=inside, other=0.0).to(tl.float32)
         factor = upstream * scale * ratio

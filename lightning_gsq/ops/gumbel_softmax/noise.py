@@ -31,9 +31,10 @@ def hash32(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 16)
 
 
-def seed_words(seed: int) -> Tensor:
-    """A 63-bit seed as two int32 words."""
-    return torch.tensor([_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF)], dtype=torch.int32)
+def seed_words(seed: int, first: int = 0) -> Tensor:
+    """A 63-bit seed as two int32 words; the third is the position of the first weight, for a part of a matrix."""
+    words = (seed, seed >> 32, first)
+    return torch.tensor([_signed(word & 0xFFFFFFFF) for word in words], dtype=torch.int32)
 
 
 def uniform(counter: Tensor, seed: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def uniform(counter: Tensor, seed: Tensor) -> Tensor:
 
     Args:
         counter: int32.
-        seed: int32, two words.
+        seed: int32, whose first two words are the seed.
     """
     bits = hash32(hash32(counter ^ seed[0]) ^ seed[1])
     return (_shift_right(bits, 9).to(torch.float32) + 0.5) * 2.0**-23

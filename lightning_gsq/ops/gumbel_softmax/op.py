@@ -34,7 +34,7 @@ def gumbel_softmax_weight(
         base: ``O I`` or None.
         levels: One a plane; not used for ``L = 1``.
         numbers: kappa, tau and the noise's factor, fp32 (fp64 for fp64 logits), on the logits' device.
-        seed: Two int32 words, on the logits' device.
+        seed: The int32 words of ``noise.seed_words``, on the logits' device.
         group_length: Weights in a full group.
         backend: See ``fused.resolve``.
     """

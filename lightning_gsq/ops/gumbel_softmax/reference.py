@@ -22,13 +22,14 @@ def gumbel_softmax_weight_reference(
     tau: float,
     noise: float = 1.0,
     seed: int = 0,
+    first_row: int = 0,
     group_length: int,
 ) -> Tensor:
     """The same as :func:`lightning_gsq.ops.gumbel_softmax.gumbel_softmax_weight`, differentiated by autograd."""
     dtype, (count, rows, columns) = logits_LOI.dtype, logits_LOI.shape
     logits_LOI = logits_LOI.to(torch.promote_types(dtype, torch.float32))
-    position_OI = counters(rows, columns, columns, 0, logits_LOI.device)
-    words = seed_words(seed).to(logits_LOI.device)
+    words = seed_words(seed, first_row * columns).to(logits_LOI.device)
+    position_OI = counters(rows, columns, columns, 0, logits_LOI.device) + words[2]
     u_LOI = torch.stack([uniform(position_OI * count + level, words) for level in range(count)]).to(logits_LOI.dtype)
     if count == 1:
         mean_OI = torch.tanh((2 * kappa * logits_LOI + noise * torch.logit(u_LOI))[0] / (2 * tau))

@@ -31,7 +31,14 @@ class _Mean(torch.autograd.Function):
 
 
 def gumbel_softmax_vectors(
-    logits_LOU: Tensor, codes_LOI: Tensor, *, kappa: float, tau: float, noise: float = 1.0, seed: int = 0
+    logits_LOU: Tensor,
+    codes_LOI: Tensor,
+    *,
+    kappa: float,
+    tau: float,
+    noise: float = 1.0,
+    seed: int = 0,
+    first_row: int = 0,
 ) -> Tensor:
     """Samples ``sum_l c_l softmax((kappa * logits + noise * g) / tau)_l`` with Gumbel noise ``g``, one draw a group.
 
@@ -42,6 +49,7 @@ def gumbel_softmax_vectors(
         tau: Temperature, positive.
         noise: Factor on the noise; 0 draws none.
         seed: Seed of this call's noise, 63 bits.
+        first_row: Number of the first row in a larger matrix of the same width, whose noise these rows get.
 
     Returns:
         fp32 (fp64 for such logits) ``O I``, differentiable in the logits.
@@ -49,7 +57,8 @@ def gumbel_softmax_vectors(
     count, rows, groups = logits_LOU.shape
     z_LOU = kappa * logits_LOU.to(torch.promote_types(logits_LOU.dtype, torch.float32))
     if noise:
-        position_OU, words = counters(rows, groups, groups, 0, z_LOU.device), seed_words(seed).to(z_LOU.device)
+        words = seed_words(seed, first_row * groups).to(z_LOU.device)
+        position_OU = counters(rows, groups, groups, 0, z_LOU.device) + words[2]
         u_LOU = torch.stack([uniform(position_OU * count + level, words) for level in range(count)])
         z_LOU = z_LOU - noise * torch.log(-torch.log(u_LOU))
     p_LOU = torch.softmax(z_LOU / tau, dim=0)
