@@ -17,6 +17,7 @@ from lightning_gsq.run.forward_passes import arguments_of, fetch, passes_of, seq
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice, settle
+from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.slices import slices
 from lightning_gsq.weights.element import ElementTensor
 from lightning_gsq.weights.mixed import MixedTensor, merge_columns
@@ -51,7 +52,7 @@ def matrices_of(
     statistics = InputStatistics(list(plan.weights), run.device)
     if needed:
         collect(run, statistics, plan, block, stream, arguments)
-        rare = rarely_reached(run, statistics, plan) if says else None
+        rare = rarely_reached(statistics, plan, run.ranks) if says else None
         if rare is not None:
             run.say(rare)
 
@@ -104,13 +105,12 @@ def collect(
         statistics.reduce(run.ranks.sum, shared)
 
 
-def rarely_reached(run: Run, statistics: InputStatistics, plan: BlockPlan) -> str | None:
+def rarely_reached(statistics: InputStatistics, plan: BlockPlan, ranks: Ranks = Ranks()) -> str | None:  # noqa: B008
     """A line on the matrices, such as those of experts, that few tokens reached; None where all saw enough."""
-    held = plan.held if run.exchange is not None else {}
     counts = {site.name: [(count, site.in_features) for count in statistics.tokens(site)] for site in plan.weights}
-    own = [pair for name in held for pair in counts[name]]
-    seen = [pair for name in counts if name not in held for pair in counts[name]]
-    seen += [pair for pairs in (run.ranks.all(own) if held else ()) for pair in pairs]
+    own = [pair for name in plan.held for pair in counts[name]]
+    seen = [pair for name in counts if name not in plan.held for pair in counts[name]]
+    seen += [pair for pairs in (ranks.all(own) if plan.held else ()) for pair in pairs]
     rare = [count for count, columns in seen if count < columns]
     if not rare:
         return None

@@ -176,6 +176,8 @@ class BlockQuantization(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Where experts are spread, averages the gradients of everything else."""
         if self.exchange is not None:
+            # An optimizer moves on what it remembers, also where a step has met no token.
+            expert_parallel.gradients(self._parameters_of(own=True))
             expert_parallel.average(self._parameters_of(own=False), self.exchange)
 
     def configure_gradient_clipping(

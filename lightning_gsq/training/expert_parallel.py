@@ -26,12 +26,18 @@ def share(tensors: Iterable[Tensor], exchange: TokenExchange) -> None:
 
 
 @torch.no_grad()
-def average(parameters: Iterable[nn.Parameter], exchange: TokenExchange) -> None:
-    """Averages the gradients of parameters that every process has; one that has none counts as zeros."""
+def average(parameters: Sequence[nn.Parameter], exchange: TokenExchange) -> None:
+    """Averages the gradients of parameters that every process has."""
+    for gradient in gradients(parameters):
+        exchange.sum(gradient).div_(exchange.world)
+
+
+def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The gradients of all these parameters; zeros where there was none, as of experts that no token has met."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        exchange.sum(parameter.grad).div_(exchange.world)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 @torch.no_grad()
@@ -49,14 +55,12 @@ def clip_norm(
     here, everywhere = (_squares(parameters, exchange.device) for parameters in (shared, own))
     norm = (here + exchange.sum(everywhere)).sqrt()
     factor = (limit / (norm + EPSILON)).clamp(max=1.0)
-    for parameter in (*shared, *own):
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+    for gradient in gradients([*shared, *own]):
+        gradient.mul_(factor.to(gradient.dtype))
 
 
-def _squares(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+def _squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total += parameter.grad.float().square().sum()
+    for gradient in gradients(parameters):
+        total += gradient.float().square().sum()
     return total
