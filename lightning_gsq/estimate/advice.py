@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate.block_terms import worst_block
-from lightning_gsq.estimate.experts import most_experts, thinner
+from lightning_gsq.estimate.experts import most_experts
 from lightning_gsq.estimate.quantities import Surroundings, Weights, optimizer_state
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.training import Lion, ModelQuantization
 
 LION = "--model.gumbel.logits_dtype bfloat16 --model.optimizer Lion"
 SHORTER = "--data.batch_size 1"
+SPREAD = "--model.expert_parallel true"
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,14 @@ class _Case:
         model.block = replace(model.block, gumbel=gumbel, optimizer=lambda groups: Lion(groups, lr=1e-3))
         return replace(self, model=model, around=replace(self.around, optimizer_state=optimizer_state(model)))
 
-    def spread(self, count: int) -> _Case:
-        """What each of so many devices would hold, with its share of the experts."""
-        blocks = [
-            replace(block, module=thinner(block.module, -(-most_experts(block.module) // count)))
-            for block in self.skeleton.blocks
-        ]
-        shares = {
-            index: {
-                (replace(site, experts=-(-site.experts // count)) if site.experts else site): scheme
-                for site, scheme in weights.items()
-            }
-            for index, weights in self.plan.items()
-        }
-        return replace(self, skeleton=replace(self.skeleton, blocks=blocks), plan=shares)
+    def spread(self, devices: int) -> _Case:
+        """With the experts of a block spread over so many devices."""
+        return replace(self, around=replace(self.around, experts_over=devices))
+
+    @property
+    def most_experts(self) -> int:
+        """Experts of the largest module of fused experts."""
+        return max((most_experts(block.module) for block in self.skeleton.blocks), default=0)
 
 
 def device_advice(
@@ -78,9 +73,9 @@ def device_advice(
     plan: dict[int, Weights],
     around: Surroundings,
     room: int,
+    devices: int = 1,
 ) -> list[str]:
-    """Lines on what would bring the largest block within the room of one device, and how many devices its experts
-    would need if they were spread.
+    """Lines on what would bring the largest block within the room of one device: options, and experts that are spread.
 
     Args:
         model: The model's settings.
@@ -89,47 +84,63 @@ def device_advice(
         plan: Weights to quantize of each block.
         around: Surroundings.
         room: Bytes of a device.
+        devices: How many the run has.
     """
     case = _Case(model, data, skeleton, plan, around)
     if case.bytes <= room:
         return []
-    smallest = case.with_lion().one_by_one()
-    tried = {SHORTER: case.one_by_one(), LION: case.with_lion(), f"{LION} {SHORTER}": smallest}
-    sizes = {options: changed.bytes for options, changed in tried.items()}
-    fitting = next((options for options, size in sizes.items() if size <= room), None)
+    spread = around.experts_over > 1
+    tried = _with_options(case)
+    if not spread and 1 < devices <= case.most_experts:
+        over = {f"{SPREAD} {options}".strip(): c for options, c in _with_options(case.spread(devices), True).items()}
+        tried |= over
+    fitting = next((options for options, changed in tried.items() if changed.bytes <= room), None)
     if fitting is not None:
-        return [f"with {fitting} the training of the largest block takes {_gb(sizes[fitting])} on the device, and fits"]
-    least = min(sizes, key=lambda options: sizes[options])
+        size = _gb(tried[fitting].bytes)
+        return [f"with {fitting} the training of the largest block takes {size} on the device, and fits"]
+    least = min(tried, key=lambda options: tried[options].bytes)
+    why = "" if spread else ", on every device, since further devices share sequences and not weights"
     lines = [
-        f"no option makes the largest block fit: {_gb(case.bytes)}, with {least} {_gb(sizes[least])}, on every device, "
-        "since further devices share sequences and not weights"
+        f"no option makes the largest block fit: {_gb(case.bytes)}, with {least} {_gb(tried[least].bytes)}"
+        + (why if SPREAD not in least else f", on each of {devices} devices")
     ]
+    smallest = case.with_lion().one_by_one()
     count = _devices(smallest, room)
     if count is not None:
         lines.append(
-            f"spread over devices of {_gb(room)}, its experts would need {count} of them with these options; no run "
-            "spreads experts yet"
+            f"with {LION} {SHORTER} {SPREAD} and --trainer.devices {count} it takes "
+            f"{_gb(smallest.spread(count).bytes)} on each of {count} devices, and fits"
         )
     return lines
+
+
+def _with_options(case: _Case, itself: bool = False) -> dict[str, _Case]:
+    """A case with what options change of it, by those options; ``itself`` with none as well."""
+    tried = {SHORTER: case.one_by_one(), LION: case.with_lion(), f"{LION} {SHORTER}": case.with_lion().one_by_one()}
+    return {"": case, **tried} if itself else tried
 
 
 def _devices(case: _Case, room: int) -> int | None:
     """Devices over which the experts of every block have to be spread; None if the rest alone is too large.
 
     What a device holds is a fixed part and one that the experts share, so that two sizes say about where the answer
-    is; there it is counted.
+    is; there it is counted, with the tokens of the other devices, which grow with their number.
     """
-    most = max((most_experts(block.module) for block in case.skeleton.blocks), default=0)
+    most = case.most_experts
     if most < 2:
         return None
-    spread = min(most, 16)
-    shared = (case.bytes - case.spread(spread).bytes) / (1 - 1 / spread)
+    some = min(most, 16)
+    shared = (case.bytes - case.spread(some).bytes) / (1 - 1 / some)
     if case.bytes - shared >= room:
         return None
     count = max(2, math.ceil(shared / (room - (case.bytes - shared))) - 1)
+    size = case.bytes
     while count <= most:
-        if case.spread(count).bytes <= room:
+        before, size = size, case.spread(count).bytes
+        if size <= room:
             return count
+        if size >= before:
+            return None
         count += 1
     return None
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from lightning_gsq.data import CalibrationDataModule
+from lightning_gsq.estimate.experts import exchanged_bytes, one_share
 from lightning_gsq.estimate.quantities import Surroundings, Weights, candidate_bytes, num_logits, scale_numbers
-from lightning_gsq.estimate.simulate import activation_bytes
+from lightning_gsq.estimate.simulate import PassBytes, activation_bytes
 from lightning_gsq.estimate.skeleton import BlockSkeleton, Skeleton
 from lightning_gsq.quantizers import GPTQ
 from lightning_gsq.run.forward_passes import sequences_at_once
@@ -47,6 +48,8 @@ def worst_block(
         block = skeleton.blocks[index]
         key = (block.parameters, tuple(weights.items()))
         if key not in terms:
+            if around.experts_over > 1:
+                block, weights = one_share(block, weights, around.experts_over)
             terms[key] = block_terms(model, data, skeleton.width, block, weights, around)
     starts, trainings = [t.start for t in terms.values()], [t.training for t in terms.values()]
     return BlockTerms(max(starts, key=lambda t: sum(t.values())), max(trainings, key=lambda t: sum(t.values())))
@@ -60,17 +63,24 @@ def block_terms(
     weights: Weights,
     around: Surroundings,
 ) -> BlockTerms:
-    """Terms of one block."""
+    """Terms of one block, or of a device's share of it."""
     tokens, sequences = data.sequence_length, sequences_at_once(data.sequence_length)
     forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False).peak
-    backward = activation_bytes(block, width, data.batch_size, tokens, around.bf16, training=True).peak
+    narrow = {site.name for site in weights} if _sample_bytes(model, around) < FP32 else ()
+    step = activation_bytes(block, width, data.batch_size, tokens, around.bf16, True, narrow)
+    devices = around.experts_over
+    if devices > 1:
+        forward += exchanged_bytes(block.module, width, sequences * tokens, devices)
+        exchanged = exchanged_bytes(block.module, width, data.batch_size * tokens, devices)
+        step = PassBytes(step.peak + exchanged, step.kept)
     count = sum(site.rows * site.in_features for site in weights)
     groups = scale_numbers(weights.items())
-    copy = {"block in fp32": FP32 * block.parameters}
+    share = f", its experts over {devices} devices" if devices > 1 else ""
+    copy = {f"block in fp32{share}": FP32 * block.parameters}
     working = {"codes and positions of the starts": 5 * count}
     working |= _rounding_terms(model, weights, forward, sequences * tokens)
     starts = {"start: codes (int8) and scales": count + FP32 * groups}
-    training = _training_terms(model, weights, around.optimizer_state, forward, backward)
+    training = _training_terms(model, weights, around, forward, step)
     return BlockTerms(copy | working, copy | starts | training)
 
 
@@ -94,9 +104,20 @@ def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, to
     return terms | {"largest matrix: factors and rounding": rounding}
 
 
+def _sample_bytes(model: ModelQuantization, around: Surroundings) -> int:
+    """Bytes of a sampled weight: those of its logits under autocast, else of fp32."""
+    return getattr(torch, model.block.gumbel.logits_dtype).itemsize if around.bf16 else FP32
+
+
 def _training_terms(
-    model: ModelQuantization, weights: Weights, optimizer_state: float, forward: int, backward: int
+    model: ModelQuantization, weights: Weights, around: Surroundings, forward: int, step: PassBytes
 ) -> dict[str, int]:
+    """What trains, and the larger of what a step and a validation pass take beside it.
+
+    The gradients of logits and scales come last, from those of the sampled weights, when the block's activations are
+    gone; until the next step's backward pass begins they stay. A validation pass has none. Where several steps add up,
+    they are always there.
+    """
     count = sum(site.rows * site.in_features for site in weights)
     groups = scale_numbers(weights.items())
     logits = num_logits(weights.items(), model.block.gumbel)
@@ -105,12 +126,18 @@ def _training_terms(
     terms = {
         f"logits ({'fp32' if dtype == 'float32' else dtype}, {logits / count:.3g} a weight) and scales": trained,
         "their gradients": trained,
-        "optimizer state": round(optimizer_state * trained),
+        "optimizer state": round(around.optimizer_state * trained),
     }
     vectors = candidate_bytes(weights.items(), model.block.gumbel)
     if vectors:
         terms["code vectors to choose from (int8)"] = vectors
-    # A step holds one sample of the weights and what its backward pass needs; a validation pass, two sets of weights.
-    if FP32 * count + backward >= 2 * FP32 * count + forward:
-        return terms | {"sampled weights": FP32 * count, "activations of a step": backward}
-    return terms | {"two sets of weights (validation)": 2 * FP32 * count, "activations of a forward pass": forward}
+    sampled = _sample_bytes(model, around) * count
+    backward = step.peak + sampled  # the gradients of all sampled weights, of which the pass counts one at a time
+    activations = backward if around.accumulates else max(step.kept, backward - trained, sampled)
+    validated = 2 * FP32 * count
+    gradients = terms["their gradients"]
+    if gradients + sampled + activations >= validated + forward + gradients * around.accumulates:
+        return terms | {"sampled weights": sampled, "activations of a step": activations}
+    if not around.accumulates:
+        del terms["their gradients"]
+    return terms | {"two sets of weights (validation)": validated, "activations of a forward pass": forward}

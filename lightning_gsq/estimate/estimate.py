@@ -32,6 +32,7 @@ from lightning_gsq.models.dequantizing import method_of
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.shared_weights import refuse_shared
+from lightning_gsq.run.experts import check_spread
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
@@ -119,6 +120,7 @@ def estimate(
     loading.check_headers(source, config)
     skeleton = make_skeleton(source, config, model.address.dtype)
     plan = _assign(model, skeleton)
+    check_spread(model, skeleton.model, plan, trainer)
     around = _surroundings(model, end_to_end, trainer, source, method_of(config) is not None, device_memory)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
@@ -132,7 +134,9 @@ def estimate(
     run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()), outer_ledger)
     steps = _steps(trainer, data)
     timing, reason = None, "--probe false"
-    if with_probe:
+    if around.experts_over > 1:
+        reason = "the experts of a block are spread over devices, and this is one"
+    elif with_probe:
         timing, reason = _probe(model, data, skeleton, plan, phases, trainer)
     compiled = timing is not None and _compiles(model, trainer)
     baseline = {"Python, libraries" + (", compiled code" if compiled else ""): _baseline(source)}
@@ -144,7 +148,7 @@ def estimate(
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     misfits = problems.memory_problems(phases, on_host, host_room, around.device_room)
     if around.device_room is not None and "blocks" in model.phases:
-        misfits += device_advice(model, data, skeleton, plan, around, around.device_room)
+        misfits += device_advice(model, data, skeleton, plan, around, around.device_room, trainer.world_size)
     if not mapped and streams > host_room:
         misfits.append(problems.stream_problem(streams, host_room))
     if mapped or windows:
@@ -186,6 +190,8 @@ def _surroundings(
         accelerated=device.type != "cpu" or device_memory is not None,
         mapped=source.gguf_file is None and model.address.dtype == "auto" and not dequantized,
         spread=1 if end_to_end.strategy is None else trainer.world_size,
+        experts_over=trainer.world_size if model.block.expert_parallel else 1,
+        accumulates=trainer.accumulate_grad_batches > 1,
     )
 
 

@@ -10,11 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from lightning_gsq.estimate.quantities import Weights
+from lightning_gsq.estimate.skeleton import BlockSkeleton
+from lightning_gsq.models.expert_parallel import fused_experts, fused_parameters, held_weights
 
 NAME = "lightning_gsq_equal_shares"
 
@@ -35,22 +40,45 @@ def equal_shares(block: nn.Module) -> Iterator[None]:
 
 def most_experts(block: nn.Module) -> int:
     """Experts of the block's largest module of fused experts whose class leaves a choice; 0 without one."""
-    return max((int(module.num_experts) for module in _fused(block)), default=0)  # type: ignore[arg-type]
+    return max((int(module.num_experts) for module in fused_experts(block).values()), default=0)
 
 
 def thinner(block: nn.Module, experts: int) -> nn.Module:
     """A copy of a block on the meta device with no more than so many of its fused experts; routers stay."""
     copied = copy.deepcopy(block)
-    for module in _fused(copied):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.shape[0] == module.num_experts:
-                setattr(module, name, nn.Parameter(parameter[:experts].clone(), requires_grad=False))
-        module.num_experts = min(experts, int(module.num_experts))  # type: ignore[assignment, arg-type]
+    for module in fused_experts(copied).values():
+        for name, parameter in fused_parameters(module).items():
+            setattr(module, name, nn.Parameter(parameter[:experts].clone(), requires_grad=False))
+        module.num_experts = min(experts, int(module.num_experts))
     return copied
 
 
-def _fused(block: nn.Module) -> list[nn.Module]:
-    return [module for module in block.modules() if hasattr(module, "has_gate") and hasattr(module, "num_experts")]
+def one_share(block: BlockSkeleton, weights: Weights, devices: int) -> tuple[BlockSkeleton, Weights]:
+    """The largest share of a block and of its weights where that many devices share its experts."""
+    spread = held_weights(block.module, 0, 1)
+    shares = {
+        replace(site, experts=-(-site.experts // devices)) if site.experts and site.name in spread else site: scheme
+        for site, scheme in weights.items()
+    }
+    return replace(block, module=thinner(block.module, -(-most_experts(block.module) // devices))), shares
+
+
+def exchanged_bytes(block: nn.Module, width: int, tokens: int, devices: int) -> int:
+    """Bytes of what a device gets of all devices' tokens, and gives back, while the block's experts run.
+
+    Hidden states of all tokens and what its experts make of them; the same for each pair of a token and an expert.
+
+    Args:
+        block: The block.
+        width: Features of the hidden states.
+        tokens: Of a device, at once.
+        devices: How many share the experts.
+    """
+    chosen = [module.config.get_text_config(decoder=True) for module in fused_experts(block).values()]
+    if devices == 1 or not chosen:
+        return 0
+    pairs = tokens * max(int(getattr(config, "num_experts_per_tok", 1) or 1) for config in chosen)
+    return 2 * (devices * tokens + pairs) * width * torch.float32.itemsize
 
 
 def _has_choice(config: Any) -> bool:

@@ -34,6 +34,8 @@ class Surroundings:
         accelerated: The device has a memory of its own.
         mapped: The model's weights are a mapping of their files, which the system can drop and read again.
         spread: Devices that share the model in the end-to-end phase; 1 for a copy on each.
+        experts_over: Devices that share the experts of a block; 1 where each has all of them.
+        accumulates: The gradients of several batches add up to a step.
     """
 
     bf16: bool
@@ -43,6 +45,8 @@ class Surroundings:
     accelerated: bool
     mapped: bool
     spread: int = 1
+    experts_over: int = 1
+    accumulates: bool = False
 
 
 def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:

@@ -10,8 +10,9 @@ way cannot run so. It runs on real zeros instead, on few tokens, and the peak is
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,7 +78,13 @@ class PassBytes:
 
 
 def activation_bytes(
-    block: BlockSkeleton, width: int, batch: int, tokens: int, bf16: bool, training: bool
+    block: BlockSkeleton,
+    width: int,
+    batch: int,
+    tokens: int,
+    bf16: bool,
+    training: bool,
+    narrow: Collection[str] = (),
 ) -> PassBytes:
     """Memory of one pass beside the weights.
 
@@ -88,18 +95,22 @@ def activation_bytes(
         tokens: Tokens of a sequence.
         bf16: Matrix products in bfloat16 (autocast).
         training: With a backward pass to the weights; otherwise a forward pass without gradients.
+        narrow: Names of weights that come in bfloat16, as samples of bfloat16 logits do under autocast.
     """
+    run = functools.partial(_run, width=width, bf16=bf16, training=training, narrow=narrow)
     if (experts := most_experts(block.module)) > FEW_EXPERTS[1]:
         few, more = (
-            activation_bytes(replace(block, module=thinner(block.module, count)), width, batch, tokens, bf16, training)
+            activation_bytes(
+                replace(block, module=thinner(block.module, count)), width, batch, tokens, bf16, training, narrow
+            )
             for count in FEW_EXPERTS
         )
         return _further(few, more, (experts - FEW_EXPERTS[0]) / (FEW_EXPERTS[1] - FEW_EXPERTS[0]))
     try:
         with FakeTensorMode(), equal_shares(block.module):
-            return _run(block, torch.empty, width, batch, tokens, bf16, training)
+            return run(block, torch.empty, batch=batch, tokens=tokens)
     except (DataDependentOutputException, DynamicOutputShapeException):
-        few, more = (_run(block, zeros_on_cpu, width, 1, count, bf16, training) for count in FEW_TOKENS)
+        few, more = (run(block, zeros_on_cpu, batch=1, tokens=count) for count in FEW_TOKENS)
         further = (batch * tokens - FEW_TOKENS[0]) / (FEW_TOKENS[1] - FEW_TOKENS[0])
         return _further(few, more, further)
 
@@ -120,11 +131,13 @@ def _run(
     tokens: int,
     bf16: bool,
     training: bool,
+    narrow: Collection[str] = (),
 ) -> PassBytes:
-    def fp32(tensor: Tensor) -> Tensor:
-        return make(tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    def fp32(tensor: Tensor, name: str = "") -> Tensor:
+        dtype = torch.bfloat16 if name in narrow else torch.float32
+        return make(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
 
-    weights = {name: fp32(p).requires_grad_(training) for name, p in block.module.named_parameters()}
+    weights = {name: fp32(p, name).requires_grad_(training) for name, p in block.module.named_parameters()}
     buffers = {name: fp32(b) for name, b in block.module.named_buffers()}
     call = longer(block.call, tokens)
     hidden, target = (make(torch.Size([batch, tokens, width]), dtype=torch.float32) for _ in range(2))

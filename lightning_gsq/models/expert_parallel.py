@@ -110,7 +110,7 @@ def _of_own_experts(module: Any, held: range, hidden_MD: Tensor, index_MK: Tenso
     token_P, place_P = torch.where((index_MK >= held.start) & (index_MK < held.stop))
     pairs = index_MK[token_P, place_P, None] - held.start, weights_MK[token_P, place_P, None]
     output_PD = _original(module)(module, hidden_MD[token_P], *pairs)
-    return torch.zeros_like(hidden_MD).index_add(0, token_P, output_PD.to(hidden_MD.dtype))
+    return torch.zeros_like(hidden_MD).index_add_(0, token_P, output_PD.to(hidden_MD.dtype))
 
 
 def _original(module: Any) -> Any:

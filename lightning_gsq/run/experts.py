@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.expert_parallel import check_parts, fused_experts, held_weights, share_of
+from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import FromFile
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.run import Run
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.quantized import QuantizedTensor
+from lightning_gsq.weights.scheme import QuantScheme
 
 
 def check_expert_parallel(model: ModelQuantization, plan: Sequence[BlockPlan], trainer: Trainer) -> None:
@@ -32,29 +35,62 @@ def check_expert_parallel(model: ModelQuantization, plan: Sequence[BlockPlan], t
     """
     if not model.block.expert_parallel:
         return
-    option, world, name = "model.expert_parallel", trainer.world_size, type(model.network).__name__
     blocks = find_blocks(model.network)[1]
-    spread = {
-        f"{block.name}.{site.name}": (site, scheme)
-        for block in plan
-        for site, scheme in block.own(held_weights(blocks[block.index], 0, 1)).weights.items()
-        if site.name in held_weights(blocks[block.index], 0, 1)
-    }
+    check_spread(model, model.network, {block.index: block.weights for block in plan}, trainer)
+    if trainer.world_size > 1:
+        modules = [module for block in plan for module in fused_experts(blocks[block.index]).values()]
+        for module in {type(module): module for module in modules}.values():
+            check_parts(module, trainer.world_size)
+
+
+def check_spread(
+    model: ModelQuantization,
+    network: PreTrainedModel,
+    plan: Mapping[int, Mapping[LinearSite, QuantScheme]],
+    trainer: Trainer,
+) -> None:
+    """Verifies what settings and shapes say of experts that are to be spread; no weight is looked at.
+
+    Args:
+        model: The settings.
+        network: The model; on the meta device, if need be.
+        plan: The weights to quantize of each block.
+        trainer: Made from the user's settings.
+
+    Raises:
+        ConfigurationError: they cannot be spread; the message says why.
+    """
+    if not model.block.expert_parallel:
+        return
+    option, world = "model.expert_parallel", trainer.world_size
+    prefix, blocks = find_blocks(network)
+    spread = [
+        (f"{prefix}.{index}.{site.name}", site.experts, scheme)
+        for index, weights in plan.items()
+        for site, scheme in weights.items()
+        if site.experts and site.name in held_weights(blocks[index], 0, 1)
+    ]
     if not spread:
-        there = any(site.experts for block in plan for site in block.weights)
+        there = any(site.experts for weights in plan.values() for site in weights)
         how = "do not run through transformers' interface for experts" if there else "are not among those to quantize"
-        raise ConfigurationError(f"{option}: there is nothing to spread in {name}: routed experts {how}; leave it out")
-    for weight, (site, scheme) in spread.items():
-        if site.experts < world:
+        raise ConfigurationError(
+            f"{option}: there is nothing to spread in {type(network).__name__}: routed experts {how}; leave it out"
+        )
+    for weight, experts, scheme in spread:
+        if experts < world:
             raise ConfigurationError(
-                f"{option}: {weight} has {site.experts} experts, which cannot be shared by {world} processes; give "
-                f"--trainer.devices at most {site.experts}"
+                f"{option}: {weight} has {experts} experts, which cannot be shared by {world} processes; give "
+                f"--trainer.devices at most {experts}"
             )
         if scheme.mixed:
             raise ConfigurationError(
                 f"{option}: the salient part of {weight} ({scheme}) is chosen over all of its experts; give routed "
                 "experts another scheme with --model.overrides, or leave it out"
             )
+    _check_settings(model, trainer, option)
+
+
+def _check_settings(model: ModelQuantization, trainer: Trainer, option: str) -> None:
     if isinstance(model.start.warm_start, FromFile):
         raise ConfigurationError(
             f"{option}: the warm start FromFile takes all experts of a weight at once; use another, or leave it out"
@@ -64,15 +100,11 @@ def check_expert_parallel(model: ModelQuantization, plan: Sequence[BlockPlan], t
             f"{option}: a loss scale of 16-mixed would be another in each process; use --trainer.precision bf16-mixed"
         )
     watched = model.start.watches_inputs or model.start.save_imatrix
-    if watched and model.start.hessian_sequences < world:
+    if watched and model.start.hessian_sequences < trainer.world_size:
         raise ConfigurationError(
-            f"model.hessian_sequences: {model.start.hessian_sequences} sequences cannot be shared by {world} processes "
-            f"whose experts are spread; give at least {world}"
+            f"model.hessian_sequences: {model.start.hessian_sequences} sequences cannot be shared by "
+            f"{trainer.world_size} processes whose experts are spread; give at least {trainer.world_size}"
         )
-    if world > 1:
-        modules = [module for block in plan for module in fused_experts(blocks[block.index]).values()]
-        for module in {type(module): module for module in modules}.values():
-            check_parts(module, world)
 
 
 def own_part(run: Run, plan: BlockPlan, tensors: Blocks) -> Blocks:

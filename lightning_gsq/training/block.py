@@ -195,6 +195,9 @@ class BlockQuantization(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Draws one sample of the weights and rounds them once, for all validation batches."""
+        if self.trainer.accumulate_grad_batches == 1:  # a step has used the gradients, and the next one drops them
+            for parameter in self.parameters():
+                parameter.grad = None
         self._validated = self.sampled_weights(-1, self.global_step, self._noise), self.hard_weights()
         trainer = self.trainer
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches

@@ -93,7 +93,8 @@ def test_terms_of_training_are_the_tensors_of_a_block(bits: object) -> None:
     optimizer = settings.block.optimizer([{"params": trained, "name": "logits"}])
     module.loss((traced.inputs_BTD[0], traced.inputs_BTD[1]), module.sampled_weights(0)).backward()
     optimizer.step()
-    around = quantities.Surroundings(False, quantities.optimizer_state(settings), 0, None, False, True)
+    state = quantities.optimizer_state(settings)
+    around = quantities.Surroundings(False, state, 0, None, False, True, accumulates=True)
     data = CalibrationDataModule(sequence_length=16)
     terms = block_terms(settings, data, 32, skeleton.blocks[0], dict.fromkeys(sites, scheme), around).training
     by_kind = {name.split()[0]: count for name, count in terms.items()}

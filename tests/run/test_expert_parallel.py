@@ -198,9 +198,11 @@ def test_experts_that_are_more_than_their_sum() -> None:
     (module,) = fused_experts(find_blocks(MODELS["mixtral"]())[1][0]).values()
     check_parts(module, 4)
 
+    original: Any = type(module).forward.__wrapped__
+
     class WithBias(type(module)):  # type: ignore[misc]
         def forward(self, *arguments: Any) -> torch.Tensor:
-            result: torch.Tensor = type(module).forward.__wrapped__(self, *arguments) + 1  # type: ignore[attr-defined]
+            result: torch.Tensor = original(self, *arguments) + 1
             return result
 
         forward.__wrapped__ = forward  # type: ignore[attr-defined]
