@@ -19,9 +19,7 @@ def _problem(columns: int = 24, tokens: int = 400) -> tuple[torch.Tensor, torch.
     return torch.randn(16, columns), x_NI, 2 / tokens * x_NI.T @ x_NI
 
 
-@pytest.mark.parametrize(
-    "start", [RTN(), RTN(weighted=True), GPTQ(), GPTQ(weighted=True), GPTQ(activation_order=True)]
-)
+@pytest.mark.parametrize("start", [RTN(), RTN(weighted=True), GPTQ(), GPTQ(weighted=True), GPTQ(activation_order=True)])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_codes_are_levels(scheme: QuantScheme, start: WarmStart) -> None:
     w, _, hessian = _problem(columns=20)  # ragged: 8, 8, 4
