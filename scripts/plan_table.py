@@ -98,8 +98,8 @@ def row(name: str) -> str:
     passes = STEP_PASSES + STREAM_PASSES
     products = passes * 2 * active_weights(plan) * tokens / (PEAK * SHARE)
     hours = (products + 2 * plan.steps * trained_bytes(plan, training) / (BANDWIDTH * SHARE)) / 3600
-    spread = next((m[1] for line in plan.problems if (m := re.search(r"would need (\d+) of them", line))), "")
-    fits = "one" if device <= DEVICE_GB * 1e9 else f"none today; {spread or 'more'} if experts could be spread"
+    devices = next((m[1] for line in plan.problems if (m := re.search(r"on each of (\d+) devices", line))), None)
+    fits = "one" if device <= DEVICE_GB * 1e9 else f"{devices}, experts spread" if devices else "none"
     bits = sum(ledger.num_bytes for ledger in plan.ledgers.values())
     return (
         f"| {MODELS[name]} | {plan.skeleton.parameters / 1e9:,.1f} | {bits / 1e9:,.1f} GB | {device / 1e9:,.1f} GB | "

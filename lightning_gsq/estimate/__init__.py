@@ -3,7 +3,7 @@
 skeleton          the model's structure without its weights
 quantities        sizes that several phases share
 simulate          the activations of a block, run on tensors without content
-experts           fused experts in such a run
+experts           fused experts in such a run, and the share that a device has
 block_terms       memory of a block: its warm start, its training
 perplexity_terms  memory of measuring perplexity
 end_to_end_terms  memory of the end-to-end phase

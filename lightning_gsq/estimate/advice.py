@@ -92,32 +92,43 @@ def device_advice(
     spread = around.experts_over > 1
     tried = _with_options(case)
     if not spread and 1 < devices <= case.most_experts:
-        over = {f"{SPREAD} {options}".strip(): c for options, c in _with_options(case.spread(devices), True).items()}
-        tried |= over
+        over = case.spread(devices)
+        tried |= {SPREAD: over} | {f"{SPREAD} {options}": changed for options, changed in _with_options(over).items()}
     fitting = next((options for options, changed in tried.items() if changed.bytes <= room), None)
     if fitting is not None:
         size = _gb(tried[fitting].bytes)
         return [f"with {fitting} the training of the largest block takes {size} on the device, and fits"]
-    least = min(tried, key=lambda options: tried[options].bytes)
-    why = "" if spread else ", on every device, since further devices share sequences and not weights"
-    lines = [
-        f"no option makes the largest block fit: {_gb(case.bytes)}, with {least} {_gb(tried[least].bytes)}"
-        + (why if SPREAD not in least else f", on each of {devices} devices")
-    ]
-    smallest = case.with_lion().one_by_one()
-    count = _devices(smallest, room)
-    if count is not None:
-        lines.append(
-            f"with {LION} {SHORTER} {SPREAD} and --trainer.devices {count} it takes "
-            f"{_gb(smallest.spread(count).bytes)} on each of {count} devices, and fits"
-        )
-    return lines
+    line = f"no option makes the largest block fit: {_gb(case.bytes)}"
+    least = min(tried, key=lambda options: tried[options].bytes, default="")
+    if least:
+        line += f", with {least} {_gb(tried[least].bytes)}"
+    if SPREAD in least:
+        line += f", on each of {devices} devices"
+    elif not spread:
+        line += ", on every device, since further devices share sequences and not weights"
+    smallest = [*_with_options(case).items()][-1:] or [("", case)]
+    return [line, *(said for options, changed in smallest if (said := _over_more(options, changed, room)))]
 
 
-def _with_options(case: _Case, itself: bool = False) -> dict[str, _Case]:
-    """A case with what options change of it, by those options; ``itself`` with none as well."""
-    tried = {SHORTER: case.one_by_one(), LION: case.with_lion(), f"{LION} {SHORTER}": case.with_lion().one_by_one()}
-    return {"": case, **tried} if itself else tried
+def _over_more(options: str, case: _Case, room: int) -> str:
+    """How many devices the experts of a case need; empty where no number is enough."""
+    count = _devices(case, room)
+    if count is None:
+        return ""
+    options = f"{options} {SPREAD} and --trainer.devices {count}".strip()
+    return f"with {options} it takes {_gb(case.spread(count).bytes)} on each of {count} devices, and fits"
+
+
+def _with_options(case: _Case) -> dict[str, _Case]:
+    """A case with what options change of it, by those options; the last has all of them. None that it has already."""
+    changes = {}
+    if case.data.batch_size > 1:
+        changes[SHORTER] = case.one_by_one()
+    if case.model.block.gumbel.logits_dtype != "bfloat16":
+        changes[LION] = case.with_lion()
+    if len(changes) == 2:
+        changes[f"{LION} {SHORTER}"] = case.with_lion().one_by_one()
+    return changes
 
 
 def _devices(case: _Case, room: int) -> int | None:

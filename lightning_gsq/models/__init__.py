@@ -19,6 +19,7 @@ products        matrix products with a parameter, however they are written
 linear_weights  which parameters of a block are linear weights
 roles           which of them choose, gate, or feed states
 left_out        what stays as it is, and why
+expert_parallel fused experts of a block, each process with its own
 shared_weights  weights that blocks share
 probe           the short sequences that show all this
 head            its logits from its last hidden states

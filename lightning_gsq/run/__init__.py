@@ -22,6 +22,7 @@ standard_errors of figures measured on windows of text
 forward_passes  hidden states on their way through the model
 hidden_states   where they are kept
 block_plan      which weights of which block
+experts         those that are spread over the processes
 substitution    other weights in a model, for a while or for good
 folder          the folder of a run
 block_files     a block's file, and what it says about itself

@@ -12,6 +12,7 @@ processes            several processes that share the sequences
 waiting              for what another process leaves
 signals              the end of a command that is asked to stop
 sharding             a model spread over processes (FSDP2)
+token_exchange       tokens on their way to the processes that hold their experts
 stopwatch            where the seconds go
 slices               work in parts of a bounded size
 fingerprint          digests of tensors and files

@@ -7,6 +7,7 @@ outer_options       those of the embedding and the head
 target              what a block learns to output
 block               one block against its full-precision output
 token_weights       how much each token counts there
+expert_parallel     what processes with experts of their own have in common
 end_to_end          the whole model against the original's logits
 end_to_end_options  what trains there, and how
 student_block       a block of that model

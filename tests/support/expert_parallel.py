@@ -32,6 +32,7 @@ from lightning_gsq.models.expert_parallel import held_weights, in_step, spread
 from lightning_gsq.models.survey import survey
 from lightning_gsq.system.token_exchange import TokenExchange
 from lightning_gsq.training import BlockQuantization
+from tests.support.forks import renew_thread_pool
 from tests.support.tiny import COMMON, random_model
 
 EXPERTS = 6
@@ -175,6 +176,7 @@ def run(job: dict[str, Any]) -> int:
         if child == 0:
             status = 1
             try:
+                renew_thread_pool()
                 status = start(rank, job["processes"], port, job)
             except BaseException:
                 sys.excepthook(*sys.exc_info())
