@@ -34,7 +34,8 @@ MODELS = {
 SEQUENCES, TOKENS, DEVICE_GB = 1024, 2048, 80
 PEAK, BANDWIDTH, SHARE = 989e12, 3.35e12, 0.3
 """Operations and bytes a second of an H100 (data sheet, bfloat16, dense), and the share of both that is assumed."""
-TRAINED = ("logits", "their gradients", "optimizer state", "sampled weights")
+SAMPLED = 2
+"""Bytes of a sampled weight: bfloat16."""
 STEP_PASSES, STREAM_PASSES = 3, 2
 """A step's forward and backward pass, in forward passes; and those of the two streams."""
 
@@ -83,7 +84,8 @@ def active_weights(plan: Any) -> float:
 def trained_bytes(plan: Any, training: Any) -> float:
     """What the weights of all blocks have beside them while they train, as those of the largest block do."""
     counts = [sum(site.rows * site.in_features for site in weights) for weights in plan.plan.values()]
-    largest = sum(size for term, size in training.device.items() if term.startswith(TRAINED))
+    of = {name: size for term, size in training.device.items() for name in ("logits", "optimizer") if name in term}
+    largest = 2 * of["logits"] + of["optimizer"] + SAMPLED * max(counts)  # gradients are as large as what they are of
     return float(largest) * sum(counts) / max(counts)
 
 
