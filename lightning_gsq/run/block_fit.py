@@ -21,7 +21,7 @@ from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.forward_passes import arguments_of
 from lightning_gsq.run.hidden_states import ActivationDataset, Stream, first
-from lightning_gsq.run.matrices import as_stored, choose_salient, matrices_of
+from lightning_gsq.run.matrices import as_stored, choose_salient, watch_inputs_of
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice
 from lightning_gsq.saliency.choose import settled_start
@@ -34,7 +34,13 @@ BlockLoader = DataLoader[tuple[Tensor, ...]]
 
 
 def fit_block(
-    run: Run, plan: BlockPlan, block: nn.Module, inputs: Stream, full: Stream, targets: Stream
+    run: Run,
+    plan: BlockPlan,
+    block: nn.Module,
+    inputs: Stream,
+    full: Stream,
+    targets: Stream,
+    spare: Stream | None,
 ) -> tuple[Blocks, dict[str, Any]]:
     """Trains one block.
 
@@ -45,6 +51,7 @@ def fit_block(
         inputs: What enters it in the quantized model: training sequences, then held-out ones.
         full: What enters it in the full-precision model.
         targets: What should leave it.
+        spare: What enters it of sequences for experts that few tokens reach, in the quantized model; None without.
 
     Returns:
         Its quantized weights, and measures: held-out errors ``start``, ``trained`` and ``final``, ``flip_rate``, what
@@ -59,7 +66,8 @@ def fit_block(
     training = ActivationDataset(*(stream[:count] for stream in streams))
     held_out = ActivationDataset(*(stream[count:] for stream in streams))
     power = _mean_square(run, *(stream[:count] for stream in (targets.hidden_NTD, *weights)))
-    module = _module(run, plan, block, matrices_of(run, plan, block, inputs, arguments, says=True), power)
+    watched = watch_inputs_of(run, plan, block, inputs, spare, arguments, says=True)
+    module = _module(run, plan, block, watched.matrices, power)
     module.measured_afterwards = True
     batches = _training_batches(run, plan, training)
     validation: BlockLoader = DataLoader(held_out, batch_size=run.data.batch_size, collate_fn=first)
@@ -85,7 +93,11 @@ def fit_block(
         for site, (name, quantizer) in zip(module.sites, module.named_weights(), strict=True)
     }
     logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    return tensors, {**measures, **logged, **({"experts": accepted.experts} if accepted.experts else {})}
+    experts = {
+        place: ({"tokens": watched.experts[place]} if place in watched.experts else {}) | own
+        for place, own in accepted.experts.items()
+    }
+    return tensors, {**measures, **logged, **({"experts": experts} if experts else {})}
 
 
 def _module(
