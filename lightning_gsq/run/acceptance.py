@@ -42,6 +42,11 @@ class Accepted:
     measures: dict[str, float]
     experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
+    @property
+    def plain_at_start(self) -> list[str]:
+        """Weights without experts that keep their start."""
+        return [name for name, part in self.trained.items() if len(part) == 1 and not bool(part)]
+
     def line(self, name: str) -> str | None:
         """What to tell of the block of that name; None where all of it stays trained."""
         start, trained, final = (self.measures[key] for key in ("start", "trained", "final"))

@@ -54,8 +54,8 @@ def fit_block(
         spare: What enters it of sequences for experts that few tokens reach, in the quantized model; None without.
 
     Returns:
-        Its quantized weights, and measures: held-out errors ``start``, ``trained`` and ``final``, ``flip_rate``, what
-        became of its ``experts`` by place, and what was logged last.
+        Its quantized weights, and measures: held-out errors ``start``, ``trained`` and ``final``, ``flip_rate``, plain
+        weights that ``kept_start``, what became of ``experts`` by place, and what was logged last.
     """
     began = time.perf_counter()
     weights_NT = _token_weights(run, inputs.hidden_NTD, full.hidden_NTD)
@@ -97,7 +97,8 @@ def fit_block(
         place: ({"tokens": watched.experts[place]} if place in watched.experts else {}) | own
         for place, own in accepted.experts.items()
     }
-    return tensors, {**measures, **logged, **({"experts": experts} if experts else {})}
+    kept = {"kept_start": accepted.plain_at_start, "experts": experts}
+    return tensors, {**measures, **logged, **{name: what for name, what in kept.items() if what}}
 
 
 def _module(

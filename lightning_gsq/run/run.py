@@ -88,10 +88,8 @@ class Run:
     def spare_ids_NT(self) -> Tensor:
         """This process's sequences for experts that few tokens reach: first those that train and are not watched."""
         start = self.model.start
-        if start.experts.min_tokens is None:
-            return self.data.spare_ids_NT[:0]
         ids_NT = torch.cat([self.data.train_ids_NT[start.hessian_sequences :], self.data.spare_ids_NT])
-        return self.ranks.share(ids_NT[: start.experts.max_extra_sequences])
+        return self.ranks.share(ids_NT[: start.experts.extra_sequences])
 
     @property
     def last_block(self) -> int:

@@ -73,14 +73,14 @@ def _seconds_of_block(
     }
 
 
-def _experts(plan: Sequence[BlockPlan], folder: RunFolder, kind: str) -> dict[str, dict[str, Any]]:
+def _experts(plan: Sequence[BlockPlan], folder: RunFolder, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What was counted of the routed experts of each place, by its full name: tokens, and which keep their start."""
-    headers = {block.name: folder.header(kind, block.index) for block in plan}
-    return {
-        f"{name}.{place}": own
-        for name, header in headers.items()
-        for place, own in (header.measures.get("experts", {}) if header is not None else {}).items()
-    }
+    found = {}
+    for block in plan:
+        headers = [folder.header(kind, block.index) for kind in kinds]
+        own = next((header.measures.get("experts", {}) for header in headers if header is not None), {})
+        found |= {f"{block.name}.{place}": counts for place, counts in own.items()}
+    return found
 
 
 def make_summary(
@@ -107,7 +107,7 @@ def make_summary(
     ledger = _ledger(model, plan, tensors, outer, folder, kind)
     saliency = report.saliency_of({block.name: weights for block, weights in zip(plan, tensors, strict=True)})
     progress, blocks = folder.progress, folder.measures()
-    experts = _experts(plan, folder, "warm_start" if kind == "warm_start" else "block")
+    experts = _experts(plan, folder, ["warm_start"] if kind == "warm_start" else ["block", "warm_start"])
     for block in blocks.values():
         block.pop("experts", None)  # they are told by place
     seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}

@@ -134,6 +134,11 @@ class ExpertOptions:
             )
 
     @property
+    def extra_sequences(self) -> int:
+        """Sequences that are passed through for experts beside those whose inputs are watched, at most."""
+        return 0 if self.min_tokens is None else self.max_extra_sequences
+
+    @property
     def option(self) -> str | None:
         """The name of the option that asks for more than the tokens that come."""
         if self.all_experts:
@@ -163,9 +168,7 @@ class StartOptions:
 
     def spare_sequences(self, num_sequences: int) -> int:
         """Sequences beyond the calibration sequences that experts may need; those that are not watched come first."""
-        if self.experts.min_tokens is None:
-            return 0
-        return max(0, self.experts.max_extra_sequences - max(0, num_sequences - self.hessian_sequences))
+        return max(0, self.experts.extra_sequences - max(0, num_sequences - self.hessian_sequences))
 
     @property
     def watches_inputs(self) -> bool:
