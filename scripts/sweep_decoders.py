@@ -91,6 +91,19 @@ FURTHER: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"layer_types": ["sliding_attention"] * LAYERS},
     "reformer": {"axial_pos_embds": False},
     "dots3_note": {"adapter_in_dim": HIDDEN},
+    "dots3_note_text": {
+        # blocks that see a window have sizes of their own
+        "shared_experts_intermediate_size": 32,
+        "per_layer_config": {
+            index: {
+                **dict.fromkeys(["num_attention_heads", "num_key_value_heads"], HEADS),
+                **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"], 16),
+                "v_head_dim": 16,
+                "head_dim": 32,
+            }
+            for index in (1, 3)
+        },
+    },
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     **{
