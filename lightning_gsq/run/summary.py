@@ -75,11 +75,11 @@ def _seconds_of_block(
 
 def _experts(plan: Sequence[BlockPlan], folder: RunFolder, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What was counted of the routed experts of each place, by its full name: tokens, and which keep their start."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for block in plan:
         headers = [folder.header(kind, block.index) for kind in kinds]
-        own = next((header.measures.get("experts", {}) for header in headers if header is not None), {})
-        found |= {f"{block.name}.{place}": counts for place, counts in own.items()}
+        measures = next((header.measures for header in headers if header is not None), {})
+        found |= {f"{block.name}.{place}": counts for place, counts in measures.get("experts", {}).items()}
     return found
 
 
