@@ -25,6 +25,7 @@ from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
+from lightning_gsq.run.calibration import check_experts
 from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
 from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.end_to_end import check_end_to_end
@@ -94,6 +95,7 @@ def fit(
     limit = loading.max_length(loading.load_config(source))
     trainer = make_trainer()
     check_trainer(settings["trainer"], trainer, model.phases)
+    data.num_spare_sequences = model.start.spare_sequences(data.num_sequences)
     data.run_folder = Path(trainer.default_root_dir) / "calibration"
     data.check(limit)
     evaluation.check(limit)
@@ -200,6 +202,7 @@ def _check_plan(model: ModelQuantization, plan: list[BlockPlan], end_to_end: End
     expected = {f"{block.name}.{name}": what for block in plan for name, what in block.expected.items()}
     model.start.warm_start.check(expected)
     check_names(model, plan)
+    check_experts(model, plan)
     return read_importance(model, plan)
 
 

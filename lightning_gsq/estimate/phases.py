@@ -76,6 +76,8 @@ def phases_of(
     installed = {"quantized weights beside the originals": (quantized + outer.weights) * skeleton.dtype.itemsize}
     stream = stream_bytes(data, options, skeleton.width)
     hessian = min(model.start.hessian_sequences, data.num_sequences) if model.start.watches_inputs else 0
+    spare = stream * model.start.experts.extra_sequences // data.wanted
+    more = {"hidden states of sequences for rare experts": spare} if spare else {}
     worst = worst_block(model, data, skeleton, plan, around)
     way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, around)
 
@@ -83,13 +85,13 @@ def phases_of(
     if outer.weights:
         held = held | {"codes and scales of embedding and head": outer.weights + outer.scale_bits // 8}
     if "init" in model.phases:
-        states = {"hidden states": stream * hessian // data.wanted}
+        states = {"hidden states": stream * hessian // data.wanted} | more
         phases.append(Phase("warm start", held | states | results, worst.start))
         phases.append(Phase(f"perplexity of the warm start{way}", held | results | installed | windows, evaluate))
     if "blocks" in model.phases:
         streams = num_streams(model) * stream
         mapped = streams > options.memory_limit_gb * 1e9
-        states = {} if mapped else {f"hidden states, {num_streams(model)} streams": streams}
+        states = ({} if mapped else {f"hidden states, {num_streams(model)} streams": streams}) | more
         phases.append(Phase("blocks: warm start of a block", held | states, worst.start))
         phases.append(Phase("blocks: training of a block", held | states, worst.training))
     if "end_to_end" in model.phases:

@@ -18,6 +18,8 @@ passing         the model's own code without its blocks
 products        matrix products with a parameter, however they are written
 linear_weights  which parameters of a block are linear weights
 roles           which of them choose, gate, or feed states
+experts         which of them belong to which routed expert
+all_experts     every token through every one of these
 left_out        what stays as it is, and why
 shared_weights  weights that blocks share
 probe           the short sequences that show all this

@@ -210,6 +210,7 @@ def save_and_summarize(
     if earlier.get("zero_shot", {}).get("made_from") == made_from:
         earlier_entries["zero_shot"] = earlier["zero_shot"]
     run.folder.write_summary({**summary, **earlier_entries})
+    tensorboard.log_experts(run.trainer.loggers, summary.get("experts", {}))
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
     tensorboard.log_result(
         run.trainer.loggers, run.recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]}

@@ -43,6 +43,26 @@ def saliency_of(blocks: Mapping[str, Mapping[str, QuantizedWeight]]) -> dict[str
     }
 
 
+def experts_line(experts: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many tokens the routed experts of a run saw, and how many keep their start.
+
+    Args:
+        experts: By place, as in ``summary.json``.
+    """
+    parts = [f"{sum(len(next(iter(own.values()))) for own in experts.values())} in {len(experts)} blocks"]
+    seen = sorted(count for own in experts.values() for count in own.get("tokens", ()))
+    if seen:
+        none = seen.count(0)
+        parts.append(
+            f"{seen[0]:,} to {seen[-1]:,} calibration tokens each, half of them {seen[len(seen) // 2]:,} or more"
+            + (f", {none} none" if none else "")
+        )
+    kept = [len(own["kept_start"]) for own in experts.values() if "kept_start" in own]
+    if kept:
+        parts.append(f"{sum(kept)} kept their start")
+    return "; ".join(parts)
+
+
 def megabytes(count: float) -> str:
     """A size for people."""
     return f"{count / 1e6:,.1f} MB"

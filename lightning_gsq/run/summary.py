@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,16 @@ def _seconds_of_block(
     }
 
 
+def _experts(plan: Sequence[BlockPlan], folder: RunFolder, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What was counted of the routed experts of each place, by its full name: tokens, and which keep their start."""
+    found: dict[str, dict[str, Any]] = {}
+    for block in plan:
+        headers = [folder.header(kind, block.index) for kind in kinds]
+        measures = next((header.measures for header in headers if header is not None), {})
+        found |= {f"{block.name}.{place}": counts for place, counts in measures.get("experts", {}).items()}
+    return found
+
+
 def make_summary(
     run: Run,
     source: loading.ModelSource,
@@ -97,6 +107,9 @@ def make_summary(
     ledger = _ledger(model, plan, tensors, outer, folder, kind)
     saliency = report.saliency_of({block.name: weights for block, weights in zip(plan, tensors, strict=True)})
     progress, blocks = folder.progress, folder.measures()
+    experts = _experts(plan, folder, ["warm_start"] if kind == "warm_start" else ["block", "warm_start"])
+    for block in blocks.values():
+        block.pop("experts", None)  # they are told by place
     seconds_of = {**progress.get("seconds", {}), "blocks": sum(block["seconds"] for block in blocks.values())}
     parameters = sum(p.numel() for p in model.network.parameters())
     files = sum(folder.block_file(kind, block.index).stat().st_size for block in plan)
@@ -125,6 +138,7 @@ def make_summary(
         },
         "blocks": blocks,
         **({"saliency": saliency} if saliency else {}),
+        **({"experts": experts} if experts else {}),
         "pretrained": model.address.pretrained,
         "seed": run.seed,
         "versions": run.recipe["versions"],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 
 from lightning_gsq.run.block_files import Blocks
+from lightning_gsq.run.calibration import hessian_sequences, spare_stream
 from lightning_gsq.run.finished import Finished
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
-from lightning_gsq.run.matrices import as_stored, choose_salient, hessian_sequences, matrices_of
+from lightning_gsq.run.matrices import as_stored, choose_salient, watch_inputs_of
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.substitution import install, outer_installed
 from lightning_gsq.saliency.choose import settled_tensor
@@ -36,14 +37,16 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
         store = at_hand.enter_context(hidden_store(shape, run.activations, streams=1))
         with outer_installed(run.model.network, outer):
             stream = embedded(run.model.network, run.train_ids_NT[:count], store)
+            spare = at_hand.enter_context(spare_stream(run))
         move = at_hand.enter_context(bar("warm start", run.last_block + 1, run.ranks.first))
         for index in range(run.last_block + 1):
             block, plan = working_copy(run, index), run.plan_of.get(index)
             if plan is not None:
                 tensors = finished.take(plan)
                 if tensors is None:
-                    matrices = matrices_of(run, plan, block, stream, says="blocks" not in run.model.phases)
-                    choices = choose_salient(run, matrices)
+                    says = "blocks" not in run.model.phases
+                    watched = watch_inputs_of(run, plan, block, stream, spare, says=says)
+                    choices = choose_salient(run, watched.matrices)
                     with run.watch("warm_start"):
                         tensors = {
                             name: as_stored(
@@ -51,12 +54,14 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
                                 matrix.w_OI,
                                 matrix.name,
                             )
-                            for name, matrix in matrices.items()
+                            for name, matrix in watched.matrices.items()
                         }
-                    finished.add(plan, tensors)
+                    experts = {place: {"tokens": tokens} for place, tokens in watched.experts.items()}
+                    finished.add(plan, tensors, {"experts": experts} if experts else None)
                 results.append(tensors)
                 install(block, plan, tensors)
             if index < run.last_block:
-                propagate(run, block, index, stream, stream)
+                for own in filter(None, (stream, spare)):
+                    propagate(run, block, index, own, own)
             move()
     return results, True
