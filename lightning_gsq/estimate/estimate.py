@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -119,13 +119,18 @@ def estimate(
     loading.check_headers(source, config)
     skeleton = make_skeleton(source, config, model.address.dtype)
     plan = _assign(model, skeleton)
+    # What this process takes already is part of the plan's baseline.
+    host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     around = _surroundings(model, end_to_end, trainer, source, method_of(config) is not None, device_memory)
+    around = replace(around, host_room=host_room)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
     ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
     outer = outer_ledgers(model, skeleton.model)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
-    windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
+    windows = (
+        window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, plan, around) else 0
+    )
     limit = activations.memory_limit_gb * 1e9
     mapped, windows = streams > limit, windows if windows > limit else 0
     outer_ledger = sum((ledger for _, ledger in outer.values()), BitsLedger())
@@ -140,8 +145,6 @@ def estimate(
         phase.host = baseline | phase.host
 
     on_host = not around.accelerated
-    # What this process takes already is part of the plan's baseline.
-    host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     misfits = problems.memory_problems(phases, on_host, host_room, around.device_room)
     if around.device_room is not None and "blocks" in model.phases:
         misfits += device_advice(model, data, skeleton, plan, around, around.device_room)

@@ -33,6 +33,7 @@ class Surroundings:
         device_room: Bytes of the accelerator; None if the device is the host or does not say.
         accelerated: The device has a memory of its own.
         mapped: The model's weights are a mapping of their files, which the system can drop and read again.
+        host_room: Bytes of the host; None for one that has room for everything.
         spread: Devices that share the model in the end-to-end phase; 1 for a copy on each.
     """
 
@@ -42,6 +43,7 @@ class Surroundings:
     device_room: int | None
     accelerated: bool
     mapped: bool
+    host_room: int | None = None
     spread: int = 1
 
 
