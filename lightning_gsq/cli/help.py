@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+from lightning_gsq.cli.configs import DEFAULTS, packaged_configs
 
 COMMON = {
     "fit": (
@@ -49,8 +52,9 @@ COMMON = {
 }
 COMMON["plan"] = ("probe", "host_memory_gb", "device_memory_gb", *COMMON["fit"][:-3])
 TEXTS = {
-    "config": "A YAML file of settings, a run's recipe.yaml, or quickstart, trial or ternary; options on the "
-    "command line win.",
+    "config": "A YAML file of settings, a run's recipe.yaml, or one of the package's by its name "
+    f"({', '.join(name for name in packaged_configs() if name != Path(DEFAULTS).stem)}); options on the command line "
+    "win.",
     "seed_everything": "Seed of everything random.",
     "trainer.default_root_dir": "The run folder. The same command resumes what it holds.",
     "trainer.max_epochs": "Passes over the calibration sequences, for each block.",

@@ -149,7 +149,7 @@ def estimate(
     if around.device_room is not None and "blocks" in model.phases:
         misfits += device_advice(model, data, skeleton, plan, around, around.device_room)
     if not mapped and streams > host_room:
-        misfits.append(problems.stream_problem(streams, host_room))
+        misfits.append(problems.stream_problem(streams, host_room, activations))
     if mapped or windows:
         misfits += problems.disk_problems(max(streams if mapped else 0, windows), activations)
     misfits += problems.folder_problems(sum(run_folder.values()), Path(trainer.default_root_dir))

@@ -30,7 +30,7 @@ def refuse_early(
     if streams > activations.memory_limit_gb * 1e9:
         limits.refuse(disk_problems(streams, activations))
     elif streams > (room := limits.host_bytes()):
-        limits.refuse([stream_problem(streams, room)])
+        limits.refuse([stream_problem(streams, room, activations)])
 
 
 def memory_problems(phases: Sequence[Phase], on_host: bool, host_room: int, device_room: int | None) -> list[str]:
@@ -49,12 +49,12 @@ def memory_problems(phases: Sequence[Phase], on_host: bool, host_room: int, devi
     return problems
 
 
-def stream_problem(streams: int, room: int) -> str:
+def stream_problem(streams: int, room: int, activations: ActivationOptions) -> str:
     """Hidden states are larger than the memory they would be kept in."""
     return (
         f"activations.memory_limit_gb: hidden states of {gigabytes(streams)} would be kept in memory, of which "
         f"{gigabytes(room)} are available; lower the limit, so that they live in files, or use "
-        "--activations.dtype bfloat16 or fewer sequences"
+        f"{_smaller(activations)}"
     )
 
 
@@ -66,8 +66,13 @@ def disk_problems(streams: int, activations: ActivationOptions) -> list[str]:
     return [
         f"activations.folder: hidden states take {gigabytes(streams)}, the disk of "
         f"{activations.folder or 'the temporary folder'} has {gigabytes(free)} free; choose another folder, "
-        "--activations.dtype bfloat16 or fewer sequences"
+        f"{_smaller(activations)}"
     ]
+
+
+def _smaller(activations: ActivationOptions) -> str:
+    """What makes hidden states smaller, and is not asked for yet."""
+    return ("--activations.dtype bfloat16 or " if activations.dtype == "float32" else "") + "fewer sequences"
 
 
 def folder_problems(needed: int, folder: Path) -> list[str]:

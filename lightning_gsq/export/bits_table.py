@@ -38,7 +38,7 @@ def print_bits(console: Console, formats: Sequence[ExportFormat], run: PlannedRu
         cells = [_cell(format_, view, weights) for weights in kinds.values()]
         stored = sum(weight.count * format_.stored_bits(weight, view) for weight in view.weights.values())
         rest = parameters - sum(weight.count for weight in view.weights.values())
-        total = stored + rest * 8 * run.dtype.itemsize
+        total = stored + 8 * format_.other_bytes(view, rest)
         table.add_row(format_.name, *cells, f"about {megabytes(total / 8)}, {total / parameters:.3g} a parameter")
     console.print(table)
     for line in refused:

@@ -177,6 +177,10 @@ class ExportFormat(ABC):
         """Bits that a weight takes in the file, scales included: for the table and for the room on the disk."""
         return weight.bits(8 * run.scale_dtype.itemsize)
 
+    def other_bytes(self, run: PlannedRun, count: int) -> int:
+        """Bytes that the model's other parameters take, ``count`` of them: for the same two, before there is a file."""
+        return count * run.dtype.itemsize
+
     def refuse_weights(self, run: PlannedRun) -> str | None:
         """The part of :meth:`refuse` that follows from schemes and shapes alone; the model may be without weights."""
         return None

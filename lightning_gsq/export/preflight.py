@@ -101,8 +101,8 @@ def num_bytes(format_: ExportFormat, run: PlannedRun) -> int:
     """About what a folder takes on the disk."""
     run = format_.view(run)
     quantized = sum(weight.count * format_.stored_bits(weight, run) for weight in run.weights.values()) / 8
-    others = sum(run.values[name].numel() * run.dtype.itemsize for name in run.other_names())
-    return int(MARGIN * (quantized + others)) + COMPANIONS
+    others = sum(run.values[name].numel() for name in run.other_names())
+    return int(MARGIN * (quantized + format_.other_bytes(run, others))) + COMPANIONS
 
 
 def describe(reasons: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.quantizers.layout_fit import ScaleFit
+from lightning_gsq.quantizers.layout_fit import GroupScales, ScaleFit
 from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import Start, WarmStart
@@ -21,9 +21,18 @@ class GPTQ(WarmStart):
         block_columns: Columns handled before the rest of the matrix is updated; affects speed only.
         weighted: Choose a group's scale by the error weighted with the inputs' second moments rather than by
             ``|error|^2.4``.
+        activation_order: Round the columns of the largest second moments first, so that others can make up for their
+            errors. All scales are then chosen before the first column is rounded, since the columns of a group no
+            longer follow each other; what is stored keeps its order.
     """
 
-    def __init__(self, damping: float = 0.01, block_columns: int = 128, weighted: bool = False) -> None:
+    def __init__(
+        self,
+        damping: float = 0.01,
+        block_columns: int = 128,
+        weighted: bool = False,
+        activation_order: bool = False,
+    ) -> None:
         if not 0 < damping < 1:
             raise ConfigurationError(
                 f"warm_start.damping must lie between 0 and 1 (a share of the mean diagonal), got {damping}"
@@ -31,6 +40,7 @@ class GPTQ(WarmStart):
         if block_columns < 1:
             raise ConfigurationError(f"warm_start.block_columns must be positive, got {block_columns}")
         self.damping, self.block_columns, self.weighted = damping, block_columns, weighted
+        self.activation_order = activation_order
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""
@@ -40,16 +50,24 @@ class GPTQ(WarmStart):
             return round_groups(w_OI.float(), scheme, None, self.scale)
         w_OI = w_OI.float().clone()
         importance_I = hessian_II.diagonal().clone() if self.weighted else None
-        factor_II = inverse_cholesky(hessian_II, self.damping)
         rows, columns = w_OI.shape
         length = scheme.group_length(columns)
         grid, fit = scheme.grid, ScaleFit(scheme, importance_I, self.scale)
+        order_I, fixed = torch.arange(columns, device=w_OI.device), None
+        if self.activation_order:
+            fixed = _scales_of_all(w_OI, fit)
+            order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+            w_OI, hessian_II = w_OI[:, order_I], hessian_II[order_I][:, order_I]
+        group_of = (order_I // length).tolist()
+        factor_II = inverse_cholesky(hessian_II, self.damping)
         codes_OI, position_OI = torch.empty_like(w_OI), torch.empty_like(w_OI)
         for start in range(0, columns, self.block_columns):
             end = min(start + self.block_columns, columns)
             error_OC = w_OI.new_empty(rows, end - start)
             for c in range(start, end):
-                if c % length == 0:
+                if fixed is not None:
+                    scale = fixed[group_of[c]]
+                elif c % length == 0:
                     late = (error_OC[:, : c - start], factor_II, end)
                     if fit.begins_block(c):
                         fit.open_block(_current(w_OI, c, c + scheme.layout.block, *late), c)
@@ -62,11 +80,22 @@ class GPTQ(WarmStart):
                 error_OC[:, c - start] = error_O
             w_OI[:, end:] -= error_OC @ factor_II[start:end, end:]
         scales_OG, others = fit.parts()
-        return Start(codes_OI.to(grid.code_dtype), scales_OG, position_OI, others)
+        back_I = order_I.argsort()
+        return Start(codes_OI[:, back_I].to(grid.code_dtype), scales_OG, position_OI[:, back_I], others)
 
     def scale(self, w_OC: Tensor, scheme: QuantScheme, importance_C: Tensor | None) -> Tensor:
         """The scale of one group a row, ``O``."""
         return search_scale(w_OC, scheme, importance_C)
+
+
+def _scales_of_all(w_OI: Tensor, fit: ScaleFit) -> list[GroupScales]:
+    """The scales of every group for the weights as they are, in the order of the columns."""
+    columns, scales = w_OI.shape[1], []
+    for start in range(0, columns, fit.scheme.group_length(columns)):
+        if fit.begins_block(start):
+            fit.open_block(w_OI[:, start : start + fit.layout.block], start)
+        scales.append(fit.groups(w_OI[:, start : start + fit.scheme.group_length(columns)], start))
+    return scales
 
 
 def _current(w_OI: Tensor, start: int, stop: int, error_OC: Tensor, factor_II: Tensor, end: int) -> Tensor:

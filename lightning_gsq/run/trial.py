@@ -62,11 +62,10 @@ def try_settings(model: ModelQuantization, options: EndToEndOptions, make_traine
 
         _step([logits, scales], block_optimizer, "model.optimizer and trainer", make_trainer)
     if "end_to_end" in model.phases:
-        kinds = {kind: [nn.Parameter(torch.full((4, 8), 0.01))] for kind in options.train}
+        kinds = {(kind, 1.0): [nn.Parameter(torch.full((4, 8), 0.01))] for kind in options.train}
 
         def phase_optimizer() -> torch.optim.Optimizer:
-            optimizer: torch.optim.Optimizer = options.rates.optimizer(options.rates.groups(kinds))
-            return optimizer
+            return options.rates.make_optimizer(kinds)
 
         parameters = [parameter for group in kinds.values() for parameter in group]
         _step(parameters, phase_optimizer, "end_to_end.optimizer and trainer", make_trainer)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch.optim import Optimizer
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers.trained_scales import SCALE_PARAMETERS
@@ -18,6 +19,17 @@ OUTER = "outer"
 """Name of the module with what trains outside of the blocks, among the parts of the end-to-end module."""
 Trained = Literal["scales", "norms", "head", "codes", "embedding"]
 KINDS: tuple[Trained, ...] = get_args(Trained)
+COARSE_BITS = 3
+"""Width up to which scales take the whole learning rate."""
+
+
+def step_share(bits: int) -> float:
+    """Share of the learning rate that the scales of codes of so many bits take.
+
+    The finer a grid, the less rounding has left to be mended, and the shorter the way of its scales: with the steps of
+    a coarse one they overshoot (measured in docs/end_to_end.md).
+    """
+    return min(1.0, 2.0 ** (COARSE_BITS - bits))
 
 
 def _at_least_one(**counts: int | None) -> None:
@@ -43,8 +55,8 @@ class LearningRates:
     """How fast each kind of parameter moves.
 
     Args:
-        optimizer: Makes the optimizer; its learning rate is that of the scales.
-        norms: Learning rate of the norms.
+        optimizer: Makes the optimizer; its learning rate is that of the scales of codes of up to 3 bits.
+        norms: Learning rate of the norms beside such codes.
         head: Learning rate of the head.
         codes: Learning rate of the codes' positions, in codes.
         floor: End of the cosine schedule, as a share of its start.
@@ -60,14 +72,23 @@ class LearningRates:
         _positive(norm_learning_rate=self.norms, head_learning_rate=self.head, code_learning_rate=self.codes)
         _share(learning_rate_floor=self.floor)
 
-    def groups(self, parameters: Mapping[Trained, list[torch.nn.Parameter]]) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, one for each kind that trains."""
+    def make_optimizer(self, parameters: Mapping[tuple[Trained, float], list[torch.nn.Parameter]]) -> Optimizer:
+        """The optimizer, with a parameter group for each kind that trains and the share of its learning rate."""
         others: dict[str, float] = {"norms": self.norms, "head": self.head, "codes": self.codes}
-        return [
-            {"params": group, "name": kind, **({"lr": others[kind]} if kind in others else {})}
-            for kind, group in parameters.items()
-            if group
-        ]
+        groups = {key: group for key, group in parameters.items() if group}
+        optimizer: Optimizer = self.optimizer(
+            [
+                {
+                    "params": group,
+                    "name": kind if share == 1 else f"{kind} x {share:.3g}",
+                    **({"lr": others[kind]} if kind in others else {}),
+                }
+                for (kind, share), group in groups.items()
+            ]
+        )
+        for (_, share), group in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] *= share
+        return optimizer
 
 
 @dataclass(frozen=True)
@@ -133,8 +154,9 @@ class EndToEndOptions:
         train: What trains: "scales" (of every group), "norms" (vectors of the normalisation layers), "head" (the
             language-model head; a head tied to the embedding gets a matrix of its own), "codes" (those of the blocks
             phase to start from; straight-through gradient), "embedding" (the scales of a quantized embedding or head).
-        optimizer: Optimizer of all of them; lr is the learning rate of the scales, relative to each scale.
-        norm_learning_rate: Learning rate of the norms.
+        optimizer: Optimizer of all of them; lr is the learning rate of the scales, relative to each scale. Above 3
+            bits a weight, each further bit halves it.
+        norm_learning_rate: Learning rate of the norms; halved as that of the scales, on average over the weights.
         head_learning_rate: Learning rate of the head.
         code_learning_rate: Learning rate of the positions between codes, in codes.
         learning_rate_floor: End of the cosine learning rate schedule, as a share of its start.

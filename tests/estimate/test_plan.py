@@ -246,6 +246,8 @@ def test_fit_refuses_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(limits, "host_bytes", lambda: 10**9)
     with pytest.raises(ConfigurationError, match=r"memory_limit_gb: hidden states of 52.3 GB .* 1.0 GB are"):
         plan.refuse_early(model, data, ActivationOptions(memory_limit_gb=100), 4096)
+    with pytest.raises(ConfigurationError, match=r"26.2 GB .* live in files, or use fewer sequences$"):
+        plan.refuse_early(model, data, ActivationOptions("bfloat16", memory_limit_gb=100), 4096)
     monkeypatch.setattr(limits, "free_disk", lambda _: 10**9)
     with pytest.raises(ConfigurationError, match=r"activations.folder: hidden states take 52.3 GB"):
         plan.refuse_early(model, data, ActivationOptions(), 4096)

@@ -127,6 +127,8 @@ def test_a_run_from_a_gguf_file_keeps_what_it_did_not_quantize(mixed, tmp_path: 
     for name in ("token_embd.weight", "blk.1.ffn_down.weight", "output_norm.weight"):
         assert new.raw(name).tobytes() == old.raw(name).tobytes()
     assert new.tensors["blk.0.ffn_down.weight"].number == BLOCK_TYPES["Q2_0"].number
+    weights = sum(weight.count * FORMAT.stored_bits(weight, again) for weight in again.weights.values()) / 8
+    assert weights + FORMAT.other_bytes(again, 0) == sum(tensor.num_bytes for tensor in new.tensors.values())
     FORMAT.check(again, tmp_path / "out")
 
 

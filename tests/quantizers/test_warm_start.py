@@ -19,7 +19,7 @@ def _problem(columns: int = 24, tokens: int = 400) -> tuple[torch.Tensor, torch.
     return torch.randn(16, columns), x_NI, 2 / tokens * x_NI.T @ x_NI
 
 
-@pytest.mark.parametrize("start", [RTN(), RTN(weighted=True), GPTQ(), GPTQ(weighted=True)])
+@pytest.mark.parametrize("start", [RTN(), RTN(weighted=True), GPTQ(), GPTQ(weighted=True), GPTQ(activation_order=True)])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_codes_are_levels(scheme: QuantScheme, start: WarmStart) -> None:
     w, _, hessian = _problem(columns=20)  # ragged: 8, 8, 4
@@ -53,10 +53,25 @@ def test_gptq_does_not_depend_on_the_block_size() -> None:
             torch.testing.assert_close(other.scales_OG, results[0].scales_OG, rtol=0.05, atol=1e-3)
 
 
-def test_gptq_with_identity_hessian_is_rounding() -> None:
+def test_activation_order_rounds_what_matters_first() -> None:
+    """With inputs of very different sizes the outputs are nearer; what is stored lies in the order of the columns."""
+    w, x, _ = _problem(columns=32)
+    x = x * torch.logspace(-1.5, 0, 32)  # the largest come last
+    hessian, scheme = x.T @ x, QuantScheme(2, 8)
+
+    def error(start: WarmStart) -> float:
+        dense = quantized(start(w, hessian, scheme), scheme, torch.float32).dequantize()
+        return float((x @ (w - dense).T).square().sum())
+
+    assert error(GPTQ(activation_order=True, weighted=True)) < 0.8 * error(GPTQ(weighted=True))
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_gptq_with_identity_hessian_is_rounding(activation_order: bool) -> None:
     w = torch.randn(4, 16)
-    scheme = QuantScheme(3, 8)
-    assert torch.equal(GPTQ()(w, torch.eye(16), scheme).codes_OI, RTN()(w, None, scheme).codes_OI)
+    for scheme, hessian in ((QuantScheme(3, 8), torch.eye(16)), (QuantScheme(3, 5), torch.diag(torch.rand(16)))):
+        start, plain = GPTQ(activation_order=activation_order)(w, hessian, scheme), RTN()(w, None, scheme)
+        assert torch.equal(start.codes_OI, plain.codes_OI) and torch.equal(start.scales_OG, plain.scales_OG)
 
 
 def test_gptq_survives_dead_and_degenerate_inputs() -> None:

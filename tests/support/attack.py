@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_gsq.cli import main
+from tests.support.forks import renew_thread_pool
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 FILE_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
@@ -76,6 +77,7 @@ def run_forked(
             sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            renew_thread_pool()
             before()
             code = main(arguments)
         except SystemExit as end:

@@ -23,6 +23,7 @@ from lightning_gsq.system.sharding import is_sharded, local, private_copy
 from lightning_gsq.training import EndToEndOptions, EndToEndQuantization
 from lightning_gsq.training.optim import Adam
 from lightning_gsq.training.teacher import StoredTeacher
+from tests.support.forks import renew_thread_pool
 from tests.support.tiny import FAMILIES
 from tests.support.weights import rounded
 
@@ -132,6 +133,7 @@ def main(folder: Path) -> int:
     for rank in range(2):
         child = os.fork()
         if child == 0:
+            renew_thread_pool()
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
             os.environ |= {"LOCAL_RANK": str(rank)}
             for case in CASES:

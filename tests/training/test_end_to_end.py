@@ -82,6 +82,23 @@ def test_training_lowers_the_held_out_divergence(options: dict[str, Any]) -> Non
     assert all(torch.equal(network.get_parameter(name), value) for name, value in before.items())
 
 
+def test_finer_codes_take_smaller_steps() -> None:
+    """The learning rates are those of 3 bits; norms take the mean of the weights beside them."""
+    network = FAMILIES["llama"]()
+    tensors = {**rounded(network, bits=5), 0: rounded(network, bits=2)[0]}
+    module = EndToEndQuantization(network, tensors, EndToEndOptions(norm_learning_rate=1e-3))
+    module.trainer = Trainer(max_steps=1, logger=False, accelerator="cpu", **QUIET_TRAINER)
+    module.trainer.fit_loop.setup_data = lambda: None
+    groups = {group["name"]: group for group in module.configure_optimizers()["optimizer"].param_groups}
+    coarse = sum(site.rows * site.in_features for site in tensors[0])
+    total = sum(site.rows * site.in_features for own in tensors.values() for site in own)
+    share = (coarse + (total - coarse) / 4) / total
+    assert groups["scales"]["initial_lr"] == 2e-3 and len(groups["scales"]["params"]) == len(tensors[0])
+    assert groups["scales x 0.25"]["initial_lr"] == 5e-4
+    (norms,) = (group for name, group in groups.items() if name.startswith("norms"))
+    assert norms["initial_lr"] == pytest.approx(1e-3 * share)
+
+
 def test_recomputing_gives_the_same_gradient() -> None:
     network = FAMILIES["qwen3_moe"]()
     ids = torch.randint(0, 250, (2, 12))

@@ -42,6 +42,7 @@ from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import Field
+from lightning_gsq.gguf.layout import names_in_file
 from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, storage_fields
 from lightning_gsq.gguf.write import NewTensor, file_size, write_gguf
 from lightning_gsq.weights.ledger import Ledger
@@ -137,6 +138,18 @@ class GGUFFormat(ExportFormat):
     def stored_bits(self, weight: ExportedWeight, run: PlannedRun) -> float:
         """Those of the block type."""
         return Storage.of(weight.scheme, weight.site.in_features, "Q8_0").bits
+
+    def other_bytes(self, run: PlannedRun, count: int) -> int:
+        """Those of the tensors that a file keeps from the one that the run came from, whatever their types are."""
+        try:
+            source = source_file(run)
+            if source is None:
+                return super().other_bytes(run, count)
+            names = names_in_file(source, run.config)
+            new = {name for parameter in run.weights for name in names.of(parameter, source.tensors)}
+        except ConfigurationError:  # a file that is not here yet, or that refuse() will not take
+            return super().other_bytes(run, count)
+        return sum(tensor.num_bytes for name, tensor in source.tensors.items() if name not in new)
 
     def stored_as(self, weight: ExportedWeight) -> str:
         """The block type."""
