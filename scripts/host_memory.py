@@ -1,12 +1,11 @@
 """Peak host memory of a run and of its exports, part by part, on a random Llama of a size that is asked for.
 
-    OMP_NUM_THREADS=1 python scripts/host_memory.py                        # 24 blocks of width 768, bfloat16
+    OMP_NUM_THREADS=1 python scripts/host_memory.py --width 512                 # 24 blocks, bfloat16, 2 bits
+    OMP_NUM_THREADS=1 python scripts/host_memory.py --width 512 --host_mb 100   # as on a machine with so much memory
     OMP_NUM_THREADS=1 python scripts/host_memory.py --formats native,gguf --end_to_end
 
-What counts is anonymous memory (``RssAnon`` of /proc/self/status): pages of the mapped checkpoint are dropped by the
-system where it needs room, and read again. A limit on the address space (``RLIMIT_AS``, ``RLIMIT_DATA``) would count
-these mappings, which safetensors makes private and writable. A thread reads the figure every two milliseconds, and each
-part of the work has the most that it saw there, less what Python and the libraries took before the model was loaded.
+What counts is said in ``tests/support/host_memory.py``. A thread reads the figure every two milliseconds, and each part
+of the work has the most that it saw there, less what Python and the libraries took before the model was loaded.
 
 A block is counted in the dtype of the checkpoint. Without an accelerator the device's memory is the host's, so
 that the training of a block is a line of the table too.
@@ -15,25 +14,17 @@ that the training of a block is a line of the table too.
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import multiprocessing
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support.tiny import byte_tokenizer
+from tests.support.host_memory import Peaks, large_llama, short_run
 
 PARTS = {
     # what is looked at: module, function or method, and what the table calls it
@@ -54,145 +45,6 @@ PARTS = {
         ("FORMAT", "check", "export: check"),
     ),
 }
-
-
-REST = "between these"
-"""What is done in no part of the work."""
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that is no page of a file."""
-    with Path("/proc/self/status").open(encoding="ascii") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
-
-
-class Peaks:
-    """The most anonymous memory in each part of the work, as a thread sees it.
-
-    Args:
-        every: Seconds between two looks.
-    """
-
-    def __init__(self, every: float = 0.002) -> None:
-        self.every, self.most, self.before = every, dict[str, int](), anonymous_bytes()
-        self._parts, self._ended = [REST], threading.Event()
-        threading.Thread(target=self._look, daemon=True).start()
-
-    def _look(self) -> None:
-        while not self._ended.wait(self.every):
-            self.note()
-
-    def note(self) -> None:
-        """Looks once."""
-        part = self._parts[-1]
-        self.most[part] = max(self.most.get(part, 0), anonymous_bytes())
-
-    @contextmanager
-    def during(self, part: str) -> Iterator[None]:
-        """What is seen inside counts as this part's."""
-        self._parts.append(part)
-        try:
-            self.note()
-            yield
-            self.note()
-        finally:
-            self._parts.pop()
-
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        """Counts what a function takes as a part's."""
-        function: Callable[..., Any] = getattr(owner, name)
-
-        @functools.wraps(function)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self.during(part):
-                return function(*args, **kwargs)
-
-        setattr(owner, name, watched)
-
-    def end(self) -> dict[str, int]:
-        """The peaks, less what was there at the start."""
-        self._ended.set()
-        return {part: most - self.before for part, most in self.most.items()}
-
-
-def make_model(folder: Path, blocks: int, width: int, vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Writes a random Llama, a file a block; returns the bytes of a block, and of all of it."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=(8 * width // 3 + 63) // 64 * 64,
-        num_hidden_layers=blocks,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=512,
-        bos_token_id=256,
-        eos_token_id=257,
-        tie_word_embeddings=False,
-        dtype=str(dtype).removeprefix("torch."),
-        architectures=["LlamaForCausalLM"],
-    )
-    wide = {"gate_proj": (config.intermediate_size, width), "up_proj": (config.intermediate_size, width)}
-    wide["down_proj"] = (width, config.intermediate_size)
-    shapes = {f"self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
-    shapes |= {f"mlp.{name}.weight": shape for name, shape in wide.items()}
-    generator = torch.Generator().manual_seed(0)
-    folder.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-
-    def write(file: str, tensors: dict[str, torch.Tensor]) -> int:
-        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-        return sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-
-    ends = {f"{name}.weight": random(vocabulary, width) for name in ("model.embed_tokens", "lm_head")}
-    total = write("ends.safetensors", {**ends, "model.norm.weight": torch.ones(width)})
-    block = 0
-    for index in range(blocks):
-        tensors = {f"model.layers.{index}.{name}": random(*shape) for name, shape in shapes.items()}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{index}.{name}.weight"] = torch.ones(width)
-        block = write(f"block-{index}.safetensors", tensors)
-        total += block
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return block, total
-
-
-def settings(model: Path, folder: Path, phases: list[str], bits: int) -> Path:
-    """A configuration of a run of few steps: what is measured is memory."""
-    corpus = folder / "corpus.txt"
-    corpus.write_text("".join(f"Line {i}: the square of {i} is {i * i}.\n" for i in range(700)), encoding="utf-8")
-    text = {"class_path": "lightning_gsq.data.TextFile", "init_args": {"path": str(corpus)}}
-    callbacks = [{"class_path": f"lightning_gsq.callbacks.{name}"} for name in ("GumbelAnnealing", "HardRounding")]
-    content = {
-        "trainer": {
-            "default_root_dir": str(folder / "run"),
-            "accelerator": "cpu",
-            "precision": "32-true",
-            "max_steps": 2,
-            "callbacks": callbacks,
-        },
-        "model": {
-            "pretrained": str(model),
-            "phases": phases,
-            "scheme": {"bits": bits, "group_size": 64},
-            "gumbel": {"backend": "eager", "logits_dtype": "bfloat16"},
-            "compile_blocks": False,
-            "warm_start": {"class_path": "lightning_gsq.quantizers.RTN", "init_args": {"weighted": False}},
-            "optimizer": {"class_path": "lightning_gsq.training.Lion", "init_args": {"lr": 1e-4}},
-        },
-        "end_to_end": {"max_steps": 1},
-        "data": {"source": text, "sequence_length": 64, "num_sequences": 4, "num_validation_sequences": 2},
-        "evaluation": {"source": text, "sequence_length": 64, "num_windows": 2},
-    }
-    file = folder / "settings.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return file
 
 
 def measured(what: str, arguments: list[str], format_name: str, host_mb: float | None, queue: Any) -> None:
@@ -253,10 +105,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         dtype = getattr(torch, options.dtype)
-        block, total = make_model(root / "model", options.blocks, options.width, options.vocabulary, dtype)
+        block, total = large_llama(root / "model", options.blocks, options.width, options.vocabulary, dtype)
         print(f"model {total / 1e6:,.0f} MB, {options.blocks} blocks of {block / 1e6:.1f} MB\n")
         phases = ["init", "blocks", *(["end_to_end"] if options.end_to_end else [])]
-        config = settings(root / "model", root, phases, options.bits)
+        config = short_run(root / "model", root, phases, options.bits)
         rows = peaks_of("fit", ["fit", "--config", str(config), *more], "", options.host_mb)
         for name in filter(None, options.formats.split(",")):
             peaks = peaks_of("export", ["export", str(root / "run"), "--format", name], name, options.host_mb)
