@@ -1,11 +1,11 @@
 """Peak host memory of a run and of its exports, part by part, on a random Llama of a size that is asked for.
 
-    OMP_NUM_THREADS=1 python scripts/host_memory.py --width 512                 # 24 blocks, bfloat16, 2 bits
-    OMP_NUM_THREADS=1 python scripts/host_memory.py --width 512 --host_mb 100   # as on a machine with so much memory
-    OMP_NUM_THREADS=1 python scripts/host_memory.py --formats native,gguf --end_to_end
+    OMP_NUM_THREADS=1 python scripts/host_memory.py --host_mb 40     # 24 blocks of width 256 on a machine of 40 MB
+    OMP_NUM_THREADS=1 python scripts/host_memory.py --blocks 48 --formats native,gguf --end_to_end
 
 What counts is said in ``tests/support/host_memory.py``. A thread reads the figure every two milliseconds, and each part
-of the work has the most that it saw there, less what Python and the libraries took before the model was loaded.
+of the work has the most that it saw there, less what the process had after the same work on a model of one block: what
+libraries take when they are first used is no part of it.
 
 A block is counted in the dtype of the checkpoint. Without an accelerator the device's memory is the host's, so
 that the training of a block is a line of the table too.
@@ -14,7 +14,9 @@ that the training of a block is a line of the table too.
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support.host_memory import Peaks, large_llama, short_run
+import lightning_gsq.system.memory
+from tests.support.host_memory import GIVEN_BACK, Peaks, large_llama, short_run
 
 PARTS = {
     # what is looked at: module, function or method, and what the table calls it
@@ -47,23 +50,19 @@ PARTS = {
 }
 
 
-def measured(what: str, arguments: list[str], format_name: str, host_mb: float | None, queue: Any) -> None:
-    """In a process of its own: runs a command and sends its peaks."""
-    import importlib
-
-    import lightning_gsq.system.memory
-
+def measured(
+    what: str, before: list[str], arguments: list[str], format_name: str, host_mb: float | None, queue: Any
+) -> None:
+    """In a process of its own: runs a command on a small model, then on the large one, and sends the peaks of that."""
     if host_mb is not None:
         lightning_gsq.system.memory.host_bytes = lambda: int(host_mb * 1e6)
-
-    import matplotlib.figure  # noqa: F401 - a library that comes late is no part of a phase
-    import torch.utils.tensorboard  # noqa: F401
-
     from lightning_gsq.cli import main
     from lightning_gsq.export import format_of
 
-    modules = [importlib.import_module(module) for module, _, _ in PARTS[what] if module != "FORMAT"]
-    del modules
+    if main(before):
+        queue.put((1, {}))
+        return
+    lightning_gsq.system.memory.release()
     peaks = Peaks()
     for module, name, part in PARTS[what]:
         owner: Any = format_of(format_name) if module == "FORMAT" else importlib.import_module(module)
@@ -75,11 +74,13 @@ def measured(what: str, arguments: list[str], format_name: str, host_mb: float |
     queue.put((code, peaks.end()))
 
 
-def peaks_of(what: str, arguments: list[str], format_name: str, host_mb: float | None) -> dict[str, int]:
-    """The peaks of a command."""
+def peaks_of(
+    what: str, before: list[str], arguments: list[str], format_name: str, host_mb: float | None
+) -> dict[str, int]:
+    """The peaks of a command, after another one."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=measured, args=(what, arguments, format_name, host_mb, queue))
+    process = context.Process(target=measured, args=(what, before, arguments, format_name, host_mb, queue))
     process.start()
     code, peaks = queue.get()
     process.join()
@@ -92,26 +93,32 @@ def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=24)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=300)
     parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="float32")
     parser.add_argument("--formats", default="native,dequantized", help="to export to, each by itself")
     parser.add_argument("--end_to_end", action="store_true", help="that phase too")
     parser.add_argument(
         "--host_mb", type=float, help="memory that the machine is said to have free, instead of its own"
     )
+    os.environ.update(GIVEN_BACK)
     options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         dtype = getattr(torch, options.dtype)
-        block, total = large_llama(root / "model", options.blocks, options.width, options.vocabulary, dtype)
-        print(f"model {total / 1e6:,.0f} MB, {options.blocks} blocks of {block / 1e6:.1f} MB\n")
         phases = ["init", "blocks", *(["end_to_end"] if options.end_to_end else [])]
-        config = short_run(root / "model", root, phases, options.bits)
-        rows = peaks_of("fit", ["fit", "--config", str(config), *more], "", options.host_mb)
+        fits, folders, sizes = [], [root / "small", root / "large"], (0, 0)
+        for folder, blocks in zip(folders, (1, options.blocks), strict=True):
+            sizes = large_llama(folder / "model", blocks, options.width, options.vocabulary, dtype)
+            config = short_run(folder / "model", folder, phases, options.bits)
+            fits.append(["fit", "--config", str(config), *more])
+        block, total = sizes
+        print(f"model {total / 1e6:,.0f} MB, {options.blocks} blocks of {block / 1e6:.1f} MB\n", flush=True)
+        rows = peaks_of("fit", fits[0], fits[1], "", options.host_mb)
         for name in filter(None, options.formats.split(",")):
-            peaks = peaks_of("export", ["export", str(root / "run"), "--format", name], name, options.host_mb)
+            small, large = (["export", str(folder / "run"), "--format", name] for folder in folders)
+            peaks = peaks_of("export", small, large, name, options.host_mb)
             rows |= {f"{part}, {name}": size for part, size in peaks.items()}
     print("| part | anonymous memory | blocks |\n|---|---|---|")
     for part, size in rows.items():

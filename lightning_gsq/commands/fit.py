@@ -51,6 +51,7 @@ from lightning_gsq.run.trial import try_settings
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.memory import host_bytes
 from lightning_gsq.system.processes import Ranks, check_shares
+from lightning_gsq.system.shards import SHARD_SIZE
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
 
 
@@ -215,6 +216,7 @@ def _check_shares(trainer: Trainer, data: CalibrationDataModule, evaluation: Per
 
 
 def _bytes_to_write(model: ModelQuantization) -> int:
-    """Upper bound of what a run writes: the dense model, two sets of block files, logs."""
+    """Upper bound of what a run writes: the dense model, a file of it once more, two sets of block files, logs."""
     parameters = sum(p.numel() for p in model.network.parameters())
-    return int(parameters * (model.storage.output_dtype.itemsize + 2 * 1.2)) + 50_000_000
+    dense = parameters * model.storage.output_dtype.itemsize
+    return int(dense + min(dense, SHARD_SIZE) + parameters * 2 * 1.2) + 50_000_000

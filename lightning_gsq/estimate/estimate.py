@@ -34,6 +34,7 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
+from lightning_gsq.system.shards import SHARD_SIZE
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
 from lightning_gsq.weights.quantized import BitsLedger
 from lightning_gsq.weights.scheme import QuantScheme
@@ -219,11 +220,13 @@ def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple[LinearS
 def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger, outer: BitsLedger) -> dict[str, int]:
     kinds = len(set(model.phases))
     files = 1 + ("end_to_end" in model.phases)
+    dense = skeleton.parameters * model.storage.output_dtype.itemsize
     name = f"embedding and head, {files} file{'s' if files > 1 else ''}"
     return {
         **({name: files * outer.num_bytes} if outer.weights else {}),
         f"block files, {kinds} set{'s' if kinds > 1 else ''}": kinds * ledger.num_bytes,
-        "quantized model, dequantized": skeleton.parameters * model.storage.output_dtype.itemsize,
+        "quantized model, dequantized": dense,
+        "a file of it while that is written": min(dense, SHARD_SIZE),
         "logs and the rest": SPARE_DISK,
     }
 

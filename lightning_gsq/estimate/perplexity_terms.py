@@ -8,7 +8,7 @@ from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.forward_passes import sequences_at_once
 from lightning_gsq.run.hidden_states import ActivationOptions
-from lightning_gsq.run.perplexity import Room, runs_by_block, whole_model_terms
+from lightning_gsq.run.perplexity import FP32, Room, runs_by_block, whole_model_terms
 
 
 def by_block(evaluation: PerplexityData, skeleton: Skeleton, plan: dict[int, Weights], around: Surroundings) -> bool:
@@ -38,8 +38,16 @@ def replaced_terms(
     itemsize, counts = skeleton.dtype.itemsize, [count_of(weights) for weights in plan.values()]
     if not by_block(evaluation, skeleton, plan, around):
         return {"quantized weights beside the originals": (sum(counts) + outer) * itemsize}
-    terms = {"codes of a block, and its quantized weights": max(counts) * (1 + itemsize)}
+    terms = {
+        "codes of a block, and its quantized weights": max(counts) * (1 + itemsize),
+        "a matrix of it in fp32": FP32 * max(map(largest_matrix, plan.values())),
+    }
     return terms | ({"embedding and head, dequantized": outer * itemsize} if outer else {})
+
+
+def largest_matrix(weights: Weights) -> int:
+    """How many numbers the largest quantized matrix of a block has, or its experts together where they are fused."""
+    return max((site.rows * site.in_features for site in weights), default=0)
 
 
 def _whole_model(evaluation: PerplexityData, skeleton: Skeleton, around: Surroundings) -> dict[str, int]:

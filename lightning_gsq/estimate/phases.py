@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate.block_terms import worst_block
 from lightning_gsq.estimate.end_to_end_terms import end_to_end_terms
-from lightning_gsq.estimate.perplexity_terms import count_of, perplexity_terms, replaced_terms
+from lightning_gsq.estimate.perplexity_terms import count_of, largest_matrix, perplexity_terms, replaced_terms
 from lightning_gsq.estimate.quantities import (
     Surroundings,
     Weights,
@@ -93,19 +93,23 @@ def phases_of(
         phases.append(Phase(f"perplexity of the blocks{way}", held | installed | windows, evaluate))
     if "end_to_end" in model.phases:
         terms = end_to_end_terms(model, data, end_to_end, skeleton, plan, ledger, outer, around)
-        phases.append(Phase("end to end", dict(held), terms))
+        back = {"the model on its way back from the device": skeleton.parameters * skeleton.dtype.itemsize}
+        whole = around.accelerated and around.spread == 1
+        phases.append(Phase("end to end", held | (back if whole else {}), terms))
         phases.append(Phase(f"perplexity after it{way}", held | installed | windows, evaluate))
     return [*phases, Phase("save", held | _saving(model, skeleton, plan))]
 
 
 def _saving(model: ModelQuantization, skeleton: Skeleton, plan: dict[int, Weights]) -> dict[str, int]:
-    """What is outside of the blocks, then a block: its codes, its quantized weights, all of it in the saved dtype."""
+    """What is outside of the blocks, then a block: its codes, its quantized weights, a matrix of these in fp32, all of
+    it in the saved dtype."""
     dtype = model.storage.output_dtype
     written = dtype.itemsize * (dtype != skeleton.dtype)  # what has it already is written from the model
     inside = sum(block.parameters for block in skeleton.blocks)
     outside = (skeleton.parameters - inside) * (skeleton.dtype.itemsize + written)
     blocks = [
-        count_of(plan.get(index, {})) * (1 + skeleton.dtype.itemsize) + written * block.parameters
+        count_of(plan.get(index, {})) * (1 + skeleton.dtype.itemsize)
+        + max(written * block.parameters, FP32 * largest_matrix(plan.get(index, {})))
         for index, block in enumerate(skeleton.blocks)
     ]
     if outside > max(blocks):

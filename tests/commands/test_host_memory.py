@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.host_memory import large_llama, short_run
+from tests.support.host_memory import GIVEN_BACK, large_llama, short_run
 
 BLOCKS, WIDTH = 24, 256
 PART_OF_THE_MODEL = 0.6
@@ -62,12 +62,11 @@ def test_a_model_larger_than_the_memory(tmp_path: Path) -> None:
         text=True,
         check=False,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1000000"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **GIVEN_BACK},
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert (
         "perplexity is measured block by block" in finished.stdout and "block by block, with a text" in finished.stdout
     )
     peaks = json.loads(finished.stdout.strip().splitlines()[-1])
-    print(block, total, peaks)
     assert set(peaks) == {"fit", "native", "dequantized"} and max(peaks.values()) <= allowed
