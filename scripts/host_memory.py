@@ -82,8 +82,8 @@ def peaks_of(
     queue = context.Queue()
     process = context.Process(target=measured, args=(what, before, arguments, format_name, host_mb, queue))
     process.start()
-    code, peaks = queue.get()
-    process.join()
+    process.join()  # what it sends is small enough to wait for it
+    code, peaks = (process.exitcode, {}) if process.exitcode else queue.get()
     if code:
         raise SystemExit(f"{what} ended with exit code {code}")
     return dict(peaks)

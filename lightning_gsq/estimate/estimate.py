@@ -123,7 +123,7 @@ def estimate(
     # What this process takes already is part of the plan's baseline.
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     around = _surroundings(model, end_to_end, trainer, source, method_of(config) is not None, device_memory)
-    around = replace(around, host_room=host_room)
+    around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
     ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}

@@ -8,14 +8,19 @@ from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.forward_passes import sequences_at_once
 from lightning_gsq.run.hidden_states import ActivationOptions
-from lightning_gsq.run.perplexity import FP32, Room, runs_by_block, whole_model_terms
+from lightning_gsq.run.perplexity import FP32, Room, replaced_bytes, runs_by_block, whole_model_terms
 
 
 def by_block(evaluation: PerplexityData, skeleton: Skeleton, plan: dict[int, Weights], around: Surroundings) -> bool:
     """Whether ``fit`` will measure perplexity block by block."""
     room = Room(around.device_room, around.host_room)
-    replaced = skeleton.dtype.itemsize * sum(map(count_of, plan.values()))
+    replaced = _replaced(skeleton, plan, around)
     return runs_by_block(evaluation.by_block, _whole_model(evaluation, skeleton, around), replaced, room)
+
+
+def _replaced(skeleton: Skeleton, plan: dict[int, Weights], around: Surroundings) -> int:
+    quantized = sum(map(count_of, plan.values()))
+    return replaced_bytes(quantized, skeleton.parameters, skeleton.dtype, around.output_dtype)
 
 
 def count_of(weights: Weights) -> int:
@@ -37,9 +42,10 @@ def replaced_terms(
     """
     itemsize, counts = skeleton.dtype.itemsize, [count_of(weights) for weights in plan.values()]
     if not by_block(evaluation, skeleton, plan, around):
-        return {"quantized weights beside the originals": (sum(counts) + outer) * itemsize}
+        return {"quantized weights beside the originals": _replaced(skeleton, plan, around) + outer * itemsize}
+    rounded = max(block.parameters for block in skeleton.blocks) if skeleton.dtype != around.output_dtype else 0
     terms = {
-        "codes of a block, and its quantized weights": max(counts) * (1 + itemsize),
+        "codes of a block, and its quantized weights": max(counts) + max([*counts, rounded]) * itemsize,
         "a matrix of it in fp32": FP32 * max(map(largest_matrix, plan.values())),
     }
     return terms | ({"embedding and head, dequantized": outer * itemsize} if outer else {})

@@ -104,6 +104,19 @@ def whole_model_terms(weights: int, vocabulary: int, tokens: int, itemsize: int)
     }
 
 
+def replaced_bytes(quantized: int, parameters: int, dtype: torch.dtype, output_dtype: torch.dtype) -> int:
+    """Bytes of what takes the place of a model's own weights, if all of it is there at once.
+
+    Args:
+        quantized: How many numbers are quantized.
+        parameters: How many numbers the model has; those that are not quantized are rounded as the saved files have
+            them.
+        dtype: Dtype of the model.
+        output_dtype: Dtype of the saved files.
+    """
+    return dtype.itemsize * (quantized if dtype == output_dtype else parameters)
+
+
 def runs_by_block(choice: ByBlock, terms: dict[str, int], replaced: int, room: Room) -> bool:
     """Whether perplexity is measured block by block.
 
@@ -151,7 +164,9 @@ def make_measure(
     itemsize = 2 if trainer.precision in ("bf16-mixed", "16-mixed") else network.dtype.itemsize
     vocabulary = network.config.get_text_config(decoder=True).vocab_size
     terms = whole_model_terms(weights, vocabulary, ids_NT.shape[1], itemsize)
-    replaced = network.dtype.itemsize * sum(s.rows * s.in_features for part in plan for s in part.weights)
+    quantized = sum(site.rows * site.in_features for part in plan for site in part.weights)
+    parameters = sum(parameter.numel() for parameter in network.parameters()) if plan else 0
+    replaced = replaced_bytes(quantized, parameters, network.dtype, model.storage.output_dtype)
     # One device with too little room is enough, because all processes have to go the same way.
     mine = torch.tensor(float(runs_by_block(evaluation.by_block, terms, replaced, room)), device=device)
 

@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 
 from tests.support.tiny import byte_tokenizer
 
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "250000"}
 """Environment of a process in which a freed matrix of a small model is given back to the system, as those of a large
 one are: glibc keeps for later what is small, which may mean up to 32 MB."""
 REST = "between these"
