@@ -27,4 +27,5 @@ head            its logits from its last hidden states
 ends            the matrices outside of the blocks: embedding and head
 norms           the parameters of its normalisation layers
 standing_in     other functions in the place of its blocks
+in_turn         blocks that have their weights only while they run
 """

@@ -27,6 +27,7 @@ hidden_states   where they are kept
 block_plan      which weights of which block
 substitution    other weights in a model, for a while or for good
 folder          the folder of a run
+stored_blocks   the weights of all blocks, one in memory at a time
 block_files     a block's file, and what it says about itself
 dense_file      the file of what is not quantized
 progress        progress.json and summary.json, of any shape

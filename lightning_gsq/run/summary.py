@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,33 +22,50 @@ from lightning_gsq.weights.ledger import Ledger, LedgerEntry
 from lightning_gsq.weights.quantized import BitsLedger, QuantizedWeight
 
 
-def _ledger(
+@dataclass
+class _Counted:
+    """Figures of the quantized weights, which are looked at once, one block after another.
+
+    Args:
+        ledger: Bits of their files, and of everything else in the dtype of the saved model.
+        bits: Bits of those in the blocks.
+        saliency: What was chosen for those in the blocks that have a salient part.
+    """
+
+    ledger: Ledger
+    bits: BitsLedger
+    saliency: dict[str, dict[str, Any]]
+
+
+def _count(
     model: ModelQuantization,
     plan: list[BlockPlan],
-    tensors: list[Blocks],
+    tensors: Sequence[Blocks],
     outer: Blocks,
     folder: RunFolder,
     kind: str,
-) -> Ledger:
-    """The bits of the files of quantized weights, and of everything else in the dtype of the saved model."""
-    entries, headers = [], {}
-    files = [
-        (folder.block_file(kind, block.index), {f"{block.name}.{name}": tensor for name, tensor in weights.items()})
-        for block, weights in zip(plan, tensors, strict=True)
-    ]
-    if outer:
-        files.append((folder.block_file(outer_kind(kind), OUTER), outer))
-    for file, named in files:
+) -> _Counted:
+    entries, headers, bits = list[LedgerEntry](), dict[str, int](), BitsLedger()
+    saliency: dict[str, dict[str, Any]] = {}
+
+    def add(file: Path, named: Mapping[str, QuantizedWeight]) -> None:
         stored = [LedgerEntry.of(name, tensor) for name, tensor in named.items()]
-        entries += stored
+        entries.extend(stored)
         headers[file.name] = file.stat().st_size - sum(entry.bits for entry in stored) // 8
+
+    for block, weights in zip(plan, tensors, strict=True):
+        add(folder.block_file(kind, block.index), {f"{block.name}.{name}": t for name, t in weights.items()})
+        bits += report.ledger_of(weights)
+        saliency |= report.saliency_of(block.name, weights)
+    if outer:
+        add(folder.block_file(outer_kind(kind), OUTER), outer)
     quantized = {entry.name for entry in entries}
     entries += [
         LedgerEntry(name, p.numel(), unquantized=8 * model.storage.output_dtype.itemsize * p.numel())
         for name, p in model.network.named_parameters()
         if name not in quantized
     ]
-    return Ledger(tuple(entries), headers)
+    return _Counted(Ledger(tuple(entries), headers), bits, saliency)
 
 
 def _about(tensor: QuantizedWeight) -> dict[str, Any]:
@@ -87,7 +106,7 @@ def make_summary(
     run: Run,
     source: loading.ModelSource,
     kind: str,
-    tensors: list[Blocks],
+    tensors: Sequence[Blocks],
     outer: Blocks,
     perplexity: dict[str, float],
     end_to_end: dict[str, Any] | None,
@@ -95,17 +114,16 @@ def make_summary(
     """The content of ``summary.json``.
 
     Args:
-        run: The run; the weights of the result are installed in its model.
+        run: The run; outside of its blocks, its model has the weights of the result.
         source: Where the model came from.
         kind: Whose result stands: that of the warm start, the blocks or the end-to-end phase.
-        tensors: Its codes and scales, by planned block.
+        tensors: Its codes and scales, by planned block; each is asked for once.
         outer: Quantized weights outside of the blocks, by name in the model.
         perplexity: The perplexities, by name.
         end_to_end: The end-to-end phase's report, if it ran.
     """
     model, folder, plan = run.model, run.folder, run.plan
-    ledger = _ledger(model, plan, tensors, outer, folder, kind)
-    saliency = report.saliency_of({block.name: weights for block, weights in zip(plan, tensors, strict=True)})
+    counted = _count(model, plan, tensors, outer, folder, kind)
     progress, blocks = folder.progress, folder.measures()
     experts = _experts(plan, folder, ["warm_start"] if kind == "warm_start" else ["block", "warm_start"])
     for block in blocks.values():
@@ -117,12 +135,12 @@ def make_summary(
     folder.update_progress(peak_memory_bytes=peak)
     summary = {
         "perplexity": perplexity,
-        "bits_per_weight": report.ledger_of(tensors).per_weight(),
-        "ledger": ledger.summary(),
+        "bits_per_weight": counted.bits.per_weight(),
+        "ledger": counted.ledger.summary(),
         "bytes": {
             "original": loading.num_bytes(source, model.network),
             "dense": 2 * parameters,
-            "quantized": ledger.num_bytes,
+            "quantized": counted.ledger.num_bytes,
             "blocks": files,
             **({"outer": folder.block_file(outer_kind(kind), OUTER).stat().st_size} if outer else {}),
         },
@@ -137,7 +155,7 @@ def make_summary(
             "group_size": model.selection.scheme.group_size,
         },
         "blocks": blocks,
-        **({"saliency": saliency} if saliency else {}),
+        **({"saliency": counted.saliency} if counted.saliency else {}),
         **({"experts": experts} if experts else {}),
         "pretrained": model.address.pretrained,
         "seed": run.seed,

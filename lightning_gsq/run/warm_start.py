@@ -15,7 +15,7 @@ from lightning_gsq.saliency.choose import settled_tensor
 from lightning_gsq.system.bar import bar
 
 
-def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
+def warm_start(run: Run, outer: Blocks) -> bool:
     """Starts every planned block, but for those whose files an earlier start left.
 
     Args:
@@ -23,15 +23,14 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
         outer: Quantized weights outside of the blocks, whose activations the first block gets.
 
     Returns:
-        The quantized weights of each planned block, and whether any was made now. The model is left as it was.
+        Whether any was made now. Each is in its file; the model is left as it was.
     """
     finished = Finished(run, "warm_start")
     if finished.complete:
         run.say(f"warm start: finished already (0 of {len(run.plan)} blocks to do)")
-        return [run.folder.read_block("warm_start", plan.index, plan.expected) for plan in run.plan], False
+        return False
     settings, dtype = run.model.start, run.model.storage.scale_dtype
     count = hessian_sequences(run) if settings.watches_inputs else 0
-    results = []
     with contextlib.ExitStack() as at_hand:
         shape = (count, run.data.sequence_length, run.width)
         store = at_hand.enter_context(hidden_store(shape, run.activations, streams=1))
@@ -58,10 +57,9 @@ def warm_start(run: Run, outer: Blocks) -> tuple[list[Blocks], bool]:
                         }
                     experts = {place: {"tokens": tokens} for place, tokens in watched.experts.items()}
                     finished.add(plan, tensors, {"experts": experts} if experts else None)
-                results.append(tensors)
                 install(block, plan, tensors)
             if index < run.last_block:
                 for own in filter(None, (stream, spare)):
                     propagate(run, block, index, own, own)
             move()
-    return results, True
+    return True
