@@ -95,8 +95,11 @@ class CalibrationDataModule(LightningDataModule):
         self.run_folder: Path | None = None
         """Where tokens are kept that no other run shares; None for nowhere."""
         self.retries, self.retry_pause = retries, retry_pause
+        self.num_spare_sequences = 0
+        """Sequences beyond these, for experts that few tokens reach; as many of them as the text has."""
         self.train_ids_NT: Tensor
         self.validation_ids_NT: Tensor
+        self.spare_ids_NT: Tensor = torch.empty(0, sequence_length, dtype=torch.int64)
         self._stream: TokenStream | None = None
         self._state: dict[str, Any] | None = None
 
@@ -122,7 +125,7 @@ class CalibrationDataModule(LightningDataModule):
             self.source.check()
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Reads, tokenises, cuts and splits; fills ``train_ids_NT`` and ``validation_ids_NT`` (int64).
+        """Reads, tokenises, cuts and splits; fills ``train_ids_NT``, ``validation_ids_NT``, ``spare_ids_NT`` (int64).
 
         Raises:
             ConfigurationError: the source holds too little text or failed for good, or its text and the model do not
@@ -130,12 +133,17 @@ class CalibrationDataModule(LightningDataModule):
         """
         start = start_token(tokenizer, self.bos, "data.bos")
         self._stream = stream = self._open_stream(tokenizer, model)
+
+        def read(goal: int) -> Tensor:
+            if self.source.needs_model and not stream.has(goal):
+                self.source.attach(model, tokenizer)
+            stream.read(goal, self.retries, self.retry_pause)
+            ids = stream.ids(goal)
+            check_ids(ids, tokenizer, model, "data.source: the text")  # kept in a file, it may be another model's
+            return ids
+
         goal = READ_AHEAD * self.wanted * self.sequence_length
-        if self.source.needs_model and not stream.has(goal):
-            self.source.attach(model, tokenizer)
-        stream.read(goal, self.retries, self.retry_pause)
-        ids = stream.ids(goal)
-        check_ids(ids, tokenizer, model, "data.source: the text")  # kept in a file, it may be another model's
+        ids = read(goal)
         windows_NT = cut_windows(ids, self.sequence_length, start)
         if len(windows_NT) < self.wanted:
             raise ConfigurationError(
@@ -144,10 +152,15 @@ class CalibrationDataModule(LightningDataModule):
                 f"tokens, the source has {len(ids):,} ({len(windows_NT)} sequences); lower data.num_sequences or "
                 "data.sequence_length, or add text"
             )
-        order = torch.randperm(len(windows_NT), generator=generator_of("calibration", self.seed))[: self.wanted]
-        chosen_NT = windows_NT[order]
+        order = torch.randperm(len(windows_NT), generator=generator_of("calibration", self.seed))
+        chosen_NT = windows_NT[order[: self.wanted]]
         self.train_ids_NT = chosen_NT[: self.num_sequences]
         self.validation_ids_NT = chosen_NT[self.num_sequences :]
+        spare_NT, lack = windows_NT[order[self.wanted :]], self.wanted + self.num_spare_sequences - len(windows_NT)
+        if lack > 0:  # what was read for a choice does not suffice: the text goes on behind it
+            ids = read(len(ids) + lack * self.sequence_length)
+            spare_NT = torch.cat([spare_NT, cut_windows(ids, self.sequence_length, start)[len(windows_NT) :]])
+        self.spare_ids_NT = spare_NT[: self.num_spare_sequences]
 
     def state_dict(self) -> dict[str, Any]:
         """The tokens read so far and the source's position; empty before :meth:`tokenize`."""

@@ -91,6 +91,19 @@ FURTHER: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"layer_types": ["sliding_attention"] * LAYERS},
     "reformer": {"axial_pos_embds": False},
     "dots3_note": {"adapter_in_dim": HIDDEN},
+    "dots3_note_text": {
+        # blocks that see a window have sizes of their own
+        "shared_experts_intermediate_size": 32,
+        "per_layer_config": {
+            index: {
+                **dict.fromkeys(["num_attention_heads", "num_key_value_heads"], HEADS),
+                **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"], 16),
+                "v_head_dim": 16,
+                "head_dim": 32,
+            }
+            for index in (1, 3)
+        },
+    },
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     **{
@@ -277,6 +290,10 @@ def _line(error: BaseException) -> str:
 
 def one(kind: str, answer: Connection) -> None:
     """Examines a type and sends the result: what a process of its own does."""
+    import torch
+
+    # After a fork torch makes its threads anew without a lock: here, while there is one thread to ask for them.
+    torch.set_num_threads(torch.get_num_threads())
     nowhere = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -331,26 +348,38 @@ def kinds() -> list[str]:
     return sorted(mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | mappings.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """The table as Markdown."""
+def page(results: list[dict[str, Any]], others: str = "") -> str:
+    """The table as Markdown.
+
+    Args:
+        results: What was found.
+        others: An earlier table, whose rows of other types stay.
+    """
     from importlib.metadata import version
 
-    counts = Counter(result["outcome"] for result in results)
-    rows = [
-        f"| `{r['kind']}` | {r['outcome']} | {format(r['share'], '.1%') if 'share' in r else ''} | {_cell(r['line'])} |"
-        for r in results
-    ]
+    rows = {row.split("`")[1]: row for row in others.splitlines() if row.startswith("| `")}
+    for r in results:
+        share = format(r["share"], ".1%") if "share" in r else ""
+        rows[r["kind"]] = f"| `{r['kind']}` | {r['outcome']} | {share} | {_cell(r['line'])} |"
+    counts = Counter(row.split("|")[2].strip() for row in rows.values())
     summary = ", ".join(f"{counts[name]} {name}" for name in ("ok", "refused", "not built", "traceback"))
-    head = f"transformers {version('transformers')}, {len(results)} types: {summary}."
+    head = f"transformers {version('transformers')}, {len(rows)} types: {summary}."
     return "\n".join(
-        [head, "", "| type | outcome | share of the blocks' weights | why |", "|---|---|---|---|", *rows, ""]
+        [
+            head,
+            "",
+            "| type | outcome | share of the blocks' weights | why |",
+            "|---|---|---|---|",
+            *(rows[kind] for kind in sorted(rows)),
+            "",
+        ]
     )
 
 
 def main() -> None:
     """Runs the sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="types, instead of all")
+    parser.add_argument("--only", nargs="+", help="types, instead of all; rows of others stay in the file")
     parser.add_argument("--output", type=Path, help="Markdown file for the table, after a line `<!-- sweep -->`")
     parser.add_argument("--json", type=Path, help="file for everything that was found")
     options = parser.parse_args()
@@ -362,9 +391,10 @@ def main() -> None:
         print(f"{kind:30} {last['outcome']:10} {last['seconds']:5.0f} s  {last['line'][:150]}", flush=True)
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))
-    table = page(results)
+    written = options.output.read_text(encoding="utf-8") if options.output else ""
+    before, _, earlier = written.partition("<!-- sweep -->")
+    table = page(results, earlier if options.only else "")
     if options.output:
-        before = options.output.read_text(encoding="utf-8").partition("<!-- sweep -->")[0]
         options.output.write_text(f"{before}<!-- sweep -->\n{table}", encoding="utf-8")
     print(table.splitlines()[0])
 

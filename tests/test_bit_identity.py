@@ -39,7 +39,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "2 bits": {"model__scheme": {"bits": 2, "group_size": 64}},
     "3 bits, GPTQ": {
         "model__scheme": {"bits": 3, "group_size": 32},
-        "model__warm_start": {"class_path": "lightning_gsq.quantizers.GPTQ"},
+        "model__warm_start": {
+            "class_path": "lightning_gsq.quantizers.GPTQ",
+            "init_args": {"weighted": False, "activation_order": False},
+        },
     },
     "salient columns": {
         "model__scheme": {"bits": 1, "group_size": 16, "salient": {"bits": 4, "ratio": 0.1}},

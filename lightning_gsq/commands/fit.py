@@ -25,6 +25,7 @@ from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
+from lightning_gsq.run.calibration import check_experts
 from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
 from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.end_to_end import check_end_to_end
@@ -32,7 +33,7 @@ from lightning_gsq.run.experts import check_expert_parallel
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.imatrix_file import check_names, save_imatrix
 from lightning_gsq.run.importance import Importance, read_importance
-from lightning_gsq.run.perplexity import make_measure
+from lightning_gsq.run.perplexity import Room, make_measure
 from lightning_gsq.run.phases import (
     Perplexities,
     Result,
@@ -40,7 +41,6 @@ from lightning_gsq.run.phases import (
     end_to_end_phase,
     kind_before_end_to_end,
     outer_phase,
-    read_blocks,
     save_and_summarize,
     warm_start_phase,
 )
@@ -48,9 +48,12 @@ from lightning_gsq.run.recipe import make_recipe
 from lightning_gsq.run.recipe_file import open_recipe
 from lightning_gsq.run.run import Run, make_run
 from lightning_gsq.run.saving import check_saving
+from lightning_gsq.run.stored_blocks import StoredBlocks
 from lightning_gsq.run.trial import try_settings
 from lightning_gsq.system.console import make_console
+from lightning_gsq.system.memory import host_bytes
 from lightning_gsq.system.processes import Ranks, check_shares
+from lightning_gsq.system.shards import SHARD_SIZE
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
 
 
@@ -95,6 +98,7 @@ def fit(
     limit = loading.max_length(loading.load_config(source))
     trainer = make_trainer()
     check_trainer(settings["trainer"], trainer, model.phases)
+    data.num_spare_sequences = model.start.spare_sequences(data.num_sequences)
     data.run_folder = Path(trainer.default_root_dir) / "calibration"
     data.check(limit)
     evaluation.check(limit)
@@ -151,8 +155,8 @@ def fit(
             folder.share_progress(ranks.agree)
             run = make_run(model, data, plan, folder, recipe, make_trainer, activations, seed, say, ranks, importance)
             refuse_early(model, data, activations, run.width)
-            room = device_bytes(run.device)
-            measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks)
+            room = Room(device_bytes(run.device), host_bytes())
+            measure = make_measure(model, evaluation, activations, make_evaluation_trainer, room, say, ranks, plan)
             perplexities = Perplexities(run, measure, evaluation.about(str(run.trainer.precision)))
             result = _phases(run, perplexities, kind, end_to_end, settings["end_to_end"])
             summary = save_and_summarize(run, result, source, perplexities)
@@ -177,7 +181,7 @@ def _phases(
         warm_start_phase(run, perplexities, outer)
     if "blocks" in run.model.phases:
         blocks_phase(run, perplexities, outer)
-    result = Result(kind, read_blocks(run, kind), outer, {})
+    result = Result(kind, StoredBlocks(run.folder, kind, run.plan), outer, {})
     if "end_to_end" in run.model.phases:
         result = end_to_end_phase(run, result, perplexities, end_to_end, settings, EndToEndProgress())
     return result
@@ -202,6 +206,7 @@ def _check_plan(model: ModelQuantization, plan: list[BlockPlan], end_to_end: End
     expected = {f"{block.name}.{name}": what for block in plan for name, what in block.expected.items()}
     model.start.warm_start.check(expected)
     check_names(model, plan)
+    check_experts(model, plan)
     return read_importance(model, plan)
 
 
@@ -216,6 +221,7 @@ def _check_shares(trainer: Trainer, data: CalibrationDataModule, evaluation: Per
 
 
 def _bytes_to_write(model: ModelQuantization) -> int:
-    """Upper bound of what a run writes: the dense model, two sets of block files, logs."""
+    """Upper bound of what a run writes: the dense model, a file of it once more, two sets of block files, logs."""
     parameters = sum(p.numel() for p in model.network.parameters())
-    return int(parameters * (model.storage.output_dtype.itemsize + 2 * 1.2)) + 50_000_000
+    dense = parameters * model.storage.output_dtype.itemsize
+    return int(dense + min(dense, SHARD_SIZE) + parameters * 2 * 1.2) + 50_000_000

@@ -15,7 +15,7 @@ from rich.text import Text
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import Estimate
 from lightning_gsq.estimate.phases import Phase
-from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, megabytes
+from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, experts_line, megabytes
 from lightning_gsq.run.standard_errors import with_error
 from lightning_gsq.widths import Choice
 
@@ -45,6 +45,8 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
         f"{megabytes(sizes['original'])} as loaded from, {megabytes(sizes['dense'])} at 16 bits",
     )
     table.add_row("size after", f"{megabytes(sizes['quantized'])}: {_parts(summary)}")
+    if "experts" in summary:
+        table.add_row("experts", experts_line(summary["experts"]))
     table.add_row(
         "time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s of training a block"
     )

@@ -16,9 +16,10 @@ from lightning_gsq.estimate import limits
 from lightning_gsq.models import loading
 from lightning_gsq.run.agreement import compare
 from lightning_gsq.run.hidden_states import ActivationOptions
-from lightning_gsq.run.perplexity import make_measure
+from lightning_gsq.run.perplexity import Room, make_measure
 from lightning_gsq.run.report import about_text
 from lightning_gsq.run.standard_errors import with_error
+from lightning_gsq.run.substitution import Substitution
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.processes import Ranks, check_shares
 from lightning_gsq.training import ModelQuantization
@@ -52,13 +53,14 @@ def validate(
     model.load(source, quantized=True)
     evaluation.tokenize(model.tokenizer, model.network)
     trainer = make_trainer()
-    room = limits.device_bytes(trainer.strategy.root_device)
+    room = Room(limits.device_bytes(trainer.strategy.root_device), limits.host_bytes())
     check_shares(trainer.world_size, evaluation__num_windows=len(evaluation.ids_NT))
     if trainer.global_rank:
         console = make_console(quiet=True)
     say = functools.partial(console.print, soft_wrap=True)
     with Ranks.joined(trainer) as ranks:
-        perplexity = make_measure(model, evaluation, activations, make_trainer, room, say, ranks)()
+        measure = make_measure(model, evaluation, activations, make_trainer, room, say, ranks)
+        perplexity = measure(Substitution(model))
     say(f"perplexity {perplexity}  ({about_text(evaluation.about(str(trainer.precision)))})")
     if reference is not None:
         other = loading.load_model(reference, model.address.dtype, quantized=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -35,6 +35,7 @@ from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.run.experts import check_spread
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
+from lightning_gsq.system.shards import SHARD_SIZE
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
 from lightning_gsq.weights.quantized import BitsLedger
 from lightning_gsq.weights.scheme import QuantScheme
@@ -121,13 +122,18 @@ def estimate(
     skeleton = make_skeleton(source, config, model.address.dtype)
     plan = _assign(model, skeleton)
     check_spread(model, skeleton.model, plan, trainer)
+    # What this process takes already is part of the plan's baseline.
+    host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     around = _surroundings(model, end_to_end, trainer, source, method_of(config) is not None, device_memory)
+    around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
     ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
     outer = outer_ledgers(model, skeleton.model)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
-    windows = window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, around) else 0
+    windows = (
+        window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, plan, around) else 0
+    )
     limit = activations.memory_limit_gb * 1e9
     mapped, windows = streams > limit, windows if windows > limit else 0
     outer_ledger = sum((ledger for _, ledger in outer.values()), BitsLedger())
@@ -144,8 +150,6 @@ def estimate(
         phase.host = baseline | phase.host
 
     on_host = not around.accelerated
-    # What this process takes already is part of the plan's baseline.
-    host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     misfits = problems.memory_problems(phases, on_host, host_room, around.device_room)
     if around.device_room is not None and "blocks" in model.phases:
         misfits += device_advice(model, data, skeleton, plan, around, around.device_room, trainer.world_size)
@@ -222,11 +226,13 @@ def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple[LinearS
 def _run_folder(model: ModelQuantization, skeleton: Skeleton, ledger: BitsLedger, outer: BitsLedger) -> dict[str, int]:
     kinds = len(set(model.phases))
     files = 1 + ("end_to_end" in model.phases)
+    dense = skeleton.parameters * model.storage.output_dtype.itemsize
     name = f"embedding and head, {files} file{'s' if files > 1 else ''}"
     return {
         **({name: files * outer.num_bytes} if outer.weights else {}),
         f"block files, {kinds} set{'s' if kinds > 1 else ''}": kinds * ledger.num_bytes,
-        "quantized model, dequantized": skeleton.parameters * model.storage.output_dtype.itemsize,
+        "quantized model, dequantized": dense,
+        "a file of it while that is written": min(dense, SHARD_SIZE),
         "logs and the rest": SPARE_DISK,
     }
 

@@ -14,6 +14,9 @@ import psutil
 import torch
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.system.memory import host_bytes
+
+__all__ = ["device_bytes", "free_disk", "give_back_freed_memory", "host_bytes", "own_bytes", "refuse"]
 
 
 def own_bytes() -> int:
@@ -26,24 +29,6 @@ def give_back_freed_memory() -> None:
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def host_bytes() -> int:
-    """What a new process may take: available memory, within the limit of a container."""
-    available = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
-        cached = _inactive(Path("/sys/fs/cgroup/memory.stat"))
-        available = min(available, int(maximum) - int(used.read_text()) + cached)
-    return available
-
-
-def _inactive(statistics: Path) -> int:
-    """Cache that the container gives back when asked for memory."""
-    if not statistics.is_file():
-        return 0
-    fields = dict(line.split() for line in statistics.read_text().splitlines())
-    return int(fields.get("inactive_file", 0))
 
 
 def device_bytes(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate.block_terms import worst_block
 from lightning_gsq.estimate.end_to_end_terms import end_to_end_terms
-from lightning_gsq.estimate.perplexity_terms import perplexity_terms
+from lightning_gsq.estimate.perplexity_terms import count_of, largest_matrix, perplexity_terms, replaced_terms
 from lightning_gsq.estimate.quantities import (
     Surroundings,
     Weights,
@@ -68,35 +68,55 @@ def phases_of(
 ) -> list[Phase]:
     """The phases of ``fit`` with these settings, in order, without what the process takes by itself."""
     held = {MAPPED_MODEL if around.mapped else "model": skeleton.parameters * skeleton.dtype.itemsize}
-    quantized = sum(site.rows * site.in_features for weights in plan.values() for site in weights)
     pairs = [pair for weights in plan.values() for pair in weights.items()]
     ledger = ledger_of(pairs, model.storage.scale_dtype.itemsize)
     outer = sum((bits for _, bits in outer_ledgers(model, skeleton.model).values()), BitsLedger())
-    results = {"codes and scales of all blocks": quantized + ledger.scale_bits // 8}
-    installed = {"quantized weights beside the originals": (quantized + outer.weights) * skeleton.dtype.itemsize}
+    installed = replaced_terms(evaluation, skeleton, plan, outer.weights, around)
     stream = stream_bytes(data, options, skeleton.width)
     hessian = min(model.start.hessian_sequences, data.num_sequences) if model.start.watches_inputs else 0
+    spare = stream * model.start.experts.extra_sequences // data.wanted
+    more = {"hidden states of sequences for rare experts": spare} if spare else {}
     worst = worst_block(model, data, skeleton, plan, around)
-    way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, around)
+    way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, plan, around)
 
     phases = [_loading(held, skeleton, around), Phase(f"perplexity{way}", held | windows, evaluate)]
     if outer.weights:
         held = held | {"codes and scales of embedding and head": outer.weights + outer.scale_bits // 8}
     if "init" in model.phases:
-        states = {"hidden states": stream * hessian // data.wanted}
-        phases.append(Phase("warm start", held | states | results, worst.start))
-        phases.append(Phase(f"perplexity of the warm start{way}", held | results | installed | windows, evaluate))
+        states = {"hidden states": stream * hessian // data.wanted} | more
+        phases.append(Phase("warm start", held | states, worst.start))
+        phases.append(Phase(f"perplexity of the warm start{way}", held | installed | windows, evaluate))
     if "blocks" in model.phases:
         streams = num_streams(model) * stream
         mapped = streams > options.memory_limit_gb * 1e9
-        states = {} if mapped else {f"hidden states, {num_streams(model)} streams": streams}
+        states = ({} if mapped else {f"hidden states, {num_streams(model)} streams": streams}) | more
         phases.append(Phase("blocks: warm start of a block", held | states, worst.start))
         phases.append(Phase("blocks: training of a block", held | states, worst.training))
+        phases.append(Phase(f"perplexity of the blocks{way}", held | installed | windows, evaluate))
     if "end_to_end" in model.phases:
         terms = end_to_end_terms(model, data, end_to_end, skeleton, plan, ledger, outer, around)
-        phases.append(Phase("end to end", dict(held), terms))
-    output = {"model in the saved dtype": skeleton.parameters * model.storage.output_dtype.itemsize}
-    return [*phases, Phase("save", held | results | installed | output)]
+        back = {"the model on its way back from the device": skeleton.parameters * skeleton.dtype.itemsize}
+        whole = around.accelerated and around.spread == 1
+        phases.append(Phase("end to end", held | (back if whole else {}), terms))
+        phases.append(Phase(f"perplexity after it{way}", held | installed | windows, evaluate))
+    return [*phases, Phase("save", held | _saving(model, skeleton, plan))]
+
+
+def _saving(model: ModelQuantization, skeleton: Skeleton, plan: dict[int, Weights]) -> dict[str, int]:
+    """What is outside of the blocks, then a block: its codes, its quantized weights, a matrix of these in fp32, all of
+    it in the saved dtype."""
+    dtype = model.storage.output_dtype
+    written = dtype.itemsize * (dtype != skeleton.dtype)  # what has it already is written from the model
+    inside = sum(block.parameters for block in skeleton.blocks)
+    outside = (skeleton.parameters - inside) * (skeleton.dtype.itemsize + written)
+    blocks = [
+        count_of(plan.get(index, {})) * (1 + skeleton.dtype.itemsize)
+        + max(written * block.parameters, FP32 * largest_matrix(plan.get(index, {})))
+        for index, block in enumerate(skeleton.blocks)
+    ]
+    if outside > max(blocks):
+        return {"what is outside of the blocks, in the saved dtype": outside}
+    return {"a block: its codes, its weights, these in the saved dtype": max(blocks)}
 
 
 def _loading(held: dict[str, int], skeleton: Skeleton, around: Surroundings) -> Phase:

@@ -44,6 +44,7 @@ class Timing:
         """Seconds of a block in the blocks phase."""
         batches = data.wanted / data.batch_size
         hessian = model.start.hessian_sequences / data.batch_size if model.start.watches_inputs else 0
+        hessian += 2 * model.start.experts.extra_sequences / data.batch_size
         # Both streams (or the target alone, for "local") and the inputs of the Hessians; validation: two passes at the
         # end of every epoch, two more over the finished block.
         passes = 2 * batches + hessian + 4 * data.num_validation_sequences / data.batch_size
@@ -52,6 +53,7 @@ class Timing:
     def warm_start(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the warm-start phase."""
         hessian = model.start.hessian_sequences / data.batch_size if model.start.watches_inputs else 0
+        hessian += model.start.experts.extra_sequences / data.batch_size
         return 2 * hessian * self.forward + self.rounding
 
 

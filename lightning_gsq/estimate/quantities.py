@@ -33,6 +33,8 @@ class Surroundings:
         device_room: Bytes of the accelerator; None if the device is the host or does not say.
         accelerated: The device has a memory of its own.
         mapped: The model's weights are a mapping of their files, which the system can drop and read again.
+        output_dtype: Dtype of the saved model.
+        host_room: Bytes of the host; None for one that has room for everything.
         spread: Devices that share the model in the end-to-end phase; 1 for a copy on each.
         experts_over: Devices that share the experts of a block; 1 where each has all of them.
         accumulates: The gradients of several batches add up to a step.
@@ -44,6 +46,8 @@ class Surroundings:
     device_room: int | None
     accelerated: bool
     mapped: bool
+    output_dtype: torch.dtype = torch.bfloat16
+    host_room: int | None = None
     spread: int = 1
     experts_over: int = 1
     accumulates: bool = False

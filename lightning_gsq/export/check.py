@@ -2,6 +2,9 @@
 
 The run's own weights go into the original model, in fp32; the loaded model runs in fp32 as well. Weights have to agree
 bit for bit. Logits, greedy text and perplexity then differ by the order of summation alone, where they differ at all.
+
+Where the host has no room for both models, their blocks have weights in fp32 only while they run
+(:mod:`lightning_gsq.models.in_turn`): each pass makes all of them anew. A text is shorter then.
 """
 
 from __future__ import annotations
@@ -20,10 +23,14 @@ from lightning_gsq.data import PythonDocumentation
 from lightning_gsq.export.contract import CheckFailedError, CheckReport
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.models import loading
+from lightning_gsq.models.in_turn import float_in_turn
 
 PROMPTS = ("The capital of France is", "Water boils when", "def fibonacci(n):")
-NEW_TOKENS = 16
+NEW_TOKENS, FEW_TOKENS = 16, 2
+"""Tokens of a greedy text; of one whose every token takes a pass that makes all weights anew."""
 PERPLEXITY_TOKENS = 256
+COPIES = 2
+"""Models that are in memory in fp32 at once: the run's, and the one that was loaded."""
 Model = TypeVar("Model", bound=Callable[..., Any])
 LOGIT_TOLERANCE = 1e-3
 """Of the largest logit: a hundred times what summing in another order does in fp32."""
@@ -35,6 +42,7 @@ def compare_model(
     package: str,
     dense_of: Callable[[PreTrainedModel, str], Tensor] | None = None,
     rounded_to: torch.dtype | None = None,
+    as_stored: bool = True,
 ) -> CheckReport:
     """Loads a folder through transformers, as the class that the run's model is of, and compares it with the run.
 
@@ -45,22 +53,27 @@ def compare_model(
         dense_of: Gives a quantized weight of the loaded model by name, in the shape of the original parameter; by
             default the parameter of that name.
         rounded_to: Dtype that the format rounds dequantized weights to; None compares in fp32.
+        as_stored: Whether the package gives the same weights if it loads the folder in the dtype of its files, as is
+            done where the host has no room for it in fp32.
 
     Raises:
         CheckFailedError: it does not load, or differs.
     """
+    whole = run.fits(COPIES)
     try:
         loaded = run.auto_class.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype="auto" if as_stored and not whole else torch.float32,
             local_files_only=True,
             # A plain yes or no: with None, transformers asks at the terminal.
             trust_remote_code=run.model.address.trust_remote_code,
         )
     except Exception as error:  # whatever the package raises, the file is not what it should be
         raise CheckFailedError(f"{package} cannot load {folder}: {error}") from error
-    # Fused experts that transformers unpacked keep the dtype of their scales, whatever dtype was asked for.
-    loaded = nn.Module.float(loaded.eval())  # its own `float` refuses quantized models
+    loaded.eval()
+    # Fused experts that transformers unpacked keep the dtype of their scales, whatever dtype was asked for; and a
+    # model's own `float` refuses quantized ones.
+    loaded = nn.Module.float(loaded) if whole else float_in_turn(loaded)
     return compare(run, loaded, f"{package} {version(package)}", dense_of or nn.Module.get_parameter, rounded_to)
 
 
@@ -115,12 +128,13 @@ def compare(
         raise CheckFailedError(
             f"{runtime} loads {len(different)} of {len(run.weights)} weights with other values, first {different[0]}"
         )
-    reference = run.reference(rounded_to or torch.float32)
+    kept = run.fits(COPIES)
+    reference = run.reference(rounded_to or torch.float32, kept=kept)
     difference, largest = compare_logits(runtime, reference, loaded, run.tokenizer)
     texts = []
-    for prompt in PROMPTS:
+    for prompt in PROMPTS if kept else PROMPTS[:1]:
         ids_BT = token_ids(run.tokenizer, prompt)
-        texts.append(follows(loaded, ids_BT, greedy(reference, ids_BT)))
+        texts.append(follows(loaded, ids_BT, greedy(reference, ids_BT, NEW_TOKENS if kept else FEW_TOKENS)))
     ids_BT = short_text(run.tokenizer)[:, : loading.max_length(run.config)]
     return CheckReport(
         runtime,
@@ -128,6 +142,7 @@ def compare(
         logits=(difference, largest),
         same_text=all(texts),
         perplexity=(perplexity(reference, ids_BT), perplexity(loaded, ids_BT)),
+        note="" if kept else f"block by block, with a text of {FEW_TOKENS} tokens",
     )
 
 
@@ -143,10 +158,10 @@ def short_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return token_ids(tokenizer, text)[:, :PERPLEXITY_TOKENS]
 
 
-def greedy(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """A text and its most probable continuation, token ids ``1 T``."""
+def greedy(model: PreTrainedModel, ids_BT: Tensor, count: int = NEW_TOKENS) -> Tensor:
+    """A text and its most probable continuation by so many tokens, token ids ``1 T``."""
     output: Tensor = model.generate(  # type: ignore[operator]
-        ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=NEW_TOKENS
+        ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=count
     )
     return output
 

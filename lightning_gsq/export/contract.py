@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, TypeVar
 from lightning_gsq.errors import WorkFailedError
 from lightning_gsq.export.planned import ExportedWeight, PlannedRun
 from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.system.shards import SHARD_SIZE
 from lightning_gsq.weights.ledger import Ledger
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -34,7 +35,7 @@ class ExportOptions:
         gguf_projection: Type that a GGUF file rounds those matrices to that no type holds exactly.
     """
 
-    shard_size: int = 5_000_000_000
+    shard_size: int = SHARD_SIZE
     gguf_embedding: Literal["F16", "Q8_0"] | None = None
     gguf_projection: Literal["Q4_0", "Q5_0", "Q8_0"] = "Q8_0"
 

@@ -12,6 +12,7 @@ from lightning_gsq.export import folders
 from lightning_gsq.export.contract import ExportFormat
 from lightning_gsq.export.planned import PlannedRun
 from lightning_gsq.export.registry import format_of
+from lightning_gsq.system.shards import SHARD_SIZE
 
 MARGIN = 1.02
 """What names, alignment and tokenizers add to the numbers."""
@@ -48,7 +49,8 @@ def obstacles(
         folder = root / format_.name
         reason = folder_obstacle(folder, overwrite, inputs_of(run)) or model_obstacle(format_, run)
         needed = num_bytes(format_, run)
-        if reason is None and needed > free:
+        # A file is written twice: see `system/shards.py`.
+        if reason is None and needed + min(needed - COMPANIONS, SHARD_SIZE) > free:
             reason = f"{folder} takes about {needed / 1e9:.2f} GB, its disk has {max(free, 0) / 1e9:.2f} GB free"
         if reason is not None:
             reasons[format_.name] = reason

@@ -22,12 +22,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.planned import PlannedRun
+from lightning_gsq.models.chain import find_blocks
+from lightning_gsq.models.in_turn import Values, emptied_copy, filled_in_turn
 from lightning_gsq.run.block_files import OUTER
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.outer_weights import outer_kind
 from lightning_gsq.run.substitution import replace
 from lightning_gsq.system.fingerprint import file_digest
+from lightning_gsq.system.memory import host_bytes
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight
 
@@ -161,21 +164,46 @@ class FinishedRun(PlannedRun):
         """A quantized weight in the shape of the model's parameter, dequantized in fp32 and rounded to ``dtype``."""
         return self.weights[name].site.from_matrix(self.quantized(name).dequantize(dtype)).contiguous()
 
+    def fits(self, copies: int) -> bool:
+        """Whether the host has room for so many copies of the model in fp32, with as much left for everything else."""
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        return 2 * copies * count * torch.float32.itemsize <= host_bytes()
+
+    def value(self, name: str, weight_dtype: torch.dtype = torch.float32) -> Tensor:
+        """What a parameter has in :meth:`reference`, in fp32."""
+        if name in self.weights:
+            return self.dense(name, weight_dtype).float()
+        # As the original model has it, which the file may have rounded.
+        return self.parameter(name).to(self._dtypes[name]).float()
+
+    @functools.cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each parameter and buffer of the original model."""
+        return {name: value.dtype for name, value in self.network.state_dict().items()}
+
     @torch.no_grad()
-    def reference(self, weight_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def reference(
+        self, weight_dtype: torch.dtype = torch.float32, *, kept: bool = True, values: Values | None = None
+    ) -> PreTrainedModel:
         """A new model in fp32 with the run's weights in it: what a loaded export is compared with.
 
         Args:
             weight_dtype: Dtype that dequantized weights are rounded to on the way.
+            kept: Whether the whole model may be in memory; else a block has its weights for as long as it runs.
+            values: Gives parameters in place of :meth:`value`, by their names in the model.
         """
-        model = copy.deepcopy(self.network)
+        wanted = values or functools.partial(self.value, weight_dtype=weight_dtype)
+        model = emptied_copy(self.network)
         for name, value in self.trained.items():
             replace(model, name, value)
-        values = model.state_dict()
+        state, prefix = model.state_dict(), find_blocks(model)[0]
         for name in self.other_names():
-            values[name].copy_(self.parameter(name))
-        del values
+            if state[name].numel():
+                state[name].copy_(self.parameter(name))
+        del state
         model.float()
-        for name in self.weights:
-            model.get_parameter(name).copy_(self.dense(name, weight_dtype))
-        return model
+        parameters = dict(model.named_parameters())
+        own = [name for name in parameters if not name.startswith(f"{prefix}.")]
+        for name in own if values else [name for name in self.weights if name in own]:
+            parameters[name].copy_(wanted(name))
+        return filled_in_turn(model, wanted, kept=kept)

@@ -1,35 +1,18 @@
 """Weight files, shard by shard, with a ledger of every byte.
 
-Tensors are collected up to a limit and written as one safetensors file; the index names every shard. Only one shard is
-ever in memory. What a tensor counts as in the ledger is said when it is added.
+Tensors go into the safetensors files of :mod:`lightning_gsq.system.shards`, which keeps none of them in memory. What a
+tensor counts as in the ledger is said when it is added.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_gsq.system.safetensors_headers import header_bytes
+from lightning_gsq.system.shards import METADATA, Shards, begins_a_file
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
-
-METADATA = {"format": "pt"}
-"""Tells transformers which framework wrote a file; it refuses files without."""
-SINGLE, SHARD, INDEX = "model.safetensors", "model-{:05d}-of-{:05d}.safetensors", "model.safetensors.index.json"
-
-
-def begins_a_file(pending: int, size: int, shard_size: int) -> bool:
-    """Whether the tensors of the next parameter go into a new file.
-
-    Args:
-        pending: Bytes of the file so far; a file holds one parameter at least.
-        size: Bytes of the next parameter.
-        shard_size: Bytes after which a new file begins.
-    """
-    return pending > 0 and pending + size > shard_size
 
 
 class ShardWriter:
@@ -41,10 +24,8 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, shard_size: int) -> None:
-        self.folder, self.shard_size = folder, shard_size
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total = 0
-        self._shards: list[tuple[Path, list[str], int]] = []
+        self.folder = folder
+        self._shards = Shards(folder, shard_size)
         self._entries: list[LedgerEntry] = []
 
     def add(self, tensors: dict[str, Tensor], entry: LedgerEntry) -> None:
@@ -60,10 +41,7 @@ class ShardWriter:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if 8 * size != entry.bits:
             raise ValueError(f"{entry.name} takes {8 * size} bits in the file, its ledger entry says {entry.bits}")
-        if begins_a_file(self._pending_bytes, size, self.shard_size):
-            self._flush()
-        self._pending |= {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._pending_bytes += size
+        self._shards.add(tensors)
         self._entries.append(entry)
 
     def add_plain(self, name: str, tensor: Tensor, parameter: str | None = None) -> None:
@@ -72,30 +50,10 @@ class ShardWriter:
 
     def finish(self) -> Ledger:
         """Writes what is left and the index; returns the ledger, checked against the files."""
-        self._flush()
-        headers: dict[str, int] = {}
-        index: dict[str, str] = {}
-        for number, (path, names, size) in enumerate(self._shards, start=1):
-            final = SINGLE if len(self._shards) == 1 else SHARD.format(number, len(self._shards))
-            path = path.replace(self.folder / final)
-            headers[final] = path.stat().st_size - size
-            index |= dict.fromkeys(names, final)
-        if len(self._shards) > 1:
-            content = {"metadata": {"total_size": self._total}, "weight_map": index}
-            (self.folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        headers = self._shards.finish()
         ledger = Ledger(tuple(self._entries), headers)
         ledger.verify(self.folder / name for name in headers)
         return ledger
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        path = self.folder / f".shard-{len(self._shards)}.safetensors"
-        save_file(self._pending, path, METADATA)
-        path.chmod(0o666 & ~_umask())  # safetensors leaves it to the owner alone
-        self._shards.append((path, list(self._pending), self._pending_bytes))
-        self._total += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
 
 
 class PlannedShards:
@@ -127,9 +85,3 @@ class PlannedShards:
             for shard in self._shards
             if shard
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

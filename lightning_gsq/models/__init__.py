@@ -18,6 +18,8 @@ passing         the model's own code without its blocks
 products        matrix products with a parameter, however they are written
 linear_weights  which parameters of a block are linear weights
 roles           which of them choose, gate, or feed states
+experts         which of them belong to which routed expert
+all_experts     every token through every one of these
 left_out        what stays as it is, and why
 expert_parallel fused experts of a block, each process with its own
 shared_weights  weights that blocks share
@@ -26,4 +28,5 @@ head            its logits from its last hidden states
 ends            the matrices outside of the blocks: embedding and head
 norms           the parameters of its normalisation layers
 standing_in     other functions in the place of its blocks
+in_turn         blocks that have their weights only while they run
 """

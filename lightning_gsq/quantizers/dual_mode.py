@@ -153,7 +153,7 @@ class DualMode(GPTQ):
     def __init__(
         self, feedback: bool = True, weighted: bool = True, damping: float = 0.01, block_columns: int = 128
     ) -> None:
-        super().__init__(damping, block_columns, weighted)
+        super().__init__(damping, block_columns, weighted, activation_order=False)
         self.feedback, self.needs_hessian, self.diagonal_only = feedback, feedback or weighted, not feedback
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:

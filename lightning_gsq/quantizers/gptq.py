@@ -19,8 +19,8 @@ class GPTQ(WarmStart):
     Args:
         damping: Added to the Hessian's diagonal, as a share of its mean.
         block_columns: Columns handled before the rest of the matrix is updated; affects speed only.
-        weighted: Choose a group's scale by the error weighted with the inputs' second moments rather than by
-            ``|error|^2.4``.
+        weighted: Choose a group's scale by the error weighted with the inputs' second moments; false for
+            ``|error|^2.4`` alone.
         activation_order: Round the columns of the largest second moments first, so that others can make up for their
             errors. All scales are then chosen before the first column is rounded, since the columns of a group no
             longer follow each other; what is stored keeps its order.
@@ -30,8 +30,8 @@ class GPTQ(WarmStart):
         self,
         damping: float = 0.01,
         block_columns: int = 128,
-        weighted: bool = False,
-        activation_order: bool = False,
+        weighted: bool = True,
+        activation_order: bool = True,
     ) -> None:
         if not 0 < damping < 1:
             raise ConfigurationError(
@@ -49,7 +49,9 @@ class GPTQ(WarmStart):
         if not bool(hessian_II.any()):  # no token came here: there is nothing to be learned about these inputs
             return round_groups(w_OI.float(), scheme, None, self.scale)
         w_OI = w_OI.float().clone()
-        importance_I = hessian_II.diagonal().clone() if self.weighted else None
+        # Damped as the Hessian is: an input that this text never used may matter on another.
+        moment_I = hessian_II.diagonal()
+        importance_I = moment_I + self.damping * moment_I.mean() if self.weighted else None
         rows, columns = w_OI.shape
         length = scheme.group_length(columns)
         grid, fit = scheme.grid, ScaleFit(scheme, importance_I, self.scale)

@@ -185,6 +185,14 @@ class GumbelQuantizer(TrainedScales):
         return _tensor(self.start_codes, self.start_parts(scale_dtype), self.scheme)
 
     @torch.no_grad()
+    def blend(self, trained_O: Tensor, scale_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+        """Rows as they stand where ``trained_O`` (bool) is true, as the warm start left them elsewhere."""
+        trained_O1 = trained_O.to(self.start_codes.device)[:, None]
+        start, now = self.start_parts(scale_dtype), self.stored_parts(scale_dtype)
+        parts = {name: torch.where(trained_O1, value, start[name]) for name, value in now.items()}
+        return _tensor(torch.where(trained_O1, self.codes_OI(), self.start_codes), parts, self.scheme)
+
+    @torch.no_grad()
     def entropy_OI(self) -> Tensor:
         """Entropy of each weight's choice at the current temperature, in bits, without noise."""
         if len(self.logits) == 1:

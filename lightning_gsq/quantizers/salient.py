@@ -78,6 +78,20 @@ class MixedQuantizer(nn.Module):
         """The quantized weight of the warm start."""
         return self._tensor(scale_dtype, lambda part: (part.start_codes, part.start_scales))
 
+    @torch.no_grad()
+    def blend(self, trained_O: Tensor, scale_dtype: torch.dtype = torch.float32) -> MixedTensor:
+        """Rows as they stand where ``trained_O`` (bool) is true, as the warm start left them elsewhere.
+
+        Where the matrix has a table of scales, those of all rows are sorted into one table.
+        """
+        trained_O1 = trained_O.to(self.order_I.device)[:, None]
+
+        def rows(part: GumbelQuantizer) -> tuple[Tensor, Tensor]:
+            codes_OI = torch.where(trained_O1, part.codes_OI(), part.start_codes)
+            return codes_OI, torch.where(trained_O1, part.scales_OG, part.start_scales)
+
+        return self._tensor(scale_dtype, rows)
+
     def _tensor(
         self, scale_dtype: torch.dtype, read: Callable[[GumbelQuantizer], tuple[Tensor, Tensor]]
     ) -> MixedTensor:

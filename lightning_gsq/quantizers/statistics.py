@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gsq.models.experts import Part, part_of
 from lightning_gsq.models.linear_weights import LinearSite, watch_inputs
 
 
@@ -24,17 +25,44 @@ class InputStatistics:
     def __init__(self, sites: list[LinearSite], device: torch.device) -> None:
         self.sites = {site.name: site for site in sites}
         self.device = device
-        self.sums: dict[tuple[str, int], Tensor] = {}
-        self.counts: dict[tuple[str, int], int] = {}
+        self.sums: dict[Part, Tensor] = {}
+        self.counts: dict[Part, int] = {}
+        """Vectors that were summed up, zeros included."""
+        self.alive: dict[Part, Tensor] = {}
+        """Those that are not zero: experts computed all at once get zeros for the tokens of others."""
+        self.passed: dict[Part, Tensor] = {}
+        """Those that came by while others were watched."""
+        self._depth = 0
         self._last: tuple[Tensor, Tensor] | None = None
         """The tensor seen last and its second moment; the reference keeps it alive, so that identity means equality."""
 
     @contextmanager
-    def watching(self, block: nn.Module) -> Iterator[None]:
-        """Accumulates over every run of ``block`` inside the context."""
-        with watch_inputs(block, self._add):
-            yield
-        self._last = None
+    def watching(self, block: nn.Module, parts: Collection[Part] | None = None) -> Iterator[None]:
+        """Accumulates over every run of ``block`` inside the context.
+
+        Args:
+            block: The block.
+            parts: The matrices whose inputs are summed up; those of others are counted. None for all.
+        """
+
+        self._depth += 1
+        depth = self._depth
+
+        def seen(name: str, number: int, inputs: Tensor) -> None:
+            if name in self.sites and depth == self._depth:  # a context inside of another takes its place
+                part = part_of(self.sites[name], number)
+                x_NI = inputs.detach().reshape(-1, inputs.shape[-1])
+                if parts is None or part in parts:
+                    self._add(part, x_NI, inputs)
+                else:
+                    self._count(self.passed, part, x_NI)
+
+        try:
+            with watch_inputs(block, seen):
+                yield
+        finally:
+            self._depth -= 1
+            self._last = None
 
     def reduce(self, add: Callable[[Tensor], Tensor], sites: Iterable[LinearSite]) -> None:
         """Adds up what several processes have seen.
@@ -49,6 +77,15 @@ class InputStatistics:
                 empty = self.empty(site)
                 count = torch.tensor([self.counts.get(key, 0)], device=self.device)
                 self.sums[key], self.counts[key] = add(self.sums.get(key, empty)), int(add(count))
+                for counts in (self.alive, self.passed):
+                    counts[key] = add(counts.get(key, torch.zeros((), dtype=torch.int64, device=self.device)))
+
+    def join(self, others: InputStatistics) -> None:
+        """Takes in what others of the same weights have seen."""
+        for key, moment in others.sums.items():
+            self.sums[key] = self.sums[key] + moment if key in self.sums else moment
+            self.counts[key] = self.counts.get(key, 0) + others.counts[key]
+            self.alive[key] = self.alive.get(key, 0) + others.alive[key]
 
     def hessians(self, site: LinearSite) -> list[Tensor]:
         """The Hessian ``I I`` of each of the site's matrices; zeros for an expert that no token reached."""
@@ -61,7 +98,7 @@ class InputStatistics:
 
     def tokens(self, site: LinearSite) -> list[int]:
         """How many tokens each of the site's matrices has seen."""
-        return [self.counts.get((site.name, expert), 0) for expert in range(max(site.experts, 1))]
+        return [int(self.alive.get((site.name, expert), 0)) for expert in range(max(site.experts, 1))]
 
     def moment(self, x_NI: Tensor) -> Tensor:
         """What is summed up over inputs: ``I I``."""
@@ -71,18 +108,20 @@ class InputStatistics:
         """That of no inputs."""
         return torch.zeros(site.in_features, site.in_features, device=self.device)
 
-    def _add(self, name: str, expert: int, inputs: Tensor) -> None:
-        if name not in self.sites:
-            return
-        key = (name, expert if self.sites[name].experts else 0)  # a plain weight may be used a few rows at a time
-        x_NI = inputs.detach().reshape(-1, inputs.shape[-1])
+    def _add(self, part: Part, x_NI: Tensor, inputs: Tensor) -> None:
         if self._last is None or self._last[0] is not inputs:
             with torch.autocast(x_NI.device.type, enabled=False):
                 wide_NI = x_NI.float()
                 self._last = (inputs, self.moment(wide_NI))
         moment = self._last[1]
-        self.sums[key] = self.sums[key].add_(moment) if key in self.sums else moment.clone()
-        self.counts[key] = self.counts.get(key, 0) + len(x_NI)
+        self.sums[part] = self.sums[part].add_(moment) if part in self.sums else moment.clone()
+        self.counts[part] = self.counts.get(part, 0) + len(x_NI)
+        self._count(self.alive, part, x_NI)
+
+    def _count(self, counts: dict[Part, Tensor], part: Part, x_NI: Tensor) -> None:
+        fused = self.sites[part[0]].experts
+        number = (x_NI != 0).any(-1).sum() if fused else torch.tensor(len(x_NI), device=x_NI.device)
+        counts[part] = counts[part] + number if part in counts else number
 
 
 class InputSquareSums(InputStatistics):

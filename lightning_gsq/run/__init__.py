@@ -8,9 +8,12 @@ phases          the phases, each with its perplexity; the summary
 warm_start      the first phase
 blocks          the second: the loop over the blocks
 block_fit       the fit of one block
+acceptance      which of its weights stay trained
+expert_outputs  how far the output of each of its experts is off
 one_block       a block for a Trainer of one's own
 importance      an importance matrix of llama.cpp in place of the run's own moments
 imatrix_file    the one that a run leaves
+calibration     what they see while their inputs are watched, experts above all
 matrices        its weights as a quantizer sees them, and as they are stored
 end_to_end      the third phase
 end_to_end_files  what it leaves, and whether it is whole
@@ -25,6 +28,7 @@ block_plan      which weights of which block
 experts         those that are spread over the processes
 substitution    other weights in a model, for a while or for good
 folder          the folder of a run
+stored_blocks   the weights of all blocks, one in memory at a time
 block_files     a block's file, and what it says about itself
 dense_file      the file of what is not quantized
 progress        progress.json and summary.json, of any shape

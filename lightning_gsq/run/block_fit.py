@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_gsq.models.expert_parallel import in_step
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GumbelOptions, Matrix, WarmStart
 from lightning_gsq.quantizers.salient import MixedQuantizer
 from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.quantizers.warm_start import start_of
+from lightning_gsq.run.acceptance import accept, rows_of
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.forward_passes import arguments_of
 from lightning_gsq.run.hidden_states import ActivationDataset, Stream, first
-from lightning_gsq.run.matrices import as_stored, choose_salient, matrices_of
+from lightning_gsq.run.matrices import as_stored, choose_salient, watch_inputs_of
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice
 from lightning_gsq.saliency.choose import settled_start
@@ -28,15 +29,20 @@ from lightning_gsq.system.seeding import generator_of, seed_of
 from lightning_gsq.system.token_exchange import OwnGradientsStrategy
 from lightning_gsq.training import BlockQuantization
 from lightning_gsq.training.block import WeightQuantizer
-from lightning_gsq.training.losses import refuse_non_finite
 from lightning_gsq.training.token_weights import inherited_weights, typical_energy
 
 BlockLoader = DataLoader[tuple[Tensor, ...]]
 
 
 def fit_block(
-    run: Run, plan: BlockPlan, block: nn.Module, inputs: Stream, full: Stream, targets: Stream
-) -> tuple[Blocks, dict[str, float]]:
+    run: Run,
+    plan: BlockPlan,
+    block: nn.Module,
+    inputs: Stream,
+    full: Stream,
+    targets: Stream,
+    spare: Stream | None,
+) -> tuple[Blocks, dict[str, Any]]:
     """Trains one block.
 
     Args:
@@ -46,10 +52,12 @@ def fit_block(
         inputs: What enters it in the quantized model: training sequences, then held-out ones.
         full: What enters it in the full-precision model.
         targets: What should leave it.
+        spare: What enters it of sequences for experts that few tokens reach, in the quantized model; None without.
 
     Returns:
         Its quantized weights, as far as this process has them, and measures: held-out errors ``start``, ``trained``
-        and ``final``, ``flip_rate``, and what was logged last.
+        and ``final``, ``flip_rate``, plain weights that ``kept_start``, what became of ``experts`` by place, and what
+        was logged last.
     """
     began = time.perf_counter()
     weights_NT = _token_weights(run, inputs.hidden_NTD, full.hidden_NTD)
@@ -60,7 +68,8 @@ def fit_block(
     training = ActivationDataset(*(stream[:count] for stream in streams))
     held_out = ActivationDataset(*(stream[count:] for stream in streams))
     power = _mean_square(run, *(stream[:count] for stream in (targets.hidden_NTD, *weights)))
-    module = _module(run, plan, block, matrices_of(run, plan, block, inputs, arguments, says=True), power)
+    watched = watch_inputs_of(run, plan, block, inputs, spare, arguments, says=True)
+    module = _module(run, plan, block, watched.matrices, power)
     module.measured_afterwards = True
     batches = _training_batches(run, plan, training)
     validation: BlockLoader = DataLoader(held_out, batch_size=run.data.batch_size, collate_fn=first)
@@ -70,25 +79,28 @@ def fit_block(
     _let_go(trainer)
     module.to(run.device)
     with run.watch("check"):
-        measures = _measures(run, module, validation)
-    worse = not measures["trained"] <= measures["start"]
-    if worse:
-        run.say(
-            f"{plan.name}: training raised the held-out error from {measures['start']:.4g} to "
-            f"{measures['trained']:.4g}; the block keeps its warm start"
-        )
-    measures["final"] = measures["start" if worse else "trained"]
+        accepted = accept(run, module, validation)
+    line = accepted.line(plan.name)
+    if line is not None:
+        run.say(line)
+    measures = {**accepted.measures, "flip_rate": module.flip_rate()}
     _tell(trainer, module, {**measures, "seconds": time.perf_counter() - began})
     dtype = run.model.storage.scale_dtype
     tensors = {
         name: as_stored(
-            quantizer.start_tensor(dtype) if worse else quantizer.harden(dtype),
+            quantizer.blend(rows_of(site, accepted.trained[name]), dtype),
             site.to_matrix(module.block.get_parameter(name)),
             f"{plan.name}.{name}",
         )
         for site, (name, quantizer) in zip(module.sites, module.named_weights(), strict=True)
     }
-    return tensors, measures | {key: float(value) for key, value in trainer.callback_metrics.items()}
+    logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    experts = {
+        place: ({"tokens": watched.experts[place]} if place in watched.experts else {}) | own
+        for place, own in accepted.experts.items()
+    }
+    kept = {"kept_start": accepted.plain_at_start, "experts": experts}
+    return tensors, {**measures, **logged, **{name: what for name, what in kept.items() if what}}
 
 
 def _module(
@@ -178,33 +190,6 @@ def _let_go(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's connector
         vars(callback).pop("log", None)
         vars(callback).pop("log_dict", None)
-
-
-def _measures(run: Run, module: BlockQuantization, held_out: BlockLoader) -> dict[str, float]:
-    """Held-out errors of the start and of the rounded result, and the share of codes that differ."""
-    weights = {"start": module.start_weights(), "trained": module.hard_weights()}
-    measures = {key: _error(run, module, held_out, dense) for key, dense in weights.items()}
-    refuse_non_finite(
-        measures["start"],
-        f"the held-out error of the warm start of {module.name}",
-        "its weights, or the hidden states that enter it, are not finite: see --model.dtype, --model.scale_dtype and "
-        "--activations.dtype",
-    )
-    measures["flip_rate"] = module.flip_rate()
-    return measures
-
-
-@torch.no_grad()
-def _error(run: Run, module: BlockQuantization, batches: BlockLoader, weights: dict[str, Tensor]) -> float:
-    """Relative squared error of the block on held-out sequences."""
-    total, count = 0.0, 0
-    with run.precision(), in_step(module.block, len(batches), weights):
-        for batch in batches:
-            tensors = tuple(tensor.to(run.device) for tensor in batch)
-            total += float(module.loss(tensors, weights)) * len(tensors[0])
-            count += len(tensors[0])
-    total, count = run.ranks.sum(torch.tensor([total, count], dtype=torch.float64, device=run.device)).tolist()
-    return float(total / count)
 
 
 def _mean_square(run: Run, x_NTD: Tensor, weights_NT: Tensor | None = None) -> float:

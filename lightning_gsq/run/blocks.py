@@ -7,10 +7,13 @@ F begins with the full-precision embedding, Q with the quantized one where that 
 1. target = block(F) (``stream``) or block(Q) (``local``), see :mod:`lightning_gsq.training.target`
 2. codes, scales = fit of the block, Q -> target, unless its file is there
 3. Q <- quantized block(Q), F <- block(F)
+
+Sequences for experts that few tokens reach go along in a stream like Q; nothing trains on them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_fit import fit_block
+from lightning_gsq.run.calibration import spare_stream
 from lightning_gsq.run.finished import Finished, Lap
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
 from lightning_gsq.run.hidden_states import Stream
@@ -39,10 +43,12 @@ def train_blocks(run: Run, outer: Blocks) -> None:
     _say_what_is_there(run, finished)
     ids_NT = torch.cat([run.train_ids_NT, run.validation_ids_NT])
     target = run.model.block.target
-    with hidden_store((*ids_NT.shape, run.width), run.activations, target.streams) as store:
+    with contextlib.ExitStack() as at_hand:
+        store = at_hand.enter_context(hidden_store((*ids_NT.shape, run.width), run.activations, target.streams))
         lap = Lap(run)
         with outer_installed(run.model.network, outer):
             quantized = embedded(run.model.network, ids_NT, store)
+            spare = at_hand.enter_context(spare_stream(run))
         full, wanted = quantized, Stream(ids_NT, store.new(), store)
         if target.follows_original:
             full = embedded(run.model.network, ids_NT, store)
@@ -55,14 +61,15 @@ def train_blocks(run: Run, outer: Blocks) -> None:
             if plan is not None:
                 own = run.own(plan)
                 if tensors is None:
-                    tensors, measures = fit_block(run, own, block, quantized, full, wanted)
+                    tensors, measures = fit_block(run, own, block, quantized, full, wanted, spare)
                     # A Trainer and its module refer to each other: without this, the logits and optimizer
                     # states of many blocks pile up before Python looks for such cycles by itself.
                     gc.collect()
                     finished.add(plan, tensors, {**lap.take(), **measures, "made_by": made_by(run)})
                 install(block, own, tensors)
             if index < run.last_block:
-                propagate(run, block, index, quantized, quantized)
+                for stream in filter(None, (quantized, spare)):
+                    propagate(run, block, index, stream, stream)
             if target.follows_original:
                 full, wanted = wanted, full
             if not missing:

@@ -95,6 +95,11 @@ def _check_settings(model: ModelQuantization, trainer: Trainer, option: str) -> 
         raise ConfigurationError(
             f"{option}: the warm start FromFile takes all experts of a weight at once; use another, or leave it out"
         )
+    asked = model.start.experts.option
+    if asked is not None:
+        raise ConfigurationError(
+            f"{asked}: spread experts ({option}) see the tokens of the run's own sequences alone; use one of the two"
+        )
     if trainer.precision == "16-mixed":
         raise ConfigurationError(
             f"{option}: a loss scale of 16-mixed would be another in each process; use --trainer.precision bf16-mixed"

@@ -17,6 +17,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.imatrix import ImportanceMatrix, InputSquares, write_imatrix
 from lightning_gsq.quantizers.statistics import InputSquareSums
 from lightning_gsq.run.block_plan import BlockPlan
+from lightning_gsq.run.calibration import collect, hessian_sequences
 from lightning_gsq.run.experts import of_all_processes
 from lightning_gsq.run.forward_passes import (
     embedded,
@@ -25,7 +26,6 @@ from lightning_gsq.run.forward_passes import (
     working_copy,
 )
 from lightning_gsq.run.importance import names_of
-from lightning_gsq.run.matrices import collect, hessian_sequences
 from lightning_gsq.run.run import Run
 from lightning_gsq.system.digests import data_digest
 from lightning_gsq.system.files import hidden_name

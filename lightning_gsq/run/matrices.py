@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models.chain import run_block
-from lightning_gsq.models.expert_parallel import in_step
+from lightning_gsq.models.experts import find_experts
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import InputStatistics, Matrix
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.forward_passes import arguments_of, fetch, passes_of, sequences_at_once
+from lightning_gsq.run.calibration import Sent, collect, collect_more, tokens_of_experts
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice, settle
 from lightning_gsq.system.processes import Ranks
-from lightning_gsq.system.slices import slices
 from lightning_gsq.weights.element import ElementTensor
 from lightning_gsq.weights.mixed import MixedTensor, merge_columns
 from lightning_gsq.weights.quantized import QuantizedTensor, QuantizedWeight, expand_groups
 
 
-def hessian_sequences(run: Run) -> int:
-    """This process's share of the sequences whose inputs the warm start sees."""
-    return run.ranks.share_of(min(run.model.start.hessian_sequences, len(run.train_ids_NT) * run.ranks.world))
+@dataclass(frozen=True)
+class Watched:
+    """A block's weights, and what is known of them before any is quantized.
+
+    Args:
+        matrices: Each with the second moments of its inputs, by name.
+        experts: Tokens that its router sends to each expert, by place; empty where no inputs are watched.
+    """
+
+    matrices: dict[str, Matrix]
+    experts: Sent
 
 
-def matrices_of(
+def watch_inputs_of(
     run: Run,
     plan: BlockPlan,
     block: nn.Module,
     stream: Stream,
+    spare: Stream | None,
     arguments: Sequence[Tensor] | None = None,
     *,
     says: bool,
-) -> dict[str, Matrix]:
+) -> Watched:
     """The block's weights with the second moments of their inputs.
 
     Args:
@@ -45,23 +53,29 @@ def matrices_of(
         plan: The block's weights and their schemes.
         block: The block on the device.
         stream: What enters it; its first sequences are watched.
-        arguments: What it is called with for each sequence, if that is known already.
+        spare: What enters it of more sequences, for experts that few tokens reach; None where there are none.
+        arguments: What it is called with for each sequence of the stream, if that is known already.
         says: Tell the user of matrices that few tokens reached.
     """
-    needed, importance = run.model.start.watches_inputs, run.importance
-    statistics = InputStatistics(list(plan.weights), run.device)
+    needed, importance, experts = run.model.start.watches_inputs, run.importance, run.model.start.experts
+    statistics, sent = InputStatistics(list(plan.weights), run.device), Sent()
     if needed:
-        collect(run, statistics, plan, block, stream, arguments)
-        rare = rarely_reached(statistics, plan, run.ranks) if says else None
-        if rare is not None:
-            run.say(rare)
+        places = find_experts(block, plan.weights)
+        collect(run, statistics, plan.index, block, stream, arguments, places if experts.all_experts else ())
+        lines = [None if spare is None else collect_more(run, statistics, plan, block, places, spare)]
+        lines.append(rarely_reached(statistics, plan, run.ranks))
+        for line in filter(None, lines if says else ()):
+            run.say(line)
+        sent = tokens_of_experts(statistics, places)
+        if plan.held:  # each process counted those of its own experts, which follow each other
+            sent = {place: [count for own in run.ranks.all(tokens) for count in own] for place, tokens in sent.items()}
 
     def hessians(site: LinearSite) -> list[Tensor] | None:
         if importance is not None:
             return importance.hessians(f"{plan.name}.{site.name}", run.device, plan.held.get(site.name))
         return statistics.hessians(site) if needed else None
 
-    return {
+    matrices = {
         site.name: Matrix(
             site.to_matrix(block.get_parameter(site.name)).detach().float(),
             hessians(site),
@@ -70,39 +84,7 @@ def matrices_of(
         )
         for site, scheme in plan.weights.items()
     }
-
-
-def collect(
-    run: Run,
-    statistics: InputStatistics,
-    plan: BlockPlan,
-    block: nn.Module,
-    stream: Stream,
-    arguments: Sequence[Tensor] | None = None,
-) -> None:
-    """Fills statistics with what the block's weights see, over all processes.
-
-    Args:
-        run: The run.
-        statistics: Of the block's weights, as this process has them.
-        plan: Their plan.
-        block: The block on the device.
-        stream: What enters it; its first sequences are watched.
-        arguments: What it is called with for each sequence, if that is known already.
-    """
-    index = plan.index
-    call, inputs_NTD = run.calls[index].to(run.device), stream.hidden_NTD[: hessian_sequences(run)]
-    if arguments is None:
-        arguments = arguments_of(run.model.network, run.forms, call, index, stream)
-    watched = statistics.watching(block)
-    with run.watch("statistics"), torch.no_grad(), watched, run.precision(), in_step(block, passes_of(inputs_NTD)):
-        for part in slices(len(inputs_NTD), sequences_at_once(inputs_NTD.shape[1])):
-            bound = call.bind([tensor[part] for tensor in arguments], torch.float32)
-            run_block(block, fetch(run, inputs_NTD[part]), bound)
-    if run.ranks.world > 1:
-        # An expert that one process alone has has met the tokens of all.
-        shared = [site for site in plan.weights if run.exchange is None or site.name not in plan.held]
-        statistics.reduce(run.ranks.sum, shared)
+    return Watched(matrices, sent)
 
 
 def rarely_reached(statistics: InputStatistics, plan: BlockPlan, ranks: Ranks = Ranks()) -> str | None:  # noqa: B008
@@ -118,7 +100,8 @@ def rarely_reached(statistics: InputStatistics, plan: BlockPlan, ranks: Ranks = 
     what = f"; {none} of them saw none, and are rounded by their weights alone" if none else ""
     return (
         f"{plan.name}: {len(rare)} of {len(seen)} matrices saw fewer calibration tokens than they have columns (the "
-        f"fewest {min(rare)}){what}. More sequences: --model.hessian_sequences"
+        f"fewest {min(rare)}){what}. More sequences: "
+        "--model.hessian_sequences, for experts alone --model.moe_min_tokens_per_expert"
     )
 
 

@@ -1,5 +1,9 @@
 """How perplexity is measured: with the whole model on the device, or block by block where it does not fit there.
 
+A quantized model's weights take the place of the original's. As a whole, all of them are on the host at once, or on the
+device; block by block, those of one block are made from its file when the windows pass through it. So it is block by
+block too where the host has no room for all of them.
+
 Block by block, the model stays on the host. Its own code embeds the windows; each block's weights visit the device in
 turn and all windows pass through them; the model's own code computes what follows the last block; and the head, on the
 device again, gives the logits of some positions at a time. So the device holds one block and some windows, or the head
@@ -14,8 +18,9 @@ by rounding alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +39,7 @@ from lightning_gsq.models.passing import calls_without_blocks, instead_of_blocks
 from lightning_gsq.models.probe import probe_pair
 from lightning_gsq.models.survey import survey
 from lightning_gsq.ops.distillation import Head
+from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.forward_passes import (
     arguments_of,
     embedded,
@@ -44,6 +50,7 @@ from lightning_gsq.run.forward_passes import (
 )
 from lightning_gsq.run.hidden_states import ActivationOptions, Stream
 from lightning_gsq.run.standard_errors import Perplexity, standard_error
+from lightning_gsq.run.substitution import Substitution
 from lightning_gsq.system.bar import bar
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.slices import slices
@@ -52,7 +59,23 @@ from lightning_gsq.training.losses import LOSS_POSITIONS
 
 FP32 = 4
 SPARE = 0.1
-"""Share of a device's free memory that a whole model has to leave to activations, workspaces and fragmentation."""
+"""Share of free memory that a whole model has to leave to activations, workspaces and fragmentation."""
+
+Measure = Callable[[Substitution], Perplexity]
+"""Measures the perplexity of all windows with other weights in the model."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Free bytes.
+
+    Args:
+        device: Of the device; None if it is the host or does not say.
+        host: Of the host; None for one that has room for everything.
+    """
+
+    device: int | None = None
+    host: int | None = None
 
 
 class _Windows(Callback):
@@ -81,17 +104,32 @@ def whole_model_terms(weights: int, vocabulary: int, tokens: int, itemsize: int)
     }
 
 
-def runs_by_block(choice: ByBlock, terms: dict[str, int], room: int | None) -> bool:
+def replaced_bytes(quantized: int, parameters: int, dtype: torch.dtype, output_dtype: torch.dtype) -> int:
+    """Bytes of what takes the place of a model's own weights, if all of it is there at once.
+
+    Args:
+        quantized: How many numbers are quantized.
+        parameters: How many numbers the model has; those that are not quantized are rounded as the saved files have
+            them.
+        dtype: Dtype of the model.
+        output_dtype: Dtype of the saved files.
+    """
+    return dtype.itemsize * (quantized if dtype == output_dtype else parameters)
+
+
+def runs_by_block(choice: ByBlock, terms: dict[str, int], replaced: int, room: Room) -> bool:
     """Whether perplexity is measured block by block.
 
     Args:
         choice: What the user asked for.
         terms: Those of :func:`whole_model_terms`.
-        room: Free bytes of the device; None if it is the host or does not say.
+        replaced: Bytes of the weights that others take the place of; those are on the host then.
+        room: What is free.
     """
     if isinstance(choice, bool):
         return choice
-    return room is not None and sum(terms.values()) > (1 - SPARE) * room
+    needed = ((sum(terms.values()), room.device), (replaced, room.host))
+    return any(free is not None and size > (1 - SPARE) * free for size, free in needed)
 
 
 def make_measure(
@@ -99,23 +137,22 @@ def make_measure(
     evaluation: PerplexityData,
     activations: ActivationOptions,
     make_trainer: Callable[[], Trainer],
-    room: int | None,
+    room: Room,
     say: Callable[[str], None],
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
-) -> Callable[[], Perplexity]:
+    plan: Sequence[BlockPlan] = (),
+) -> Measure:
     """Decides how perplexity is measured.
 
     Args:
-        model: The model, loaded. Each measurement is of the weights that it has then.
+        model: The model, loaded.
         evaluation: The windows, tokenised, and the user's choice.
         activations: How hidden states are kept between blocks.
         make_trainer: Makes a Trainer that only evaluates.
-        room: Free bytes of its device; None if it is the host or does not say.
+        room: What is free on its device and on the host.
         say: Prints a line for the user.
         ranks: This process among those that share the windows; all of them measure at the same time.
-
-    Returns:
-        A function that measures the perplexity of all windows.
+        plan: The blocks whose weights will be replaced.
 
     Raises:
         ConfigurationError: it has to be block by block, and this model cannot be evaluated so.
@@ -127,8 +164,11 @@ def make_measure(
     itemsize = 2 if trainer.precision in ("bf16-mixed", "16-mixed") else network.dtype.itemsize
     vocabulary = network.config.get_text_config(decoder=True).vocab_size
     terms = whole_model_terms(weights, vocabulary, ids_NT.shape[1], itemsize)
+    quantized = sum(site.rows * site.in_features for part in plan for site in part.weights)
+    parameters = sum(parameter.numel() for parameter in network.parameters()) if plan else 0
+    replaced = replaced_bytes(quantized, parameters, network.dtype, model.storage.output_dtype)
     # One device with too little room is enough, because all processes have to go the same way.
-    mine = torch.tensor(float(runs_by_block(evaluation.by_block, terms, room)), device=device)
+    mine = torch.tensor(float(runs_by_block(evaluation.by_block, terms, replaced, room)), device=device)
 
     def with_its_error(measure: Callable[[], float]) -> Perplexity:
         model.window_losses.clear()
@@ -141,18 +181,28 @@ def make_measure(
         def whole() -> float:
             windows: DataLoader[Tensor] = DataLoader(ids_NT, batch_size=1)  # type: ignore[arg-type]
             evaluator = make_trainer()
+            # A model that was on an accelerator comes back as copies of what it was: mapped files stay mapped.
+            before = [(parameter, parameter.data) for parameter in network.parameters()]
             with bar("perplexity", len(ids_NT), ranks.first) as move:
                 evaluator.callbacks.append(_Windows(move))  # type: ignore[attr-defined]  # Lightning's connector
                 (result,) = evaluator.validate(model, windows, verbose=False)
+            for parameter, data in before:
+                if parameter.dtype == data.dtype:
+                    parameter.data = data
             return float(result["perplexity"])
 
-        return lambda: with_its_error(whole)
+        def with_all_of(weights: Substitution) -> Perplexity:
+            with weights.everywhere():
+                return with_its_error(whole)
+
+        return with_all_of
     trainer.precision_plugin.convert_module(network)  # as the Trainer does before it evaluates a whole model
     blockwise = BlockwisePerplexity(network)
-    free = "" if room is None else f", the device has {room / 1e9:.1f} GB free"
+    free = "" if room.device is None else f", the device has {room.device / 1e9:.1f} GB free"
+    free += "" if room.host is None else f", the host {room.host / 1e9:.1f} GB"
     say(f"perplexity is measured block by block: the model takes {weights / 1e9:.1f} GB{free}")
-    return lambda: with_its_error(
-        lambda: blockwise.measure(model, ids_NT, make_trainer(), activations, shown=ranks.first)
+    return lambda weights: with_its_error(
+        lambda: blockwise.measure(weights, ids_NT, make_trainer(), activations, shown=ranks.first)
     )
 
 
@@ -160,7 +210,7 @@ class BlockwisePerplexity:
     """A model on the host that is evaluated through one block at a time.
 
     Args:
-        network: The model. Its weights may change between measurements.
+        network: The model.
 
     Raises:
         ConfigurationError: its blocks are no chain, or its logits are not those of a head applied to what follows the
@@ -188,7 +238,7 @@ class BlockwisePerplexity:
     @torch.no_grad()
     def measure(
         self,
-        model: ModelQuantization,
+        weights: Substitution,
         ids_NT: Tensor,
         trainer: Trainer,
         activations: ActivationOptions,
@@ -197,19 +247,24 @@ class BlockwisePerplexity:
         """The perplexity of the windows, and those of other processes if there are any.
 
         Args:
-            model: The model's module, whose metric adds up the losses.
+            weights: The model's module, whose metric adds up the losses, and what replaces its weights.
             ids_NT: This process's windows; a window's first token is context only.
             trainer: Gives the device and the precision.
             activations: How hidden states are kept.
             shown: Whether a terminal shows a bar over the blocks.
         """
-        device, size = trainer.strategy.root_device, sequences_at_once(ids_NT.shape[1])
+        model, device, size = weights.model, trainer.strategy.root_device, sequences_at_once(ids_NT.shape[1])
         metric = model.negative_log_likelihood.to(device)
-        with trainer.precision_plugin.forward_context(), self._embedded(ids_NT, activations) as embedding:
+        with (
+            trainer.precision_plugin.forward_context(),
+            weights.outside(),
+            self._embedded(ids_NT, activations) as embedding,
+        ):
             stream, dtype = embedding
             with bar("perplexity, blocks", len(self.blocks), shown) as move:
                 for index in range(len(self.blocks)):
-                    dtype = self._pass_through(index, stream, dtype, device)
+                    with weights.block(index):
+                        dtype = self._pass_through(index, stream, dtype, device)
                     move()
             head = self._head(device)
             for part in slices(len(ids_NT), size):

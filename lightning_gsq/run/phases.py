@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,13 @@ from lightning_gsq.run.blocks import train_blocks
 from lightning_gsq.run.end_to_end import run_end_to_end
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.outer_weights import outer_kind, quantize_outer, read_outer
+from lightning_gsq.run.perplexity import Measure
 from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.saving import save_model
-from lightning_gsq.run.standard_errors import Perplexity, with_error
-from lightning_gsq.run.substitution import as_stored, installed, outer_installed
+from lightning_gsq.run.standard_errors import with_error
+from lightning_gsq.run.stored_blocks import StoredBlocks
+from lightning_gsq.run.substitution import Substitution
 from lightning_gsq.run.summary import make_summary
 from lightning_gsq.run.warm_start import warm_start
 from lightning_gsq.system.digests import data_digest
@@ -47,14 +48,14 @@ class Result:
 
     Args:
         kind: Whose it is: that of the ``warm_start``, of each ``block`` or of ``end_to_end``.
-        tensors: Quantized weights of each planned block.
+        tensors: Quantized weights of each planned block, read when they are asked for.
         outer: Quantized weights outside of the blocks, by name in the model.
         dense: Other parameters that trained, by name in the model.
         end_to_end: Report of the end-to-end phase; None where it did not run.
     """
 
     kind: str
-    tensors: list[Blocks]
+    tensors: Sequence[Blocks]
     outer: Blocks
     dense: dict[str, Tensor]
     end_to_end: dict[str, Any] | None = None
@@ -68,12 +69,12 @@ class Perplexities:
 
     Args:
         run: The run.
-        measure: Measures the model as it is at the moment.
+        measure: Measures the model with other weights in it.
         about: What they are measured on.
     """
 
     run: Run
-    measure: Callable[[], Perplexity]
+    measure: Measure
     about: Mapping[str, Any]
 
     def of(self, kind: str | None) -> str:
@@ -101,7 +102,7 @@ class Perplexities:
         self,
         name: str,
         kind: str | None,
-        tensors: list[Blocks] | None = None,
+        tensors: Sequence[Blocks] | None = None,
         dense: Mapping[str, Tensor] | None = None,
         outer: Blocks | None = None,
     ) -> None:
@@ -118,15 +119,11 @@ class Perplexities:
         value = folder.perplexity(name, of)
         if value is None:
             began = time.perf_counter()
-            with contextlib.ExitStack() as weights:
-                if tensors is not None:
-                    weights.enter_context(installed(self.run.model, self.run.plan, tensors, dense, outer))
-                elif outer is not None:
-                    weights.enter_context(outer_installed(self.run.model.network, outer))
-                if kind is not None:
-                    # What is reported of the quantized model is what its files give: nothing more precise.
-                    weights.enter_context(as_stored(self.run.model, self.run.plan))
-                measured = self.measure()
+            # What is reported of the quantized model is what its files give: nothing more precise.
+            rounded = kind is not None
+            measured = self.measure(
+                Substitution(self.run.model, self.run.plan, tensors, outer or {}, dense or {}, rounded)
+            )
             value = measured.value
             folder.note_perplexity(name, of, value, measured.error)
             folder.add_seconds("evaluation", time.perf_counter() - began)
@@ -154,12 +151,11 @@ def outer_phase(run: Run, perplexities: Perplexities) -> Blocks:
 def warm_start_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
     """The warm start of the whole model, and what it is worth."""
     began = time.perf_counter()
-    starts, made = warm_start(run, outer)
-    if made:
+    if warm_start(run, outer):
         run.folder.add_seconds("warm_start", time.perf_counter() - began)
         run.folder.update_progress(init_seconds=run.watch.take())
     run.ranks.wait()
-    perplexities.note("warm_start", "warm_start", starts, outer=outer)
+    perplexities.note("warm_start", "warm_start", StoredBlocks(run.folder, "warm_start", run.plan), outer=outer)
 
 
 def blocks_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
@@ -167,7 +163,7 @@ def blocks_phase(run: Run, perplexities: Perplexities, outer: Blocks) -> None:
     train_blocks(run, outer)
     run.ranks.wait()
     release()
-    perplexities.note("blocks", "block", read_blocks(run, "block"), outer=outer)
+    perplexities.note("blocks", "block", StoredBlocks(run.folder, "block", run.plan), outer=outer)
 
 
 def end_to_end_phase(
@@ -180,11 +176,11 @@ def end_to_end_phase(
 ) -> Result:
     """The whole model trained a little more; what came before it where that is better."""
     release()
-    trained = run_end_to_end(run, result.tensors, result.outer, options, settings, progress)
+    trained = run_end_to_end(run, list(result.tensors), result.outer, options, settings, progress)
     release()
     if trained.rejected:
         return Result(result.kind, result.tensors, result.outer, {}, trained.report)
-    tensors, outer = read_blocks(run, "end_to_end"), read_outer(run, "end_to_end")
+    tensors, outer = StoredBlocks(run.folder, "end_to_end", run.plan), read_outer(run, "end_to_end")
     perplexities.note("end_to_end", "end_to_end", tensors, trained.dense, outer)
     return Result("end_to_end", tensors, outer, trained.dense, trained.report)
 
@@ -194,10 +190,11 @@ def save_and_summarize(
 ) -> dict[str, Any]:
     """Saves the dequantized model, unless it is there, and writes the summary, which it returns."""
     made_from = data_digest([run.folder.recipe, digest_of(run, result.kind)])
-    with installed(run.model, run.plan, result.tensors, result.dense, result.outer):
+    weights = Substitution(run.model, run.plan, result.tensors, result.outer, result.dense)
+    with weights.outside():
         if run.ranks.first:
-            began, dtype = time.perf_counter(), run.model.storage.output_dtype
-            if save_model(run.model.network, run.model.tokenizer, run.folder.model, dtype, made_from, source):
+            began = time.perf_counter()
+            if save_model(weights, run.folder.model, made_from, source):
                 run.folder.add_seconds("saving", time.perf_counter() - began)
         run.folder.update_progress(model=result.kind)
         summary = make_summary(
@@ -210,6 +207,7 @@ def save_and_summarize(
     if earlier.get("zero_shot", {}).get("made_from") == made_from:
         earlier_entries["zero_shot"] = earlier["zero_shot"]
     run.folder.write_summary({**summary, **earlier_entries})
+    tensorboard.log_experts(run.trainer.loggers, summary.get("experts", {}))
     figures = {f"perplexity_{name}": value for name, value in summary["perplexity"].items()}
     tensorboard.log_result(
         run.trainer.loggers, run.recipe, {**figures, "bits_per_weight": summary["bits_per_weight"]["total"]}
@@ -222,11 +220,6 @@ def digest_of(run: Run, kind: str) -> str:
     outer = run.folder.digest(outer_kind(kind), [OUTER]) if run.model.outer.expected(run.model.network) else None
     blocks = None if kind == ROUNDED else run.folder.digest(kind, [plan.index for plan in run.plan])
     return data_digest([blocks, outer])
-
-
-def read_blocks(run: Run, kind: str) -> list[Blocks]:
-    """Quantized weights of each planned block, from the files of a phase."""
-    return [run.folder.read_block(kind, plan.index, plan.expected) for plan in run.plan]
 
 
 def kind_before_end_to_end(model: ModelQuantization, plan: list[BlockPlan], folder: RunFolder) -> str:

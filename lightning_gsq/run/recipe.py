@@ -77,9 +77,15 @@ def make_recipe(
     if settings["model"].get("size") is None:  # as in recipes from before there was one
         for name in ("size", "choices"):
             groups["model"].pop(name, None)
+    if model.start.experts.option is None:
+        for name in ("moe_calibrate_all_experts", "moe_min_tokens_per_expert", "moe_max_extra_sequences"):
+            groups["model"].pop(name, None)
+    elif model.start.experts.min_tokens is None:
+        groups["model"].pop("moe_max_extra_sequences", None)
+    spare = [data.spare_ids_NT] if len(data.spare_ids_NT) else []
     fingerprints = {
         "model": model_fingerprint(model),
-        "calibration": fingerprint([data.train_ids_NT, data.validation_ids_NT]),
+        "calibration": fingerprint([data.train_ids_NT, data.validation_ids_NT, *spare]),
         "evaluation": fingerprint([evaluation.ids_NT]),
     }
     start = _start_file(settings["model"])

@@ -89,6 +89,13 @@ class Run:
         return self.ranks.share(self.data.validation_ids_NT, even=False)
 
     @property
+    def spare_ids_NT(self) -> Tensor:
+        """This process's sequences for experts that few tokens reach: first those that train and are not watched."""
+        start = self.model.start
+        ids_NT = torch.cat([self.data.train_ids_NT[start.hessian_sequences :], self.data.spare_ids_NT])
+        return self.ranks.share(ids_NT[: start.experts.extra_sequences])
+
+    @property
     def last_block(self) -> int:
         """Number of the last block that is quantized."""
         return self.plan[-1].index

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,6 +12,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.address import ModelSource
 from lightning_gsq.models.classes import outside_of_text
 from lightning_gsq.models.saving import copy_processor, save_tokenizer, write_dense
+from lightning_gsq.run.substitution import Substitution
 from lightning_gsq.system.owned_folders import growing, obstacle, out_of_date, publish, write_mark
 
 MARK = "lightning-gsq.json"
@@ -47,21 +47,12 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
                 ) from error
 
 
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    dtype: torch.dtype,
-    made_from: str,
-    source: ModelSource,
-) -> bool:
+def save_model(weights: Substitution, folder: Path, made_from: str, source: ModelSource) -> bool:
     """Writes the model's folder, whole or not at all, unless it is there, whole and made from the same.
 
     Args:
-        model: The model with its quantized weights installed.
-        tokenizer: Its tokenizer.
+        weights: The model and its weights: those outside of the blocks installed, those of a block for its turn.
         folder: The folder; replaced if an earlier save made it.
-        dtype: Dtype of all floating-point parameters.
         made_from: Digest of what the weights follow from.
         source: Where the original model is.
 
@@ -71,6 +62,7 @@ def save_model(
     Raises:
         ConfigurationError: it cannot be written, or something else is there.
     """
+    network, dtype = weights.model.network, weights.model.storage.output_dtype
     content = {"made_from": made_from, "dtype": str(dtype)}
     if out_of_date(folder, MARK, content) is None:
         return False
@@ -79,8 +71,8 @@ def save_model(
         raise ConfigurationError(f"trainer.default_root_dir: {reason}; move it away, and the same command goes on")
     try:
         with growing(folder) as partial:
-            write_dense(model, tokenizer, partial, dtype)
-            if outside_of_text(model):
+            write_dense(network, weights.model.tokenizer, partial, dtype, weights.block)
+            if outside_of_text(network):
                 copy_processor(source, partial)
             write_mark(partial, MARK, content)
             publish(partial, folder, MARK)

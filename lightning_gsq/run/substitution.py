@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.classes import is_outside, outside_of_text
+from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.quantized import QuantizedWeight
@@ -23,36 +26,92 @@ def install(block: nn.Module, plan: BlockPlan, tensors: dict[str, QuantizedWeigh
         parameter.data = dense.to(parameter.device, parameter.dtype).contiguous()
 
 
-@contextmanager
-def installed(
-    model: ModelQuantization,
-    plan: list[BlockPlan],
-    tensors: list[dict[str, QuantizedWeight]],
-    dense: Mapping[str, Tensor] | None = None,
-    outer: Mapping[str, QuantizedWeight] | None = None,
-) -> Iterator[None]:
-    """The model with these weights inside the context, its own afterwards.
+@dataclass(frozen=True)
+class Substitution:
+    """What a model's weights are replaced by for a while: all at once, or each block's when its turn comes.
 
     Args:
         model: The model, loaded.
         plan: The quantized weights of each block.
-        tensors: Their codes and scales.
-        dense: Other parameters by name in the model; a head that was tied to the embedding is untied.
+        tensors: Their codes and scales, a block when it is asked for; None leaves the blocks' weights as they are.
         outer: Quantized weights outside of the blocks, by name in the model; what is tied to one goes along.
+        dense: Other parameters by name in the model; a head that was tied to the embedding is untied.
+        rounded: Whether parameters that are not quantized have the precision that the saved files give them.
     """
-    _, blocks = find_blocks(model.network)
-    originals = [
-        {site.name: blocks[part.index].get_parameter(site.name).data for site in part.weights} for part in plan
-    ]
-    with ExitStack() as undo:
-        undo.enter_context(outer_installed(model.network, outer or {}))
-        for part, weights, parameters in zip(plan, tensors, originals, strict=True):
-            install(blocks[part.index], part, weights)
-            for name, data in parameters.items():
-                undo.callback(setattr, blocks[part.index].get_parameter(name), "data", data)
-        for name, value in (dense or {}).items():
-            undo.enter_context(replaced(model.network, name, value))
-        yield
+
+    model: ModelQuantization
+    plan: Sequence[BlockPlan] = ()
+    tensors: Sequence[Blocks] | None = None
+    outer: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    rounded: bool = False
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Inside the context, the whole model has these weights."""
+        with ExitStack() as inside:
+            inside.enter_context(self.outside())
+            for index in range(len(find_blocks(self.model.network)[1])):
+                inside.enter_context(self.block(index))
+            yield
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Inside the context, what is outside of the blocks has them, and norms that trained."""
+        network = self.model.network
+        with ExitStack() as inside:
+            inside.enter_context(outer_installed(network, self.outer))
+            for name, value in self.dense.items():
+                inside.enter_context(replaced(network, name, value))
+            if self.rounded:
+                prefix, towers = f"{find_blocks(network)[0]}.", outside_of_text(network)
+                quantized = set(self.model.outer.expected(network))
+                inside.enter_context(
+                    self._rounding(
+                        parameter
+                        for name, parameter in network.named_parameters()
+                        if not (name.startswith(prefix) or name in quantized or is_outside(name, towers))
+                    )
+                )
+            yield
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        """Inside the context, a block has them; its number is that in the model."""
+        block = find_blocks(self.model.network)[1][index]
+        number = self._numbers.get(index)
+        sites = (
+            {} if number is None else {site.name: block.get_parameter(site.name) for site in self.plan[number].weights}
+        )
+        originals = {name: parameter.data for name, parameter in sites.items()}
+        try:
+            if number is not None and self.tensors is not None:
+                install(block, self.plan[number], self.tensors[number])
+            with ExitStack() as inside:
+                if self.rounded:
+                    others = [parameter for name, parameter in block.named_parameters() if name not in sites]
+                    inside.enter_context(self._rounding(others))
+                yield
+        finally:
+            for name, data in originals.items():
+                sites[name].data = data
+
+    @functools.cached_property
+    def _numbers(self) -> dict[int, int]:
+        """The position in the plan of each block that is planned."""
+        return {part.index: number for number, part in enumerate(self.plan)}
+
+    @contextmanager
+    def _rounding(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Inside the context, these have the precision that the saved files give them."""
+        originals = {parameter: parameter.data for parameter in parameters}
+        try:
+            for parameter, data in originals.items():
+                parameter.data = data.to(self.model.storage.output_dtype).to(data.dtype)
+            yield
+        finally:
+            for parameter, data in originals.items():
+                parameter.data = data
 
 
 @contextmanager
@@ -96,23 +155,3 @@ def replace(network: PreTrainedModel, name: str, value: Tensor) -> Callable[[], 
     if network.get_output_embeddings() is module:
         config.tie_word_embeddings = False
     return undo
-
-
-@contextmanager
-def as_stored(model: ModelQuantization, plan: list[BlockPlan]) -> Iterator[None]:
-    """Inside the context, every parameter that is not quantized has the precision that the saved files give it."""
-    quantized = {f"{block.name}.{site.name}" for block in plan for site in block.weights}
-    quantized |= set(model.outer.expected(model.network))
-    outside = outside_of_text(model.network)
-    originals = {
-        p: p.data
-        for name, p in model.network.named_parameters()
-        if name not in quantized and not is_outside(name, outside)
-    }
-    try:
-        for parameter, data in originals.items():
-            parameter.data = data.to(model.storage.output_dtype).to(data.dtype)
-        yield
-    finally:
-        for parameter, data in originals.items():
-            parameter.data = data

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,6 +41,7 @@ GUIDE = """\
 | `rounding/flip_rate`, `rounding/gap` | share of codes that left their start; what the final rounding cost |
 | `end_to_end/...` | divergence from the original, whole model |
 | `perplexity/...` | after each phase |
+| `experts/...` | tokens that routed experts saw, and how many keep their start; one step a block |
 | `zero_shot/...` | tasks of lm-eval (the command `test`) |
 | Histograms | levels used, undecidedness in bits, change of the scales; one step a block |
 | Images | error of every weight matrix, one step a block |
@@ -70,6 +72,43 @@ def log_guide(loggers: Iterable[Logger]) -> None:
     for logger in _boards(loggers):
         logger.experiment.add_text("what_you_see_here", GUIDE)
         logger.save()
+
+
+def log_experts(loggers: Iterable[Logger], experts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Shows how many tokens the routed experts of each place saw: scalars, a histogram, and a picture of all places.
+
+    Args:
+        loggers: The run's loggers; those that are no TensorBoardLogger are passed over.
+        experts: By place, in order, as in ``summary.json``; steps are their numbers.
+    """
+    boards = _boards(loggers)
+    for step, own in enumerate(experts.values()):
+        figures = {"experts/kept_start": len(own["kept_start"])} if "kept_start" in own else {}
+        if "tokens" in own:
+            figures |= {"experts/fewest_tokens": min(own["tokens"]), "experts/no_tokens": own["tokens"].count(0)}
+        for logger in boards:
+            for name, value in figures.items():
+                logger.experiment.add_scalar(name, value, step)
+            if "tokens" in own:
+                logger.experiment.add_histogram("experts/tokens", torch.tensor(own["tokens"]), step)
+    counted = {place: own["tokens"] for place, own in experts.items() if "tokens" in own}
+    if boards and counted:
+        log_figure(boards, "experts/tokens", _picture(counted))
+
+
+def _picture(tokens: Mapping[str, Sequence[int]]) -> Figure:
+    """Tokens of each expert, a row a place, brighter with each power of ten; experts without any are white."""
+    counts = torch.full((len(tokens), max(map(len, tokens.values()))), float("nan"))
+    for row, own in enumerate(tokens.values()):
+        counts[row, : len(own)] = torch.tensor(own, dtype=torch.float32)
+    counts[counts == 0] = float("nan")
+    figure = Figure(figsize=(8, 1.5 + 0.25 * len(tokens)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(counts.log10().numpy(), aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(tokens)), list(tokens), fontsize=6)
+    axes.set_xlabel("expert")
+    figure.colorbar(image, ax=axes, label="calibration tokens, as a power of ten")
+    return figure
 
 
 def log_result(loggers: Iterable[Logger], recipe: Mapping[str, Any], figures: Mapping[str, float]) -> None:

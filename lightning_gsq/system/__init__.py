@@ -2,12 +2,13 @@
 
 seeding              generators keyed by what they are for
 compiling            torch.compile and the C++ compiler, where there is one
-memory               freed memory given back; the most that was used
+memory               freed memory given back; what there is; the most that was used
 console              what is printed is text, with no markup in it
 files                files that are there whole or not at all
 owned_folders        folders that may be replaced, because they were written here
 locking              one process at a time in a folder
 safetensors_headers  the weight files of a folder, looked at before anything is loaded
+shards               the weight files of a folder, written without being in memory
 processes            several processes that share the sequences
 waiting              for what another process leaves
 signals              the end of a command that is asked to stop

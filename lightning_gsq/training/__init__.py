@@ -13,6 +13,7 @@ end_to_end_options  what trains there, and how
 student_block       a block of that model
 student_weights     its weights, whose scales train
 student_outer       its quantized embedding and head
+step_shares         which share of the learning rates each width takes there
 teacher             the original's most probable tokens, stored
 optim               Adam and Lion for fp32 and bf16 logits
 losses              losses as they are added up

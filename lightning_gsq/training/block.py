@@ -129,16 +129,33 @@ class BlockQuantization(LightningModule):
         """Every weight as the warm start left it."""
         return self._dense({name: quantizer.start_tensor() for name, quantizer in self.named_weights()})
 
-    def forward(self, hidden_BTD: Tensor, weights: dict[str, Tensor], arguments: Sequence[Tensor] = ()) -> Tensor:
-        """Runs the block with these weights, on the arguments of these sequences where it has any."""
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        weights: dict[str, Tensor],
+        arguments: Sequence[Tensor] = (),
+        run: BlockRunner | None = None,
+    ) -> Tensor:
+        """Runs the block with these weights, on the arguments of these sequences where it has any.
+
+        Args:
+            hidden_BTD: What enters it.
+            weights: Dense weights to use, by name.
+            arguments: Of these sequences.
+            run: How it is run, where not as it trains.
+        """
         self._call = self._call.to(hidden_BTD.device)
-        return self._run(self.block, hidden_BTD, self._call.bind(arguments, hidden_BTD.dtype), weights)
+        call = self._call.bind(arguments, hidden_BTD.dtype)
+        return (run or self._run)(self.block, hidden_BTD, call, weights)
+
+    def inputs_of(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Hidden states that enter the block, and the arguments of their sequences."""
+        return batch[0], batch[len(batch) - len(self._call.bound) :]
 
     def loss(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Relative squared error of the block's output with these weights, fp32."""
-        hidden, target, *others = batch
-        first_argument = len(others) - len(self._call.bound)
-        weight_BT, arguments = others[:first_argument], others[first_argument:]
+        (hidden, arguments), target = self.inputs_of(batch), batch[1]
+        weight_BT = batch[2 : len(batch) - len(arguments)]
         output = self(hidden.float(), weights, arguments).float()
         if not weight_BT:
             return nn.functional.mse_loss(output, target.float()) / self.target_power

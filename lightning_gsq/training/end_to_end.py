@@ -38,9 +38,10 @@ from lightning_gsq.system.sharding import (
     shard,
     whole,
 )
-from lightning_gsq.training.end_to_end_options import KINDS, EndToEndOptions, Trained, kind_of, step_share
+from lightning_gsq.training.end_to_end_options import KINDS, EndToEndOptions, Trained, kind_of
 from lightning_gsq.training.losses import loss_mean, refuse_non_finite
 from lightning_gsq.training.schedule import cosine_to_floor
+from lightning_gsq.training.step_shares import mean_share, scale_shares
 from lightning_gsq.training.student_block import StudentBlock
 from lightning_gsq.training.student_outer import StudentEnds, StudentOuter
 from lightning_gsq.training.teacher import StoredTeacher, top_tokens
@@ -235,36 +236,16 @@ class EndToEndQuantization(LightningModule):
     def configure_optimizers(self) -> Any:
         """One parameter group for each kind of parameter and width, with a cosine schedule that ends at the floor."""
         groups: dict[tuple[Trained, float], list[nn.Parameter]] = {(kind, 1.0): [] for kind in KINDS}
-        shares = {
-            id(parameter): step_share(weight.scheme.storage_bits)
-            for weight in self._weights()
-            for name, parameter in weight.named_parameters()
-            if name.rpartition(".")[2] in SCALE_PARAMETERS
-        }
-        norm_share = self._mean_step_share()
+        blocks: Any = self.blocks.values()
+        shares, norm_share = scale_shares([*blocks, self.outer]), mean_share(blocks)
         for name, parameter in self.trained():
             kind = kind_of(name)
-            share = norm_share if kind == "norms" else shares.get(id(parameter), 1.0)
+            share = norm_share if kind == "norms" else shares.get(parameter, 1.0)
             groups.setdefault((kind, share), []).append(parameter)
         rates = self.options.rates
         optimizer = rates.make_optimizer(groups)
         schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, rates.floor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def _weights(self) -> Iterator[Any]:
-        """The modules of all quantized weights, those outside of the blocks too."""
-        for part in (*self.blocks.values(), self.outer):
-            yield from part.weights  # type: ignore[misc]
-
-    def _mean_step_share(self) -> float:
-        """The mean over the quantized weights of the blocks, each matrix counted by its size."""
-        total, count = 0.0, 0
-        for block in self.blocks.values():
-            assert isinstance(block, StudentBlock)
-            for site, weight in zip(block.sites, block.weights, strict=True):
-                size = site.rows * site.in_features
-                total, count = total + size * step_share(weight.scheme.storage_bits), count + size  # type: ignore[union-attr]
-        return total / count if count else 1.0
 
     # -- results
 

@@ -19,17 +19,6 @@ OUTER = "outer"
 """Name of the module with what trains outside of the blocks, among the parts of the end-to-end module."""
 Trained = Literal["scales", "norms", "head", "codes", "embedding"]
 KINDS: tuple[Trained, ...] = get_args(Trained)
-COARSE_BITS = 3
-"""Width up to which scales take the whole learning rate."""
-
-
-def step_share(bits: int) -> float:
-    """Share of the learning rate that the scales of codes of so many bits take.
-
-    The finer a grid, the less rounding has left to be mended, and the shorter the way of its scales: with the steps of
-    a coarse one they overshoot (measured in docs/end_to_end.md).
-    """
-    return min(1.0, 2.0 ** (COARSE_BITS - bits))
 
 
 def _at_least_one(**counts: int | None) -> None:

@@ -60,6 +60,11 @@ class ModelQuantization(LightningModule):
             starts RTN and LlamaCpp.
         save_imatrix: Write the inputs' mean squares in the full-precision model as such a matrix: imatrix.gguf in the
             run folder.
+        moe_calibrate_all_experts: Send every token to every routed expert while the inputs are watched, whatever the
+            router says; nothing else sees that.
+        moe_min_tokens_per_expert: Tokens that each routed expert should see there. For experts with fewer, more
+            sequences of the same text are passed through; null for none.
+        moe_max_extra_sequences: How many more sequences at most; those that train but are not watched come first.
         saliency: How the salient part of each matrix is chosen, where the scheme has one or a budget.
         gumbel: How the logits start and how noisy their samples are.
         optimizer: Optimizer of the logits and scales; lr is the logits' learning rate.
@@ -96,6 +101,9 @@ class ModelQuantization(LightningModule):
         hessian_sequences: int = 64,
         imatrix: str | None = None,
         save_imatrix: bool = False,
+        moe_calibrate_all_experts: bool = False,
+        moe_min_tokens_per_expert: int | None = None,
+        moe_max_extra_sequences: int = 256,
         saliency: SettleOptions = SettleOptions(),  # noqa: B008 - frozen
         gumbel: GumbelOptions = GumbelOptions(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = lambda groups: torch.optim.Adam(groups, lr=1e-3),
@@ -116,7 +124,12 @@ class ModelQuantization(LightningModule):
         schemes = {pattern: settings.override(pattern, value) for pattern, value in overrides.items()}
         self.selection = Selection(scheme, include, exclude, schemes, blocks, fallback)
         self.start = settings.StartOptions(
-            warm_start or RTN(weighted=True), hessian_sequences, saliency, imatrix, save_imatrix
+            warm_start or RTN(weighted=True),
+            hessian_sequences,
+            saliency,
+            imatrix,
+            save_imatrix,
+            settings.ExpertOptions(moe_calibrate_all_experts, moe_min_tokens_per_expert, moe_max_extra_sequences),
         )
         self.size = settings.size_of(size, choices, scheme, self.start.warm_start)
         # A file that is refined keeps its own; where a size is given, it is chosen like the others.

@@ -104,6 +104,49 @@ def size_of(
 
 
 @dataclass(frozen=True)
+class ExpertOptions:
+    """How many tokens routed experts see where the inputs of weights are watched.
+
+    Args:
+        all_experts: Every token goes through every expert, whatever their router says.
+        min_tokens: Tokens that each expert should see; None for those that come.
+        max_extra_sequences: How many sequences more may be passed through for it.
+    """
+
+    all_experts: bool = False
+    min_tokens: int | None = None
+    max_extra_sequences: int = 256
+
+    def __post_init__(self) -> None:
+        if self.min_tokens is not None and self.min_tokens < 1:
+            raise ConfigurationError(
+                f"model.moe_min_tokens_per_expert must be at least 1 or null, got {self.min_tokens}"
+            )
+        if self.max_extra_sequences < 1:
+            raise ConfigurationError(
+                f"model.moe_max_extra_sequences must be at least 1, got {self.max_extra_sequences}; for none leave "
+                "--model.moe_min_tokens_per_expert out"
+            )
+        if self.all_experts and self.min_tokens is not None:
+            raise ConfigurationError(
+                f"model.moe_min_tokens_per_expert: got {self.min_tokens} with --model.moe_calibrate_all_experts, which "
+                "sends every token to every expert; leave one of them out"
+            )
+
+    @property
+    def extra_sequences(self) -> int:
+        """Sequences that are passed through for experts beside those whose inputs are watched, at most."""
+        return 0 if self.min_tokens is None else self.max_extra_sequences
+
+    @property
+    def option(self) -> str | None:
+        """The name of the option that asks for more than the tokens that come."""
+        if self.all_experts:
+            return "model.moe_calibrate_all_experts"
+        return None if self.min_tokens is None else "model.moe_min_tokens_per_expert"
+
+
+@dataclass(frozen=True)
 class StartOptions:
     """What a block's training starts from.
 
@@ -113,6 +156,7 @@ class StartOptions:
         saliency: How salient weights are chosen.
         imatrix: File whose mean squares take the place of those of these inputs.
         save_imatrix: Write those of the full-precision model.
+        experts: How many of these inputs routed experts see.
     """
 
     warm_start: WarmStart
@@ -120,6 +164,11 @@ class StartOptions:
     saliency: SettleOptions
     imatrix: str | None = None
     save_imatrix: bool = False
+    experts: ExpertOptions = ExpertOptions()
+
+    def spare_sequences(self, num_sequences: int) -> int:
+        """Sequences beyond the calibration sequences that experts may need; those that are not watched come first."""
+        return max(0, self.experts.extra_sequences - max(0, num_sequences - self.hessian_sequences))
 
     @property
     def watches_inputs(self) -> bool:
@@ -136,6 +185,12 @@ class StartOptions:
             )
         if self.hessian_sequences <= 0:
             raise ConfigurationError(f"model.hessian_sequences must be positive, got {self.hessian_sequences}")
+        if self.experts.option is not None and not self.watches_inputs:
+            what = f"--model.imatrix {self.imatrix}" if self.imatrix is not None else "--model.warm_start"
+            raise ConfigurationError(
+                f"{self.experts.option}: {what} looks at no calibration inputs, so that this would do nothing; leave "
+                "it out, or use one that weighs errors by the inputs: RTN or LlamaCpp with weighted: true, or GPTQ"
+            )
 
 
 @dataclass(frozen=True)

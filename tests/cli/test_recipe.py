@@ -52,7 +52,7 @@ def test_the_packaged_recipe_is_cli_yaml() -> None:
 def test_another_class_starts_from_its_own_defaults(value: str, resolve: Resolve) -> None:
     start = resolve("m", "--model.warm_start", value)["model"]["warm_start"]
     assert start["class_path"] == "lightning_gsq.quantizers.GPTQ"
-    assert start["init_args"]["weighted"] is False and start["init_args"]["damping"] == 0.01
+    assert start["init_args"]["activation_order"] is True and start["init_args"]["damping"] == 0.01
 
 
 def test_another_class_in_a_file(resolve: Resolve, tmp_path: Path) -> None:
@@ -61,7 +61,8 @@ def test_another_class_in_a_file(resolve: Resolve, tmp_path: Path) -> None:
         "        warm_start: {class_path: lightning_gsq.quantizers.GPTQ, init_args: {damping: 0.5}}}\n"
     )
     model = resolve("m", "--config", str(tmp_path / "my.yaml"))["model"]
-    assert model["warm_start"]["init_args"] == {"damping": 0.5, "block_columns": 128, "weighted": False}
+    start = {"damping": 0.5, "block_columns": 128, "weighted": True, "activation_order": True}
+    assert model["warm_start"]["init_args"] == start
     assert model["optimizer"]["init_args"]["lr"] == 0.5
     assert model["optimizer"]["init_args"]["betas"] == [0.9, 0.95], "the same class keeps the recipe's"
     changed = resolve("m", "--config", str(tmp_path / "my.yaml"), "--model.warm_start", "RTN")["model"]

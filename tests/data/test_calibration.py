@@ -32,6 +32,24 @@ def test_training_and_validation_do_not_overlap(corpus: Path) -> None:
     assert batch.shape == (2, 32)
 
 
+def test_spare_sequences_come_beside_the_others_and_then_behind_them(corpus: Path) -> None:
+    def tokenized(spare: int) -> CalibrationDataModule:
+        data = _data(corpus, num_sequences=3, num_validation_sequences=1)
+        data.num_spare_sequences = spare
+        data.tokenize(byte_tokenizer(), FAMILIES["llama"]())
+        return data
+
+    none, few, many = tokenized(0), tokenized(5), tokenized(40)
+    assert [len(data.spare_ids_NT) for data in (none, few, many)] == [0, 5, 40]
+    assert torch.equal(many.spare_ids_NT[:5], few.spare_ids_NT)
+    for data in (few, many):
+        assert torch.equal(data.train_ids_NT, none.train_ids_NT)
+        assert torch.equal(data.validation_ids_NT, none.validation_ids_NT)
+    everything = torch.cat([many.train_ids_NT, many.validation_ids_NT, many.spare_ids_NT])
+    assert len({tuple(window.tolist()) for window in everything}) == 44
+    assert len(tokenized(10**6).spare_ids_NT) < 10**6  # as many as the text has
+
+
 def test_seed_chooses_the_sequences(corpus: Path) -> None:
     ids = []
     for seed in (1, 1, 2):

@@ -230,15 +230,16 @@ def test_terms_of_perplexity(choice: bool | str) -> None:
     evaluation = PerplexityData(sequence_length=64, num_windows=7, by_block=choice)  # type: ignore[arg-type]
     for room, accelerated in ((None, False), (10**12, True), (100_000, True)):
         around = quantities.Surroundings(False, 0, 0, room, accelerated, True)
-        way, host, device = perplexity_terms(evaluation, ActivationOptions(), skeleton, around)
+        way, host, device = perplexity_terms(evaluation, ActivationOptions(), skeleton, {}, around)
         by_block = choice is True or (choice == "auto" and room == 100_000)
-        assert runs_by_block(evaluation, skeleton, around) == by_block == (way == ", block by block")
-        assert host == ({"hidden states of the windows": 7 * 64 * 32 * 4} if by_block else {})
+        assert runs_by_block(evaluation, skeleton, {}, around) == by_block == (way == ", block by block")
+        back = {"the model on its way back from the device": device["model"]} if "model" in device else {}
+        assert host == ({"hidden states of the windows": 7 * 64 * 32 * 4} if by_block else back)
         assert ("model" in device) == (accelerated and not by_block)
         block = sum(p.nbytes for p in find_blocks(network)[1][0].parameters())
         assert device.get("largest block", block) == block
-        mapped = perplexity_terms(evaluation, ActivationOptions(memory_limit_gb=0), skeleton, around)
-        assert mapped[1] == {}
+        mapped = perplexity_terms(evaluation, ActivationOptions(memory_limit_gb=0), skeleton, {}, around)
+        assert mapped[1] == back
 
 
 def test_fit_refuses_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

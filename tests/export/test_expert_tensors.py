@@ -125,6 +125,7 @@ def test_experts_that_files_keep_fused_are_refused(tmp_path: Path) -> None:
     config = GptOssConfig(**MOE, num_local_experts=4, layer_types=["sliding_attention", "full_attention"])
     reason = model_obstacle(FORMAT, run_of(config, tmp_path)) or ""
     assert reason.startswith("compressed-tensors holds a matrix for each expert, and the files of a GptOssForCausalLM")
+    assert "one tensor of all experts" in reason and "native and dequantized hold it" in reason
 
 
 def test_a_model_whose_code_does_not_bear_packed_layers_is_unpacked_when_it_loads(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lightning_gsq.export.formats.gguf import FILE, GGUFFormat
 from lightning_gsq.export.formats.gguf_layout import layout_of
 from lightning_gsq.export.formats.gguf_storage import source_file
 from lightning_gsq.export.readers import packages
+from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.architectures.table import architecture_of
 from lightning_gsq.gguf.blocks import BLOCK_TYPES
 from lightning_gsq.gguf.file import GGUFFile
@@ -158,6 +159,15 @@ def test_without_llama_cpp_that_is_said(mixed, monkeypatch: pytest.MonkeyPatch) 
     assert report.describe().startswith(
         "checked with the bytes of the file: 11 of 13 quantized weights bit-identical, NOT CHECKED with xllamacpp"
     )
+
+
+def test_a_file_is_checked_a_block_at_a_time(mixed, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    run, folder, _ = mixed
+    wanted = FORMAT.check(run, folder)
+    monkeypatch.setattr(FinishedRun, "fits", lambda *_: False)
+    report = FORMAT.check(run, folder)
+    assert (report.weights, report.perplexity) == (wanted.weights, wanted.perplexity)
+    assert "the host has no room" in report.note and "of 1 prompts" in report.note
 
 
 def test_other_families_and_tokenizers_are_refused() -> None:

@@ -19,7 +19,9 @@ def _problem(columns: int = 24, tokens: int = 400) -> tuple[torch.Tensor, torch.
     return torch.randn(16, columns), x_NI, 2 / tokens * x_NI.T @ x_NI
 
 
-@pytest.mark.parametrize("start", [RTN(), RTN(weighted=True), GPTQ(), GPTQ(weighted=True), GPTQ(activation_order=True)])
+@pytest.mark.parametrize(
+    "start", [RTN(), RTN(weighted=True), GPTQ(), GPTQ(weighted=False), GPTQ(activation_order=False)]
+)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_codes_are_levels(scheme: QuantScheme, start: WarmStart) -> None:
     w, _, hessian = _problem(columns=20)  # ragged: 8, 8, 4
@@ -40,7 +42,8 @@ def test_gptq_beats_rtn_on_the_outputs(bits: int) -> None:
         dense = s.codes_OI * s.scales_OG.repeat_interleave(8, 1)
         return float((x @ (w - dense).T).square().sum())
 
-    assert error(GPTQ()) < 0.8 * error(RTN())
+    assert error(GPTQ(activation_order=False)) < 0.8 * error(RTN())
+    assert error(GPTQ()) < 0.9 * error(RTN())
 
 
 def test_gptq_does_not_depend_on_the_block_size() -> None:
@@ -63,14 +66,15 @@ def test_activation_order_rounds_what_matters_first() -> None:
         dense = quantized(start(w, hessian, scheme), scheme, torch.float32).dequantize()
         return float((x @ (w - dense).T).square().sum())
 
-    assert error(GPTQ(activation_order=True, weighted=True)) < 0.8 * error(GPTQ(weighted=True))
+    assert error(GPTQ()) < 0.8 * error(GPTQ(activation_order=False))
 
 
 @pytest.mark.parametrize("activation_order", [False, True])
 def test_gptq_with_identity_hessian_is_rounding(activation_order: bool) -> None:
     w = torch.randn(4, 16)
     for scheme, hessian in ((QuantScheme(3, 8), torch.eye(16)), (QuantScheme(3, 5), torch.diag(torch.rand(16)))):
-        start, plain = GPTQ(activation_order=activation_order)(w, hessian, scheme), RTN()(w, None, scheme)
+        start = GPTQ(weighted=False, activation_order=activation_order)(w, hessian, scheme)
+        plain = RTN()(w, None, scheme)
         assert torch.equal(start.codes_OI, plain.codes_OI) and torch.equal(start.scales_OG, plain.scales_OG)
 
 
@@ -93,7 +97,7 @@ def test_gptq_keeps_the_weights_of_dead_inputs() -> None:
     assert float((dense - w)[:, 5:9].abs().max()) < 0.6 * float(start.scales_OG.abs().max())
 
 
-@pytest.mark.parametrize("warm_start", [GPTQ(), GPTQ(weighted=True), RTN(weighted=True)], ids=["gptq", "both", "rtn"])
+@pytest.mark.parametrize("warm_start", [GPTQ(weighted=False), GPTQ(), RTN(weighted=True)], ids=["gptq", "both", "rtn"])
 def test_without_tokens_weights_are_rounded_unweighted(warm_start: WarmStart) -> None:
     w, scheme = torch.randn(4, 16), QuantScheme(3, 8)
     start, plain = warm_start(w, torch.zeros(16, 16), scheme), RTN()(w, None, scheme)

@@ -3,7 +3,6 @@
 import functools
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,9 @@ from lightning_gsq.quantizers.warm_start import quantized
 from lightning_gsq.run import perplexity
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.hidden_states import ActivationOptions
-from lightning_gsq.run.perplexity import make_measure, runs_by_block, whole_model_terms
-from lightning_gsq.run.standard_errors import Perplexity, standard_error, with_error
-from lightning_gsq.run.substitution import as_stored, installed
+from lightning_gsq.run.perplexity import Measure, Room, make_measure, runs_by_block, whole_model_terms
+from lightning_gsq.run.standard_errors import standard_error, with_error
+from lightning_gsq.run.substitution import Substitution
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.quantized import QuantizedTensor
@@ -44,7 +43,7 @@ def _measures(
     windows: int = 5,
     length: int = 48,
     ranks: Ranks = Ranks(),  # noqa: B008
-) -> tuple[Callable[[], float], Callable[[], float], ModelQuantization]:
+) -> tuple[Callable[..., float], Callable[..., float], ModelQuantization]:
     """Perplexity of random windows: of the whole model, block by block; and the module."""
     model = ModelQuantization("tiny", scheme=QuantScheme(3, 16))
     model.network = network
@@ -53,13 +52,13 @@ def _measures(
         evaluation = PerplexityData(sequence_length=length, by_block=by_block)
         evaluation.ids_NT = torch.randint(0, 250, (windows, length), generator=torch.Generator().manual_seed(1))
         make = _trainer(precision)
-        measure = make_measure(model, evaluation, activations, make, None, lambda _: None, ranks)
-        found.append(functools.partial(_value, measure))
+        measure = make_measure(model, evaluation, activations, make, Room(), lambda _: None, ranks)
+        found.append(functools.partial(_value, measure, model))
     return found[0], found[1], model
 
 
-def _value(measure: Callable[[], Perplexity]) -> float:
-    return measure().value
+def _value(measure: Measure, model: ModelQuantization, **replaced: object) -> float:
+    return measure(Substitution(model, **replaced)).value  # type: ignore[arg-type]
 
 
 def test_every_family_as_the_whole_model(family: PreTrainedModel) -> None:
@@ -79,12 +78,12 @@ def test_the_standard_error_is_that_of_the_windows_means(by_block: bool) -> None
     model.network = FAMILIES["llama"]()
     evaluation = PerplexityData(sequence_length=200, by_block=by_block)
     evaluation.ids_NT = torch.randint(0, 250, (6, 200), generator=torch.Generator().manual_seed(1))
-    measure = make_measure(model, evaluation, ActivationOptions(), _trainer(), None, lambda _: None)
+    measure = make_measure(model, evaluation, ActivationOptions(), _trainer(), Room(), lambda _: None)
     logits = model.network(evaluation.ids_NT).logits[:, :-1].double()
     labels = evaluation.ids_NT[:, 1:]
     means_N = -logits.log_softmax(-1).gather(-1, labels[..., None]).mean((1, 2))
     for _ in range(2):  # nothing is left over from the first time
-        measured = measure()
+        measured = measure(Substitution(model))
         assert measured.error == pytest.approx(float(means_N.std() / 6**0.5 * means_N.mean().exp()), rel=1e-4)
     assert str(measured) == f"{measured.value:.3f} ± {measured.error:.3f}"
 
@@ -128,10 +127,8 @@ def test_weights_that_are_installed(name: str) -> None:
         starts = {s: RTN()(s.to_matrix(block.get_parameter(s.name)), None, q) for s, q in own.weights.items()}
         tensors.append({s.name: quantized(start, own.weights[s], torch.float16) for s, start in starts.items()})
     head = network.get_output_embeddings().weight * 1.25
-    with ExitStack() as inside:
-        inside.enter_context(installed(model, plan, tensors, {"lm_head.weight": head}))  # type: ignore[arg-type]
-        inside.enter_context(as_stored(model, plan))
-        assert by_block() == pytest.approx(whole(), rel=1e-5) != before
+    replaced = {"plan": plan, "tensors": tensors, "dense": {"lm_head.weight": head}, "rounded": True}
+    assert by_block(**replaced) == pytest.approx(whole(**replaced), rel=1e-5) != before
     assert by_block() == before == pytest.approx(whole(), rel=1e-5)
 
 
@@ -228,9 +225,10 @@ def test_models_that_are_no_chain_are_refused(make: Callable[[], PreTrainedModel
 def test_the_choice() -> None:
     terms = whole_model_terms(10**9, 1000, 100, 2)
     total = sum(terms.values())
-    assert not runs_by_block("auto", terms, None), "the host"
-    assert not runs_by_block("auto", terms, 2 * total) and runs_by_block("auto", terms, total)
-    assert runs_by_block(True, terms, None) and not runs_by_block(False, terms, 1)
+    assert not runs_by_block("auto", terms, 0, Room()), "the host"
+    assert not runs_by_block("auto", terms, 0, Room(2 * total)) and runs_by_block("auto", terms, 0, Room(total))
+    assert runs_by_block(True, terms, 0, Room()) and not runs_by_block(False, terms, total, Room(1, 1))
+    assert not runs_by_block("auto", terms, 90, Room(None, 100)) and runs_by_block("auto", terms, 91, Room(None, 100))
 
 
 def test_a_small_device_is_noticed(

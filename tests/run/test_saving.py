@@ -4,13 +4,14 @@ import errno
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.address import resolve
 from lightning_gsq.models.saving import save_tokenizer
 from lightning_gsq.run.saving import MARK, check_saving, save_model
+from lightning_gsq.run.substitution import Substitution
+from lightning_gsq.training import ModelQuantization
 
 
 def test_settings_that_cannot_be_written_again(tiny_llama: Path, tmp_path: Path) -> None:
@@ -24,11 +25,11 @@ def test_settings_that_cannot_be_written_again(tiny_llama: Path, tmp_path: Path)
 
 
 def test_a_folder_is_written_anew_if_it_is_not_what_it_should_be(tiny_llama: Path, tmp_path: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
-    folder = tmp_path / "model"
+    model, folder = ModelQuantization(str(tiny_llama), output_dtype="float32"), tmp_path / "model"
+    model.load(resolve(str(tiny_llama)))
 
     def save(made_from: str) -> bool:
-        return save_model(model, tokenizer, folder, torch.float32, made_from, resolve(str(tiny_llama)))
+        return save_model(Substitution(model), folder, made_from, resolve(str(tiny_llama)))
 
     assert save("a") and not save("a") and save("b")
     weights = folder / "model.safetensors"

@@ -184,9 +184,10 @@ class CompressedTensorsFormat(LinearFormat):
             loaded, runtime = unpacked_model(run, folder), f"{PACKAGE} {version(PACKAGE)}"
             return compare(run, loaded.eval(), runtime, nn.Module.get_parameter, run.scale_dtype)
         if self._unpacks(run):
-            report = compare_model(run, folder, PACKAGE, rounded_to=run.scale_dtype)
-            return replace(report, note="unpacked by transformers when it loads")
-        return compare_model(run, folder, PACKAGE, _dense)
+            report = compare_model(run, folder, PACKAGE, rounded_to=run.scale_dtype, as_stored=False)
+            notes = ["unpacked by transformers when it loads", report.note]
+            return replace(report, note=", ".join(filter(None, notes)))
+        return compare_model(run, folder, PACKAGE, _dense, as_stored=False)
 
     def _unpacks(self, run: PlannedRun) -> bool:
         """Whether transformers has to unpack all layers when it loads them, and can."""

@@ -1,9 +1,9 @@
 """Is a GGUF file what the run computes? Asked of its bytes, of transformers, and of llama.cpp.
 
 The bytes have to dequantize to the run's own weights bit for bit (but for a projection, whose error is reported). The
-values of the file then go into the original model in fp32, and transformers has to compute the same logits from the
-same file. llama.cpp rounds activations to 8 bits in blocks on the CPU, so that its log-probabilities are compared
-loosely: the mean over a text may differ by :data:`LOGPROB_TOLERANCE`.
+values of the file then go into the original model in fp32 (a block at a time where the host has no room for all), and
+transformers has to compute the same logits from the same file. llama.cpp rounds activations to 8 bits in blocks on the
+CPU, so that its log-probabilities are compared loosely: the mean over a text may differ by :data:`LOGPROB_TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_gsq.export.check import NEW_TOKENS, PROMPTS, greedy, perplexity, short_text, token_ids
+from lightning_gsq.export.check import (
+    COPIES,
+    FEW_TOKENS,
+    NEW_TOKENS,
+    PROMPTS,
+    greedy,
+    perplexity,
+    short_text,
+    token_ids,
+)
 from lightning_gsq.export.contract import CheckFailedError, CheckReport
 from lightning_gsq.export.formats.gguf_layout import Layout, with_file
 from lightning_gsq.export.formats.gguf_storage import F16, Storage, same_up_to
@@ -26,6 +36,7 @@ from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.readers.packages import missing
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.models.in_turn import Values
 
 LOGPROB_TOLERANCE = 0.2
 """Natural units, of the mean log-probability of a token."""
@@ -49,19 +60,24 @@ def check_file(run: FinishedRun, path: Path, layout: Layout) -> CheckReport:
     file = GGUFFile(path)
     if layout.source is not None:
         _compare_copies(file, layout.source, layout)
-    network = run.reference()
+    kept = run.fits(COPIES)
     longest = same_up_to(run.config, file.fields) or sys.maxsize
     ids_BT = short_text(run.tokenizer)[:, : min(TEXT_TOKENS, longest)]
-    ours = perplexity(network, ids_BT)
-    exact, error = _compare_values(run, network, file, layout)
+    ours = perplexity(run.reference(kept=kept), ids_BT)
+    exact, error = _compare_values(run, file, layout)
+    network = run.reference(kept=kept, values=_values_of_file(run, file, layout))
     notes = [] if exact == len(run.weights) else [f"a projection: weights change by up to {error:.2g} of the largest"]
-    notes.append(note_of_transformers(run, network, file))
+    if kept:
+        notes.append(note_of_transformers(run, network, file))
+    else:
+        notes.append("not compared with transformers, which unpacks the whole file, for which the host has no room")
     without = missing(llama_cpp.PACKAGE)
     if without:
         return CheckReport("the bytes of the file", (len(run.weights), exact), note="; ".join([without, *notes]))
     prompts = [p for p in PROMPTS if token_ids(run.tokenizer, p).shape[1] + NEW_TOKENS <= longest]
-    answer = llama_cpp.ask(path, prompts, NEW_TOKENS, TOP, ids_BT[0].tolist())
-    notes.append(_compare_with_llama_cpp(run, network, prompts, answer))
+    prompts, count = (prompts, NEW_TOKENS) if kept else (prompts[:1], FEW_TOKENS)
+    answer = llama_cpp.ask(path, prompts, count, TOP, ids_BT[0].tolist())
+    notes.append(_compare_with_llama_cpp(run, network, prompts, count, answer))
     report = CheckReport(
         f"{llama_cpp.PACKAGE} {version(llama_cpp.PACKAGE)}",
         weights=(len(run.weights), exact),
@@ -76,27 +92,42 @@ def check_file(run: FinishedRun, path: Path, layout: Layout) -> CheckReport:
     return report
 
 
-def _compare_values(run: FinishedRun, network: PreTrainedModel, file: GGUFFile, layout: Layout) -> tuple[int, float]:
-    """Compares every tensor and puts the file's values into the network.
+def _values_of_file(run: FinishedRun, file: GGUFFile, layout: Layout) -> Values:
+    """Gives the parameters of the model that the file is, in fp32."""
+    places = with_file(layout, run)
+
+    def value(name: str) -> Tensor:
+        if name in places:
+            return _in_shape(run, name, places[name].value(file)).contiguous()
+        # What no other format changes came as it is, not in their dtype.
+        return run.value(name) if layout.source is None else run.values[name].float()
+
+    return value
+
+
+def _in_shape(run: FinishedRun, name: str, value: Tensor) -> Tensor:
+    """What a file holds of a parameter, in the parameter's shape."""
+    weight = run.weights.get(name)
+    return value.view_as(run.values[name]) if weight is None else weight.site.from_matrix(value)
+
+
+def _compare_values(run: FinishedRun, file: GGUFFile, layout: Layout) -> tuple[int, float]:
+    """Compares every tensor.
 
     Returns:
         How many quantized weights are bit-identical, and the largest error of the others, as a share of the largest.
     """
     exact, worst = 0, 0.0
-    places = with_file(layout, run)
-    if layout.source is not None:
-        for name in set(run.other_names()) - set(places):
-            network.state_dict()[name].copy_(run.values[name])  # as it came, not in the dtype of other formats
-    for name, stored in places.items():
+    for name, stored in with_file(layout, run).items():
         lacking = [place.name for place in stored.places if place.name not in file.tensors]
         if lacking:
             raise CheckFailedError(f"{file.path} has no tensor {lacking[0]}")
-        value, parameter = stored.value(file), network.get_parameter(name)
+        value, parameter = stored.value(file), run.value(name)
         first = stored.places[0].name
         if value.numel() != parameter.numel():
             raise CheckFailedError(f"{file.path}: {first} has the shape {file.tensors[first].shape}")
         weight = run.weights.get(name)
-        value = value.view_as(parameter) if weight is None else weight.site.from_matrix(value)
+        value = _in_shape(run, name, value)
         error = float((value - parameter).abs().max() / parameter.abs().max().clamp(min=1e-30))
         if weight is None:
             copied = layout.source is not None and name not in layout.others
@@ -109,7 +140,6 @@ def _compare_values(run: FinishedRun, network: PreTrainedModel, file: GGUFFile, 
             if file.tensors[first].number == F16 and not torch.equal(value, parameter.half().float()):
                 raise CheckFailedError(f"{file.path}: {first} is not the run's weight rounded to fp16")
             exact, worst = exact + same, max(worst, error)
-        parameter.copy_(value)
     return exact, worst
 
 
@@ -124,7 +154,7 @@ def _compare_copies(file: GGUFFile, source: GGUFFile, layout: Layout) -> None:
 
 
 def _compare_with_llama_cpp(
-    run: FinishedRun, network: PreTrainedModel, prompts: Sequence[str], answer: llama_cpp.Answer
+    run: FinishedRun, network: PreTrainedModel, prompts: Sequence[str], count: int, answer: llama_cpp.Answer
 ) -> str:
     """How far llama.cpp's most probable tokens and its texts are from the network's, in words."""
     if not prompts:
@@ -136,7 +166,7 @@ def _compare_with_llama_cpp(
             raise CheckFailedError(f"llama.cpp splits {prompt!r} into the tokens {ids}, expected {ids_BT[0].tolist()}")
         logprobs_V = network(ids_BT, use_cache=False).logits[0, -1].float().log_softmax(-1)
         difference = max([difference, *(abs(value - float(logprobs_V[token])) for token, value in top.items())])
-        own_T = greedy(network, ids_BT)[0, ids_BT.shape[1] :]
+        own_T = greedy(network, ids_BT, count)[0, ids_BT.shape[1] :]
         same += text.strip() == str(run.tokenizer.decode(own_T, skip_special_tokens=True)).strip()
     return (
         f"log-probabilities of the next token differ by up to {difference:.2g}, same greedy text for {same} of "

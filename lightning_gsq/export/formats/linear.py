@@ -84,7 +84,8 @@ class LinearFormat(ExportFormat):
                 return None
             return (
                 f"{self.name} holds a matrix for each expert, and the files of a {type(run.network).__name__} hold "
-                f"{weight.name} in another form; native and dequantized hold it"
+                f"{weight.name} as one tensor of all experts, for which there is no packed layout that its readers "
+                "share; native and dequantized hold it, and gguf where it knows the architecture"
             )
         if site.experts or site.transposed:
             what = "fuses several experts" if site.experts else "is stored transposed"
