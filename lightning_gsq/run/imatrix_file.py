@@ -89,7 +89,7 @@ def _squares(run: Run) -> dict[str, InputSquares]:
             if plan is not None:
                 own = run.own(plan)
                 sums = InputSquareSums(list(own.weights), run.device)
-                collect(run, sums, own, block, stream)
+                collect(run, sums, plan.index, block, stream)
                 for site in own.weights:
                     parts = (of_all_processes(run, own, site.name, part) for part in sums.of(site))
                     entries[f"{plan.name}.{site.name}"] = InputSquares(*parts)
