@@ -95,8 +95,8 @@ def accept(run: Run, module: BlockQuantization, batches: Batches) -> Accepted:
     fell = trained <= start
     chosen = {site.name: torch.full((max(site.experts, 1),), fell) for site in module.sites}
     final, routed = trained if fell else start, list[tuple[Experts, OutputErrors]]()
-    # Spread experts are accepted with their weight: no process has all, and all have to decide alike.
-    places = find_experts(module.block, module.sites) if run.exchange is None else []
+    # Spread experts are accepted with their weight, on one process too: none has all, and all have to decide alike.
+    places = [] if run.model.block.expert_parallel else find_experts(module.block, module.sites)
     if places:
         others = dense.trained if fell else dense.start
         errors = output_errors(run, module, places, batches, dense.start, dense.trained, others)

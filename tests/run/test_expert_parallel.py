@@ -80,8 +80,7 @@ def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     model = _model("deepseek_v3", root / "model")
     folders = {count: root / f"processes-{count}" for count in (1, 2, 4)}
     arguments = {
-        count: ["fit", "--config", str(_config(model, corpus, folder)), *(SPREAD if count > 1 else [])]
-        for count, folder in folders.items()
+        count: ["fit", "--config", str(_config(model, corpus, folder)), *SPREAD] for count, folder in folders.items()
     }
     of_two = {"from": str(folders[2] / "run"), "to": str(folders[4] / "run"), "without": "block-001.safetensors"}
     _jobs(
@@ -185,6 +184,7 @@ def test_what_can_be_spread() -> None:
         ("llama4", {}, "do not run through transformers' interface"),
         ("mixtral", {"processes": 8}, "cannot be shared by 8 processes; give --trainer.devices at most"),
         ("mixtral", {"hessian_sequences": 1}, "model.hessian_sequences: 1 sequences cannot be shared by 2 processes"),
+        ("mixtral", {"moe_calibrate_all_experts": True}, "model.moe_calibrate_all_experts: spread experts"),
         ("mixtral", {"precision": "16-mixed"}, "use --trainer.precision bf16-mixed"),
         ("mixtral", {"scheme": QuantScheme(1, 16, SalientPart(ratio=0.25))}, "the salient part of model.layers.0"),
     ],
