@@ -20,7 +20,8 @@ end_to_end_files  what it leaves, and whether it is whole
 saving          the quantized model as an ordinary folder
 finished        files of a phase that are there and whole
 outer_weights   embedding and head, before all of these
-perplexity      of the whole model, or block by block
+perplexity      of the whole model, or block by block: which of the two
+blockwise_perplexity  the latter
 standard_errors of figures measured on windows of text
 forward_passes  hidden states on their way through the model
 hidden_states   where they are kept

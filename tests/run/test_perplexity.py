@@ -18,7 +18,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.quantizers import RTN
 from lightning_gsq.quantizers.warm_start import quantized
-from lightning_gsq.run import perplexity
+from lightning_gsq.run import blockwise_perplexity
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import Measure, Room, make_measure, runs_by_block, whole_model_terms
@@ -151,7 +151,7 @@ def test_the_device_holds_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
     network = deep_llama()
     whole, by_block, _ = _measures(network)
-    monkeypatch.setattr(perplexity, "_fetch", fetch)
+    monkeypatch.setattr(blockwise_perplexity, "_fetch", fetch)
     places = {name: p.data_ptr() for name, p in network.named_parameters()}
     assert by_block() == pytest.approx(whole(), rel=1e-5)
     assert places == {name: p.data_ptr() for name, p in network.named_parameters()}
