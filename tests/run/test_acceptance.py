@@ -25,7 +25,12 @@ from lightning_gsq.training import BlockQuantization
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.tiny import FAMILIES
 
-RUN: Any = SimpleNamespace(device=torch.device("cpu"), precision=contextlib.nullcontext, ranks=Ranks())
+RUN: Any = SimpleNamespace(
+    device=torch.device("cpu"),
+    precision=contextlib.nullcontext,
+    ranks=Ranks(),
+    model=SimpleNamespace(block=SimpleNamespace(expert_parallel=False)),
+)
 SCHEME = QuantScheme(2, 8)
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 Better = Callable[[LinearSite], Tensor]
