@@ -213,7 +213,7 @@ def test_a_block_that_training_made_worse_keeps_its_warm_start(
     assert main(["fit", "--config", str(config)]) == 0
     assert "model.layers.0: training raised the held-out error" in capsys.readouterr().out
     blocks = json.loads((tmp_path / "run" / "summary.json").read_text())["blocks"]
-    assert all(block["final"] == block["start"] < block["trained"] for block in blocks.values())
+    assert all(block["final"] <= block["start"] < block["trained"] for block in blocks.values())
 
 
 def test_trainer_flags_work(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
