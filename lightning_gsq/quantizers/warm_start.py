@@ -1,8 +1,8 @@
 """Where training starts: a code, a scale and an unrounded position for every weight.
 
-Warm starts are classes, so that each carries its own options. GPTQ is far the better end, and RTN with weighted scales the
-better beginning where much is trained: GPTQ's codes answer to each other, which training undoes. Where little is, at 3
-bits, GPTQ is the better beginning as well (docs/results.md).
+Warm starts are classes, so that each carries its own options. GPTQ is far the better end, and RTN with weighted scales
+the better beginning where much is trained: GPTQ's codes answer to each other, which training undoes. Where little is,
+at 3 bits, GPTQ is the better beginning as well (docs/results.md).
 """
 
 from __future__ import annotations
