@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,12 @@ from tests.support.finished import MakeRun, make_run
 from tests.support.tiny import FAMILIES, save_tiny_model
 
 assert "callbacks" not in sys.modules and "data" not in sys.modules, "import the packages by their full names"
+
+
+def pytest_configure() -> None:
+    """A shell has what it starts in the background ignore SIGINT, which tests send to themselves and to their runs."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
