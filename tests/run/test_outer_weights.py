@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from types import SimpleNamespace
 
 import pytest
@@ -146,9 +147,9 @@ def test_blocks_learn_on_the_quantized_embedding(
     seen: list[tuple[Tensor, Tensor]] = []
     original = blocks_module.fit_block
 
-    def watched(run: object, plan: object, block: object, quantized: Stream, full: Stream, target: Stream) -> object:
+    def watched(run: Any, plan: Any, block: Any, quantized: Stream, full: Stream, *rest: Any) -> object:
         seen.append((quantized.hidden_NTD.clone(), full.hidden_NTD.clone()))
-        return original(run, plan, block, quantized, full, target)  # type: ignore[arg-type]
+        return original(run, plan, block, quantized, full, *rest)
 
     monkeypatch.setattr(blocks_module, "fit_block", watched)
     folder = tmp_path / "one"
