@@ -58,7 +58,7 @@ class GPTQ(WarmStart):
         order_I, fixed = torch.arange(columns, device=w_OI.device), None
         if self.activation_order:
             fixed = _scales_of_all(w_OI, fit)
-            order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+            order_I = moment_I.argsort(descending=True, stable=True)
             w_OI, hessian_II = w_OI[:, order_I], hessian_II[order_I][:, order_I]
         group_of = (order_I // length).tolist()
         factor_II = inverse_cholesky(hessian_II, self.damping)

@@ -1,15 +1,12 @@
 """Runs on two processes (gloo, CPU): the result of one, torchrun, a process that dies, another number of them."""
 
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from lightning_gsq.cli import main
-from tests.support.processes import start_process
+from tests.support.processes import kill_one, start_process
 from tests.support.runs import block_files, summary_of, write_config
 
 DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
@@ -68,16 +65,7 @@ def test_a_process_that_dies_ends_the_run_which_one_process_resumes(
     config = write_config(tiny_llama, corpus, tmp_path)
     many = ["--trainer.max_epochs", "1"]
     run = start_process("fit", "--config", str(config), *DDP, *many)
-    first = tmp_path / "run" / "blocks" / "block-000.safetensors"
-    deadline = time.monotonic() + 200
-    while not first.exists() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children()]
-    assert len(processes) == 2 and first.exists()
-    processes[0 if victim == "first" else 1].send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(processes, timeout=45)
-    assert not alive, "the other process goes on alone"
-    run.communicate()
+    kill_one(run, tmp_path, 0 if victim == "first" else 1)
     kept = block_files(tmp_path)
     assert list(kept) == ["block-000.safetensors"]
     assert main(["fit", "--config", str(config), *many]) == 0

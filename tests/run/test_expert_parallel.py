@@ -1,15 +1,12 @@
 """Experts spread over processes (gloo, CPU): the result of one process, a share of its memory, and what is refused."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -28,7 +25,7 @@ from lightning_gsq.weights.salient_part import SalientPart
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.decoders import DECODERS
 from tests.support.expert_parallel import EXPERTS, MODELS
-from tests.support.processes import clean_environment, start_process
+from tests.support.processes import clean_environment, kill_one, start_process
 from tests.support.runs import block_files, summary_of, write_config
 from tests.support.tiny import FAMILIES, byte_tokenizer
 
@@ -140,16 +137,7 @@ def test_a_process_that_dies_ends_the_run_which_another_number_resumes(corpus: P
     config = _config(_model("mixtral", tmp_path / "model"), corpus, tmp_path)
     many = [*SPREAD, "--trainer.max_epochs", "4", "--model.phases", "[blocks]"]
     run = start_process("fit", "--config", str(config), *many, "--trainer.strategy", "ddp", "--trainer.devices", "2")
-    first = tmp_path / "run" / "blocks" / "block-000.safetensors"
-    deadline = time.monotonic() + 200
-    while not first.exists() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children()]
-    assert len(processes) == 2 and first.exists()
-    processes[1].send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(processes, timeout=45)
-    assert not alive, "the other process goes on alone"
-    run.communicate()
+    kill_one(run, tmp_path, 1)
     kept = block_files(tmp_path)
     assert list(kept) == ["block-000.safetensors"]
     assert main(["fit", "--config", str(config), *many]) == 0
