@@ -15,6 +15,7 @@ from pathlib import Path
 from lightning_gsq.cli.classes import class_path, refuse_moved
 from lightning_gsq.cli.configs import config_value
 from lightning_gsq.cli.verbs import SUMMARIES
+from lightning_gsq.errors import ConfigurationError
 
 NAMED = {"export": "--run", "predict": "--model", "test": "--model"}
 """What the first argument without a name is; ``--model.pretrained`` for the other verbs."""
@@ -39,10 +40,23 @@ def rewritten(arguments: list[str]) -> list[str]:
     if verb in NAMED:
         named = [NAMED[verb]] if rest and not rest[0].startswith("-") else []
         return [verb, *named, *_apart(rest)]
-    options = [_option(*option) for option in _options(rest)]
+    typed = list(_options(rest))
+    _refuse_two_models(verb, typed)
+    options = [_option(*option) for option in typed]
     # The parser lets the later one win; what was typed wins over files, wherever it stands.
     options.sort(key=lambda option: option[0] != "--config")
     return [verb, *(part for option in options for part in option)]
+
+
+def _refuse_two_models(verb: str, typed: list[tuple[str, str | None]]) -> None:
+    """Refuses what a later model would hide: a stray word, or the second value of a list."""
+    names = ("model", "model.pretrained")
+    models = list(dict.fromkeys(value for name, value in typed if name in names and value and not _is_settings(value)))
+    if len(models) > 1:
+        raise ConfigurationError(
+            f"{verb} takes one model, got {models[0]} and {models[1]}; values of a list are joined by commas: "
+            "--export gguf,native"
+        )
 
 
 def _apart(arguments: list[str]) -> Iterator[str]:
@@ -88,7 +102,7 @@ def _option(name: str, value: str | None) -> list[str]:
     if name in SOURCES.values():
         return _source(name, class_path(name, value))
     if name in LISTS and not value.startswith("["):
-        value = json.dumps([part.strip() for part in value.split(",")])
+        value = json.dumps([part.strip() for part in value.split(",") if part.strip()])
     if name == "trainer.callbacks" and not value.startswith("[") and value != "null":
         name += "+"  # a list replaces those of the recipe, a single one comes to them
     return [f"--{name}={class_path(name.removesuffix('+'), value)}"]

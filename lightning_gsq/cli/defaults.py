@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-EXIT_USAGE, EXIT_FAILURE = 2, 1
+EXIT_FAILURE = 1
+"""Exit code for what began and failed."""
 
 _library_warning = warnings.formatwarning
 QUIET_TRAINER: dict[str, Any] = {

@@ -163,6 +163,11 @@ def is_whole(recipe: Any) -> bool:
     return isinstance(groups, Mapping) and isinstance(recipe["fingerprints"], Mapping) and "model" in groups
 
 
+def _typed(value: Any) -> str:
+    """A value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def compare(recorded: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Lines that say where two nested mappings differ."""
     lines = []
@@ -171,7 +176,7 @@ def compare(recorded: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str 
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += compare(old, new, f"{name}.")
         elif old != new:
-            lines.append(f"{name}: the run has {old!r}, asked for {new!r}")
+            lines.append(f"{name}: the run has {_typed(old)}, asked for {_typed(new)}")
     return lines
 
 

@@ -244,12 +244,18 @@ class BlockQuantization(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     @torch.no_grad()
-    def flip_rate(self) -> float:
-        """The share of codes that differ from the warm start, over the experts of all processes."""
+    def flip_rate(self, rows: Mapping[str, Tensor] | None = None) -> float:
+        """The share of codes that differ from the warm start, over the experts of all processes.
+
+        Args:
+            rows: Rows of each weight that stay trained, by name: bool ``O``; the others count as at the start. None
+                for all.
+        """
         counts = torch.zeros(2, 2, dtype=torch.float64)
         for name, weight in self.named_weights():
             for _, part in weight.parts():
-                changed = int((part.codes_OI() != part.start_codes).sum())
+                moved_OI = part.codes_OI() != part.start_codes
+                changed = int((moved_OI if rows is None else moved_OI[rows[name].to(moved_OI.device)]).sum())
                 counts[int(name in self.own)] += torch.tensor([changed, part.start_codes.numel()])
         if self.exchange is not None:
             counts[1] = self.exchange.sum(counts[1].to(self.exchange.device)).cpu()

@@ -219,7 +219,7 @@ def test_a_block_of_a_run_leaves_its_line(terminal: bool) -> None:
     line = "error 0.1420 -> 0.0880  codes moved 4.1%  17.7 s"
     assert shown.getvalue().count(line) == 1
     assert "block 3/30" in shown.getvalue()
-    assert ("min left" in shown.getvalue().partition(line)[2]) is not terminal
+    assert ("  about " in shown.getvalue().partition(line)[2]) is not terminal
 
 
 def test_short_fits_have_curves(tmp_path: Path) -> None:
