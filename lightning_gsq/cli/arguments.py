@@ -20,6 +20,8 @@ from lightning_gsq.errors import ConfigurationError
 NAMED = {"export": "--run", "predict": "--model", "test": "--model"}
 """What the first argument without a name is; ``--model.pretrained`` for the other verbs."""
 
+WORD = "-"
+"""The name of an argument without one: no option is called so."""
 SEVERAL = {"--format", "--tasks"}
 LISTS = {"export", "model.include", "model.exclude", "model.phases", "end_to_end.train"}
 SOURCES = {"data": "data.source", "evaluation": "evaluation.source"}
@@ -50,8 +52,9 @@ def rewritten(arguments: list[str]) -> list[str]:
 
 def _refuse_two_models(verb: str, typed: list[tuple[str, str | None]]) -> None:
     """Refuses what a later model would hide: a stray word, or the second value of a list."""
-    names = ("model", "model.pretrained")
-    models = list(dict.fromkeys(value for name, value in typed if name in names and value and not _is_settings(value)))
+    words = [value for name, value in typed if name == WORD]
+    named = [value for name, value in typed if name in ("model", "model.pretrained") and value not in (None, *words)]
+    models = [value for value in [*words, *(named if words else [])] if value and not _is_settings(value)]
     if len(models) > 1:
         raise ConfigurationError(
             f"{verb} takes one model, got {models[0]} and {models[1]}; values of a list are joined by commas: "
@@ -73,11 +76,11 @@ def _apart(arguments: list[str]) -> Iterator[str]:
 
 
 def _options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Names without dashes and values, of verbs whose options take one value each; the model by its option's name."""
+    """Names without dashes and values, of verbs whose options take one value each; words without a name."""
     rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("-"):
-            yield "model.pretrained", argument
+            yield WORD, argument
         elif argument in ("-h", "--help") or argument.startswith("--print_config"):
             yield argument, None
         elif "=" in argument:
@@ -88,14 +91,14 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _option(name: str, value: str | None) -> list[str]:
-    if name.startswith("-"):  # takes no value
+    if name.startswith("-") and name != WORD:  # takes no value
         return [name]
     if value is None:
         return [f"--{name}"]
     refuse_moved(value)
     if name in ("c", "config"):
         return ["--config", config_value(value)]
-    if name == "model" and not _is_settings(value):
+    if name == WORD or (name == "model" and not _is_settings(value)):
         name = "model.pretrained"
     if name in SOURCES and not _is_settings(value):
         name = SOURCES[name]

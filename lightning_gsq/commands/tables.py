@@ -48,9 +48,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table.add_row("size after", f"{megabytes(sizes['quantized'])}: {_parts(summary)}")
     if "experts" in summary:
         table.add_row("experts", experts_line(summary["experts"]))
-    table.add_row(
-        "time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s of training a block"
-    )
+    table.add_row("time", f"{_time(summary['seconds'])}, {summary['seconds_per_block']:.1f} s of training a block")
     table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
     table.add_row("run folder", folder)
     console.print(table)
@@ -202,6 +200,10 @@ def _table(title: str, *columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index and any(columns) else "left")
     return table
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 def _size(count: float) -> str:

@@ -235,7 +235,16 @@ class BlockQuantization(LightningModule):
         self.log_dict({**losses, "step": float(self.first_step + self.global_step)}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over logits and scales, with a cosine schedule that ends at the floor."""
+        """The optimizer over logits and scales, with a cosine schedule that ends at the floor.
+
+        Raises:
+            ConfigurationError: the optimizer rounds its steps away, or the block is rounded and trains no more.
+        """
+        if all(quantizer.hard for _, quantizer in self.named_quantizers()):
+            raise ConfigurationError(
+                f"{self.name}: its weights are rounded (HardRounding), which ends their training; make a new module, "
+                "or leave HardRounding to the last fit"
+            )
         logits = [quantizer.logits for _, quantizer in self.named_quantizers()]
         scales = [part for _, quantizer in self.named_quantizers() for part in quantizer.scale_parameters()]
         optimizer = self.optimizer(block_groups(logits, scales, self.scale_learning_rate))

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +199,14 @@ def test_progress_prints_one_line_a_block_without_a_terminal(capsys: pytest.Capt
         Trainer(max_epochs=1, callbacks=[progress], num_sanity_val_steps=0, **QUIET).fit(module, block_batches(module))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("block ")]
     assert [line.split("  ")[0] for line in lines] == ["block 1/2", "block 2/2"]
+
+
+def test_a_rounded_block_says_that_it_trains_no_more() -> None:
+    module = block_module()
+    settings: dict[str, Any] = {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET}
+    Trainer(callbacks=[HardRounding()], **settings).fit(module, block_batches(module))
+    with pytest.raises(ConfigurationError, match=r"its weights are rounded .* make a new module"):
+        Trainer(**settings).fit(module, block_batches(module))
 
 
 class _Terminal(io.StringIO):

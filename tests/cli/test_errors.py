@@ -94,6 +94,10 @@ def refused(capsys: pytest.CaptureFixture[str]):
         ("fit m n", "fit takes one model, got m and n; values of a list are joined by commas"),
         ("fit m --export gguf native", "fit takes one model, got m and native; values of a list are joined"),
         ("plan m --model n", "plan takes one model, got m and n"),
+        (
+            "plan --model /no/m.gguf --model /no/n.gguf",
+            "there is no file or folder /no/n.gguf",
+        ),
         ("predict m --model.dtype float16", "there is no option --model.dtype; did you mean --dtype?"),
     ],
 )
