@@ -53,6 +53,7 @@ def quiet_libraries() -> None:
         ".*The number of training batches.*",
         ".*module.s. in eval mode at the start.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*recommended to use `self.log..*sync_dist=True.*",  # what a Trainer logs here is of all processes already
     ):
         warnings.filterwarnings("ignore", message)
     warnings.formatwarning = _one_line

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Collection
 
+from lightning_gsq.cli.verbs import SUMMARIES
+
 ALIASES = {
     "batch_size": "data.batch_size",
     "bit": "model.scheme.bits",
@@ -64,8 +66,30 @@ ALIASES = {
 }
 """What other programs call our options, by the last part of their names."""
 
+VERBS = {
+    "benchmark": "test",
+    "chat": "predict",
+    "convert": "export",
+    "eval": "validate",
+    "evaluate": "validate",
+    "generate": "predict",
+    "perplexity": "validate",
+    "quantize": "fit",
+    "run": "fit",
+    "train": "fit",
+}
+"""What other programs call our verbs."""
 FLAGS = ("--help", "--help.all", "--print_config")
 """Options without a value, of verbs whose others take one each."""
+
+
+def unknown_verb(word: str) -> str | None:
+    """What is wrong with the first word of a command line; None for a verb, and for an option."""
+    if word in SUMMARIES or word.startswith("-"):
+        return None
+    near = difflib.get_close_matches(word, {*SUMMARIES, *VERBS}, n=1, cutoff=0.6)
+    hint = f"; did you mean {VERBS.get(near[0], near[0])}?" if near else "; a verb comes first, then the model."
+    return f"there is no verb {word!r}{hint} The verbs are {', '.join(SUMMARIES)} (python -m lightning_gsq --help)"
 
 
 def unknown_option(arguments: list[str], options: Collection[str]) -> str | None:
