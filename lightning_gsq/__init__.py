@@ -8,7 +8,7 @@ from lightning_gsq.system.versions import own_version
 
 if TYPE_CHECKING:
     from lightning_gsq.library import Quantized, quantize
-    from lightning_gsq.packed.load import load
+    from lightning_gsq.loader import load
     from lightning_gsq.run.one_block import PreparedBlock, prepare_block
     from lightning_gsq.weights.scheme import QuantScheme
 
@@ -18,7 +18,7 @@ PUBLIC = {
     "PreparedBlock": "lightning_gsq.run.one_block",
     "QuantScheme": "lightning_gsq.weights.scheme",
     "Quantized": "lightning_gsq.library",
-    "load": "lightning_gsq.packed.load",
+    "load": "lightning_gsq.loader",
     "prepare_block": "lightning_gsq.run.one_block",
     "quantize": "lightning_gsq.library",
 }

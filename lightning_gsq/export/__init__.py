@@ -13,6 +13,7 @@ check        loads an export back
 preflight    can these formats be written at all?
 folders      which folders are an export's own, and their names
 engine       writes, checks and replaces folders
+packed_run   a finished run in memory, packed
 report       what is printed
 bits_table   how many bits a weight takes in each file
 card, figure  model card and figure of a folder

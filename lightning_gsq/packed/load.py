@@ -1,6 +1,6 @@
-"""Loading a model whose weights stay packed.
+"""Loading a folder in the native format, whose weights stay packed.
 
-    model = lightning_gsq.load("runs/x/export/native")
+    model = lightning_gsq.load("runs/x/export/native")  # takes a run folder as well
 
 or, because importing ``lightning_gsq`` registers the format with transformers,
 
@@ -88,14 +88,10 @@ def load(
 
 
 def _refuse_other_kinds(root: Path) -> None:
-    """Says of a run folder, of a GGUF file and its folder, and of nothing at all, how it is loaded."""
+    """Says of a GGUF file and its folder, and of nothing at all, how it is loaded."""
     if (root / "config.json").is_file():
         return
     gguf = next(iter([root] if root.suffix == ".gguf" else sorted(root.glob("*.gguf"))), None)
-    if (root / "recipe.yaml").is_file() and gguf is None:
-        native = root / "export" / "native"
-        how = f"load {native}" if native.is_dir() else f"write one first: lightning-gsq export {root} --format native"
-        raise ConfigurationError(f"model: {root} is a run folder, not one in the native format; {how}")
     if gguf is not None and gguf.is_file():
         raise ConfigurationError(
             f"model: {root} is not in the native format; load it with AutoModelForCausalLM.from_pretrained("

@@ -41,12 +41,7 @@ def test_what_is_no_native_folder_says_how_it_is_loaded(tmp_path: Path) -> None:
         return str(refused.value)
 
     assert "there is no folder" in said(tmp_path / "no")
-    run, gguf = tmp_path / "run", tmp_path / "gguf"
-    run.mkdir()
-    (run / "recipe.yaml").touch()
-    assert f"write one first: lightning-gsq export {run} --format native" in said(run)
-    (run / "export" / "native").mkdir(parents=True)
-    assert f"is a run folder, not one in the native format; load {run / 'export' / 'native'}" in said(run)
+    gguf = tmp_path / "gguf"
     gguf.mkdir()
     for name in ("recipe.yaml", "model.gguf"):
         (gguf / name).touch()
