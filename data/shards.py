@@ -23,6 +23,7 @@ from lightning_gsq.data.files import file_identity, local_path
 from lightning_gsq.data.sources import END, DocumentReader, Position, TextSource
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.system.hub import WAYS_OUT, why_out_of_reach
 from lightning_gsq.system.seeding import generator_of
 
 
@@ -226,6 +227,11 @@ class HuggingFaceDataset(ShardedSource):
         from datasets.exceptions import DatasetsError
 
         name = f"the dataset {self.path!r}"
+        # One that was downloaded as a whole may be in the cache of ``datasets``, which knows it without the hub.
+        if self.streaming and not self.is_local:
+            reason = why_out_of_reach(self.path, "README.md", "dataset", self.revision)
+            if reason is not None:
+                raise ConfigurationError(f"path: {name} is out of reach of this machine ({reason}); {WAYS_OUT}")
         try:
             with damaged_files(name, DatasetsError, local=self.is_local):
                 dataset = load_dataset(

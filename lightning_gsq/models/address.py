@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.models.loader_errors import as_refusals
+from lightning_gsq.system.hub import WAYS_OUT, why_out_of_reach
 from lightning_gsq.system.safetensors_headers import INDEX, read_headers, read_json, weight_files
 
 PACKAGE_PREFIX = "package://"
@@ -130,6 +131,7 @@ def gguf_header(source: ModelSource) -> GGUFFile:
     assert source.gguf_file is not None
     file = next(iter(source.files), None)
     if file is None:
+        check_reach(source)
         with as_refusals(f"model.pretrained: cannot find {source.shown!r}", source.trust_remote_code):
             file = Path(str(cached_file(source.path, source.gguf_file, revision=source.revision)))
     try:
@@ -145,6 +147,20 @@ def gguf_header(source: ModelSource) -> GGUFFile:
                 "tensors"
             )
     return header
+
+
+def check_reach(source: ModelSource) -> None:
+    """Refuses a name on the hub where the hub does not answer, and the cache has nothing of that name.
+
+    Raises:
+        ConfigurationError: that is so.
+    """
+    reason = why_out_of_reach(source.path, source.gguf_file or "config.json", "model", source.revision)
+    if reason is not None:
+        raise ConfigurationError(
+            f"model.pretrained: there is no file or folder {source.shown}, and as a name on the hub it is out of reach "
+            f"({reason}); {WAYS_OUT}"
+        )
 
 
 def _check_architecture(file: Path, header: GGUFFile) -> None:

@@ -18,6 +18,7 @@ stopwatch            where the seconds go
 slices               work in parts of a bounded size
 fingerprint          digests of tensors and files
 digests              digests of everything in tensors, by name
+hub                  is the Hugging Face hub within reach?
 yaml_files           YAML from anywhere, of a bounded size
 bar                  this project's own, in a terminal
 progress_bars        those of other packages, silenced
