@@ -10,8 +10,9 @@ end_to_end_terms  memory of the end-to-end phase
 phases            the memory of a run, phase by phase
 probe             seconds of a few steps on one block of random weights
 limits            what this machine has
-problems          what of a plan does not fit
-advice            what would make it fit
+problems          what does not fit disks
+remedies          which phases do not fit the memory, and options with which they do
+advice            what would make the training of a block fit a device, or several
 estimate          all of it together
 """
 

@@ -13,7 +13,7 @@ from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import limits, problems
 from lightning_gsq.estimate.advice import device_advice
 from lightning_gsq.estimate.perplexity_terms import by_block
-from lightning_gsq.estimate.phases import Phase, phases_of
+from lightning_gsq.estimate.phases import Phase
 from lightning_gsq.estimate.probe import Timing, probe
 from lightning_gsq.estimate.quantities import (
     Surroundings,
@@ -25,6 +25,7 @@ from lightning_gsq.estimate.quantities import (
     stream_bytes,
     window_bytes,
 )
+from lightning_gsq.estimate.remedies import Case, memory_problems
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
@@ -126,7 +127,8 @@ def estimate(
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
     around = _surroundings(model, end_to_end, trainer, source, method_of(config) is not None, device_memory)
     around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype)
-    phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
+    case = Case(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
+    phases = case.phases()
     scale_bytes = model.storage.scale_dtype.itemsize
     ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
     outer = outer_ledgers(model, skeleton.model)
@@ -150,7 +152,7 @@ def estimate(
         phase.host = baseline | phase.host
 
     on_host = not around.accelerated
-    misfits = problems.memory_problems(phases, on_host, host_room, around.device_room)
+    misfits = memory_problems(case, phases, on_host, host_room, around.device_room)
     if around.device_room is not None and "blocks" in model.phases:
         misfits += device_advice(model, data, skeleton, plan, around, around.device_room, trainer.world_size)
     if not mapped and streams > host_room:

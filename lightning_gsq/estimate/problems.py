@@ -1,13 +1,11 @@
-"""What of a plan does not fit the machine, in words."""
+"""What of a plan does not fit disks, and the memory that hidden states are kept in, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import limits
-from lightning_gsq.estimate.phases import Phase
 from lightning_gsq.estimate.quantities import num_streams, stream_bytes
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.training import ModelQuantization
@@ -31,22 +29,6 @@ def refuse_early(
         limits.refuse(disk_problems(streams, activations))
     elif streams > (room := limits.host_bytes()):
         limits.refuse([stream_problem(streams, room, activations)])
-
-
-def memory_problems(phases: Sequence[Phase], on_host: bool, host_room: int, device_room: int | None) -> list[str]:
-    """The phase that takes most of the host, and of the device, where there is less."""
-    problems = []
-    worst = max(phases, key=lambda phase: phase.needed(on_host))
-    if (needed := worst.needed(on_host)) > host_room:
-        problems.append(
-            f"host memory: {gigabytes(needed)} are needed ({worst.name}), {gigabytes(host_room)} are available"
-        )
-    worst = max(phases, key=lambda phase: phase.total(on_host)[1])
-    if device_room is not None and (needed := worst.total(on_host)[1]) > device_room:
-        problems.append(
-            f"device memory: {gigabytes(needed)} are needed ({worst.name}), {gigabytes(device_room)} are free"
-        )
-    return problems
 
 
 def stream_problem(streams: int, room: int, activations: ActivationOptions) -> str:

@@ -205,6 +205,26 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "<- peak" in output.out
 
 
+def test_every_phase_that_does_not_fit_has_its_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the option named makes that phase fit, with the number that was told."""
+    large = ["--model.pretrained", str(CONFIGS / "llama-3.1-8b"), "--probe", "false", "--data.num_sequences", "128"]
+    large += ["--model.phases", "blocks,end_to_end", "--trainer.default_root_dir", str(tmp_path)]
+    room = ["--host_memory_gb", "4", "--device_memory_gb", "8"]
+    assert _plan(*large, *room) == 2
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    told = {line.partition("(")[2].partition(")")[0]: line for line in lines if " memory: " in line}
+    blocks = next(line for names, line in told.items() if names.startswith("blocks: warm start") and "host" in line)
+    assert "; with --activations.memory_limit_gb 0 " in blocks and blocks.endswith(", which fits")
+    end = next(line for line in lines if line.startswith("device memory: ") and "(end to end)" in line)
+    assert "; with --end_to_end.recompute true --end_to_end.batch_size 1 --trainer.strategy fsdp2" in end
+    assert any("takes" in line and "largest block" in line for line in lines)
+    assert _plan(*large, *room, "--activations.memory_limit_gb", "0") == 2
+    again = capsys.readouterr()
+    assert not any("(blocks: warm start" in line and "host memory" in line for line in again.err.splitlines())
+    number = blocks.partition("memory_limit_gb 0 ")[2].partition(" GB")[0]
+    assert float(number) < 4
+
+
 def test_perplexity_of_a_model_beyond_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,7 +240,8 @@ def test_perplexity_of_a_model_beyond_the_device(
     assert "perplexity, block by block" in output.out and "largest block" in output.out
     assert _plan(*large, "--evaluation.by_block", "false") == 2
     output = capsys.readouterr()
-    assert "(perplexity, whole model)" in output.err and "device memory: 14" in output.err
+    assert "(perplexity, whole model; " in output.err and "with --evaluation.by_block true 3.4 GB" in output.err
+    assert "device memory: 14" in output.err
 
 
 @pytest.mark.parametrize("choice", ["auto", False, True])
