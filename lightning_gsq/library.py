@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,7 +98,11 @@ class Quantized:
         output = None if folder is None else str(folder)
         with no_foreign_bars():
             console = make_console(quiet=True)
-            (written,) = export(str(self.folder), [format], output, overwrite, check, console=console).values()
+            try:
+                (written,) = export(str(self.folder), [format], output, overwrite, check, console=console).values()
+            except ConfigurationError as error:  # the command's options are this function's arguments
+                said = str(error).replace("--overwrite", "overwrite=True").replace("--output", "folder")
+                raise ConfigurationError(re.sub(r"^output: ", "folder: ", said)) from error
         self.summary = RunFolder(self.folder, create=False).summary
         return written
 

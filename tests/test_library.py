@@ -60,6 +60,9 @@ def test_quantize_and_open_again(tiny_llama: Path, texts: list[str], tmp_path: P
     assert again.summary["seconds_of"]["blocks"] == result.summary["seconds_of"]["blocks"]
     saved = Quantized(folder).save("native")
     assert saved == folder / "export" / "native"
+    with pytest.raises(ConfigurationError, match=r"exists; use overwrite=True to replace it, or another folder$"):
+        result.save("native")
+    assert lightning_gsq.load(folder, device="cpu").config._name_or_path == str(saved)  # the run, by its export
     loaded = lightning_gsq.load(saved)
     ids = torch.arange(10)[None]
     assert torch.allclose(loaded(ids).logits.float(), result.model(ids).logits.float(), atol=0.05)

@@ -15,6 +15,9 @@ from lightning_gsq.export.preflight import describe, folder_obstacle
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.progress_bars import no_foreign_bars
 
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
+"""Each makes a folder one of a model."""
+
 
 def export(
     run: str,
@@ -64,6 +67,12 @@ def export(
     if push_to_hub is not None:
         check_name(push_to_hub, len(chosen))
     root = Path(output).expanduser() if output else Path(run).expanduser() / "export"
+    model_file = next((root / name for name in MODEL_FILES if (root / name).is_file()), None)
+    if model_file is not None:
+        raise ConfigurationError(
+            f"output: {root} is a model's own folder (it holds {model_file.name}), and exports do not go into one; give "
+            f"another, such as {root.absolute().parent / 'export'}"
+        )
     # Before a model is loaded, which may take minutes.
     blocked = {format_.name: folder_obstacle(root / format_.name, overwrite) for format_ in chosen}
     if all(blocked.values()):

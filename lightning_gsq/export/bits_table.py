@@ -39,7 +39,7 @@ def print_bits(console: Console, formats: Sequence[ExportFormat], run: PlannedRu
         stored = sum(weight.count * format_.stored_bits(weight, view) for weight in view.weights.values())
         rest = parameters - sum(weight.count for weight in view.weights.values())
         total = stored + 8 * format_.other_bytes(view, rest)
-        table.add_row(format_.name, *cells, f"about {megabytes(total / 8)}, {total / parameters:.3g} a parameter")
+        table.add_row(format_.name, *cells, f"about {megabytes(total / 8)}, {total / parameters:.3g} bits a parameter")
     console.print(table)
     for line in refused:
         console.print(line, soft_wrap=True)

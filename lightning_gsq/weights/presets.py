@@ -131,14 +131,15 @@ def preset_named(name: str) -> Preset:
     """The preset of that name.
 
     Raises:
-        ConfigurationError: there is none; the nearest is named.
+        ConfigurationError: there is none; the nearest is named where one is near, and all kinds are.
     """
     preset = NAMED.get(name)
     if preset is None:
         plain = [f"w{bits}g{group}" for bits in (*range(1, 9), "t") for group in (32, 64, 128)]
-        near = difflib.get_close_matches(name.lower(), [*NAMED, *plain], n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(name.lower(), [*NAMED, *plain], n=1, cutoff=0.6)
+        meant = f"; the nearest is {near[0]}" if near else ""
         raise ConfigurationError(
-            f"there is no preset {name!r}; the nearest is {near}. There are w<bits>g<group size> (bits 1 to 8, or t "
+            f"there is no preset {name!r}{meant}. There are w<bits>g<group size> (bits 1 to 8, or t "
             f"for ternary), mlx<bits>g<group size> (bits {', '.join(map(str, MLX_BITS))}; groups of "
             f"{', '.join(map(str, MLX_GROUPS))}), {', '.join(GGML)}"
         )

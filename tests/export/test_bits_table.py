@@ -59,7 +59,7 @@ def test_bits_of_the_files(run: FinishedRun, tmp_path: Path) -> None:
         folder.mkdir()
         ledger = format_.write(format_.view(run), folder, ExportOptions())
         bits = 8 * (ledger.num_bytes - ledger.summary()["bytes"]["headers"]) / parameters
-        found = re.search(r"([\d.]+) a parameter", said[name][3])
+        found = re.search(r"([\d.]+) bits a parameter", said[name][3])
         assert found is not None and float(found[1]) == pytest.approx(bits, rel=0.01)
 
 

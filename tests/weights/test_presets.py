@@ -138,3 +138,8 @@ def test_overrides_mix_presets() -> None:
         "3 bit, groups of 32",
         "3 bit, groups of 16",
     ]
+
+
+def test_a_name_that_nothing_is_near_to_gets_the_kinds() -> None:
+    with pytest.raises(ConfigurationError, match=r"there is no preset 'best'\. There are w<bits>g<group size>"):
+        scheme_of("best")
