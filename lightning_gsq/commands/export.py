@@ -70,7 +70,7 @@ def export(
     model_file = next((root / name for name in MODEL_FILES if (root / name).is_file()), None)
     if model_file is not None:
         raise ConfigurationError(
-            f"output: {root} is a model's own folder (it holds {model_file.name}), and exports do not go into one; give "
+            f"output: {root} is a model's own folder (it holds {model_file.name}), which exports do not go into; give "
             f"another, such as {root.absolute().parent / 'export'}"
         )
     # Before a model is loaded, which may take minutes.

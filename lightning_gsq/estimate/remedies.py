@@ -115,7 +115,7 @@ OPTIONS: dict[str, list[tuple[str, Change]]] = {
     "blocks: training": [FILES, (SHORTER, _one_by_one), (LION, _lion)],
     "end to end": [("--end_to_end.recompute true", _recomputed), ("--end_to_end.batch_size 1", _short_end)],
 }
-"""Of each phase, by the beginning of its name, options in the order in which they are tried; then all that came so far."""
+"""Of each phase, by the beginning of its name, options in the order in which they are tried, then together."""
 
 
 class Remedies:

@@ -78,6 +78,4 @@ def _is_of_run(exported: Path, folder: Path) -> bool:
     files = {folder / name: digest for name, digest in of.items() if name != "original"}
     kind = RunFolder(folder, create=False).progress.get("model") or "block"
     blocks = sorted((folder / "blocks").glob(f"{kind}-[0-9]*.safetensors"))
-    return bool(blocks) and all(
-        file.is_file() and files.get(file) == file_digest(file) for file in {*blocks, *files}
-    )
+    return bool(blocks) and all(file.is_file() and files.get(file) == file_digest(file) for file in {*blocks, *files})

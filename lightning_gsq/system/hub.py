@@ -14,7 +14,9 @@ CLIENTS = {"httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 """Packages whose errors say that there was no answer."""
 
 
-def why_out_of_reach(name: str, file: str, kind: Literal["model", "dataset"], revision: str | None = None) -> str | None:
+def why_out_of_reach(
+    name: str, file: str, kind: Literal["model", "dataset"], revision: str | None = None
+) -> str | None:
     """Why nobody answers for a file on the hub; None where it is in the local cache, or there is an answer, whatever.
 
     Args:

@@ -118,7 +118,7 @@ def test_a_crash_leaves_nothing_that_looks_whole(new_run: MakeRun, monkeypatch: 
 
 def test_a_model_s_own_folder_is_no_place_for_exports(llama_run: Path, tiny_llama: Path) -> None:
     before = sorted(tiny_llama.rglob("*"))
-    with pytest.raises(ConfigurationError, match=r"output: .* is a model's own folder \(it holds config.json\).*export"):
+    with pytest.raises(ConfigurationError, match=r"is a model's own folder \(it holds config.json\).*export"):
         export_command.export(str(llama_run), ["native"], str(tiny_llama))
     assert sorted(tiny_llama.rglob("*")) == before
 
