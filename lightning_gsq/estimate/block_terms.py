@@ -11,7 +11,7 @@ from lightning_gsq.estimate.experts import exchanged_bytes, one_share
 from lightning_gsq.estimate.quantities import Surroundings, Weights, candidate_bytes, num_logits, scale_numbers
 from lightning_gsq.estimate.simulate import PassBytes, activation_bytes
 from lightning_gsq.estimate.skeleton import BlockSkeleton, Skeleton
-from lightning_gsq.quantizers import GPTQ
+from lightning_gsq.quantizers import GPTQ, LeastSquares
 from lightning_gsq.run.forward_passes import sequences_at_once
 from lightning_gsq.run.perplexity import FP32
 from lightning_gsq.training import ModelQuantization
@@ -20,6 +20,8 @@ CHOLESKY_COPIES = 6
 """Matrices ``I I`` alive at once while a Hessian is damped, factored and inverted."""
 ROUNDING_COPIES = 3
 """fp32 matrices ``O I`` beside the weight while it is rounded: working copy, codes, positions."""
+SWEEP_COPIES = 5
+"""The same while sweeps go over codes and scales: codes, positions before and now, what they amount to, its slope."""
 
 
 @dataclass
@@ -90,8 +92,9 @@ def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, to
     squares = {site: max(site.experts, 1) * site.in_features**2 * FP32 for site in weights}
     matrices = {site: site.out_features * site.in_features * FP32 for site in weights}
     factors = CHOLESKY_COPIES if isinstance(model.start.warm_start, GPTQ) else 0
+    copies = SWEEP_COPIES if isinstance(model.start.warm_start, LeastSquares) else ROUNDING_COPIES
     rounding = max(
-        squares[site] * needs_hessian + factors * site.in_features**2 * FP32 + ROUNDING_COPIES * matrices[site]
+        squares[site] * needs_hessian + factors * site.in_features**2 * FP32 + copies * matrices[site]
         for site in weights
     )
     terms: dict[str, int] = {}
