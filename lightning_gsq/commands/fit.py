@@ -28,6 +28,7 @@ from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
 from lightning_gsq.run.calibration import check_experts
 from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
 from lightning_gsq.run.claim import claimed
+from lightning_gsq.run.end_loss import check_end_loss
 from lightning_gsq.run.end_to_end import check_end_to_end
 from lightning_gsq.run.experts import check_expert_parallel
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -207,6 +208,7 @@ def _check_plan(model: ModelQuantization, plan: list[BlockPlan], end_to_end: End
     model.start.warm_start.check(expected)
     check_names(model, plan)
     check_experts(model, plan)
+    check_end_loss(model)
     return read_importance(model, plan)
 
 

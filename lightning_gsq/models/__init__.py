@@ -17,6 +17,7 @@ survey          what passes between blocks, and whether that is all
 passing         the model's own code without its blocks
 products        matrix products with a parameter, however they are written
 linear_weights  which parameters of a block are linear weights
+output_gradients  gradients at what these give
 roles           which of them choose, gate, or feed states
 experts         which of them belong to which routed expert
 all_experts     every token through every one of these

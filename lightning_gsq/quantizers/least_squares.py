@@ -115,24 +115,34 @@ class _Group:
 
     @classmethod
     def of(cls, codes_OL: Tensor, value_OL: Tensor, slope_OL: Tensor, h_LL: Tensor) -> _Group:
-        return cls(*(x_OL.T.clone(memory_format=torch.contiguous_format) for x_OL in (codes_OL, value_OL, slope_OL)), h_LL)
+        """Of rows first."""
+
+        def columns_first(x_OL: Tensor) -> Tensor:
+            return x_OL.T.clone(memory_format=torch.contiguous_format)
+
+        return cls(columns_first(codes_OL), columns_first(value_OL), columns_first(slope_OL), h_LL)
 
     def improve_scale(self, parts: dict[str, Tensor], number: int, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
-        """Takes the best stored scale and offset for these codes where that helps; returns what holds then, fp32 ``O``.
+        """Takes the best stored scale and offset for these codes where that helps; returns what holds then.
 
         Args:
             parts: What is stored for the scales of the matrix; changed.
             number: The group's number in its row.
             scheme: Grid, groups, layout.
+
+        Returns:
+            fp32 scales ``O`` and offsets ``O``, if there are any.
         """
         layout, q_LO = scheme.layout, scheme.grid.value_of(self.codes_LO)
         own = {name: parts[name][:, column : column + 1] for name, column in _columns(parts, number, scheme).items()}
         s_O1, o_O1 = layout.scales(own), layout.offsets(own)
         step_O, offset_step_O = self._best_steps(q_LO, o_O1 is not None)
-        tried = own | _stored(own, s_O1 + step_O[:, None], None if o_O1 is None else o_O1 + offset_step_O[:, None], layout)
+        s_best_O1, o_best_O1 = s_O1 + step_O[:, None], None if o_O1 is None else o_O1 + offset_step_O[:, None]
+        tried = own | _stored(own, s_best_O1, o_best_O1, layout)
+        o_tried_O1 = layout.offsets(tried)
         move_LO = q_LO * (layout.scales(tried) - s_O1).T
-        if o_O1 is not None:
-            move_LO = move_LO + (layout.offsets(tried) - o_O1).T
+        if o_O1 is not None and o_tried_O1 is not None:
+            move_LO = move_LO + (o_tried_O1 - o_O1).T
         # What is stored is rounded, so that the step is another one than the best: it is taken where it helps.
         gain_O = (move_LO * (2 * self.slope_LO - self.h_LL @ move_LO)).sum(0)
         better_O1 = (gain_O > 0)[:, None]
@@ -141,7 +151,8 @@ class _Group:
         move_LO = torch.where(better_O1.T, move_LO, 0)
         self.value_LO += move_LO
         self.slope_LO -= self.h_LL @ move_LO
-        return layout.scales(own)[:, 0], None if o_O1 is None else layout.offsets(own)[:, 0]
+        o_O1 = layout.offsets(own)
+        return layout.scales(own)[:, 0], None if o_O1 is None else o_O1[:, 0]
 
     def _best_steps(self, q_LO: Tensor, offset: bool) -> tuple[Tensor, Tensor]:
         """The steps ``O`` of scale and offset that make the squared error least; no step of what cannot move."""

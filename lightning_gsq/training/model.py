@@ -56,6 +56,9 @@ class ModelQuantization(LightningModule):
             that low bits get wrong; null: all tokens count alike.
         warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
         hessian_sequences: Calibration sequences whose inputs the warm start sees.
+        end_loss_weights: Weigh the tokens of these inputs, for each matrix, by the squared gradient of the end loss at
+            its outputs: errors count as they reach the model's predictions. Two passes more over these sequences, one
+            of them backwards, before the first block.
         imatrix: Importance matrix of llama.cpp (GGUF or .dat) that weighs errors in place of these inputs, for the
             starts RTN and LlamaCpp.
         save_imatrix: Write the inputs' mean squares in the full-precision model as such a matrix: imatrix.gguf in the
@@ -99,6 +102,7 @@ class ModelQuantization(LightningModule):
         inherited_error: float | None = None,
         warm_start: WarmStart | None = None,
         hessian_sequences: int = 64,
+        end_loss_weights: bool = False,
         imatrix: str | None = None,
         save_imatrix: bool = False,
         moe_calibrate_all_experts: bool = False,
@@ -130,6 +134,7 @@ class ModelQuantization(LightningModule):
             imatrix,
             save_imatrix,
             settings.ExpertOptions(moe_calibrate_all_experts, moe_min_tokens_per_expert, moe_max_extra_sequences),
+            end_loss_weights,
         )
         self.size = settings.size_of(size, choices, scheme, self.start.warm_start)
         # A file that is refined keeps its own; where a size is given, it is chosen like the others.
