@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +32,12 @@ class BlockTerms:
     Args:
         start: During the warm start of the block.
         training: During its training.
+        gradients: While the gradient of the end loss passes through it; empty where it does not.
     """
 
     start: dict[str, int]
     training: dict[str, int]
+    gradients: dict[str, int]
 
 
 def worst_block(
@@ -53,8 +56,11 @@ def worst_block(
             if around.experts_over > 1:
                 block, weights = one_share(block, weights, around.experts_over)
             terms[key] = block_terms(model, data, skeleton.width, block, weights, around)
-    starts, trainings = [t.start for t in terms.values()], [t.training for t in terms.values()]
-    return BlockTerms(max(starts, key=lambda t: sum(t.values())), max(trainings, key=lambda t: sum(t.values())))
+
+    def most(kind: Callable[[BlockTerms], dict[str, int]]) -> dict[str, int]:
+        return max(map(kind, terms.values()), key=lambda found: sum(found.values()))
+
+    return BlockTerms(most(lambda t: t.start), most(lambda t: t.training), most(lambda t: t.gradients))
 
 
 def block_terms(
@@ -83,7 +89,11 @@ def block_terms(
     working |= _rounding_terms(model, weights, forward, sequences * tokens)
     starts = {"start: codes (int8) and scales": count + FP32 * groups}
     training = _training_terms(model, weights, around, forward, step)
-    return BlockTerms(copy | working, copy | starts | training)
+    gradients: dict[str, int] = {}
+    if model.start.end_loss_weights:
+        back = activation_bytes(block, width, sequences, tokens, around.bf16, training=True).peak
+        gradients = copy | {"activations of a pass and its gradients": back}
+    return BlockTerms(copy | working, copy | starts | training, gradients)
 
 
 def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, tokens: int) -> dict[str, int]:

@@ -280,6 +280,7 @@ def _seconds(model: ModelQuantization, data: CalibrationDataModule, timing: Timi
     return blocks * (
         ("blocks" in model.phases) * timing.block(model, data, steps)
         + ("init" in model.phases) * timing.warm_start(model, data)
+        + bool({"init", "blocks"} & set(model.phases)) * timing.end_loss(model, data)
     )
 
 

@@ -55,7 +55,7 @@ class Surroundings:
 
 def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:
     """Hidden states of all sequences at one depth."""
-    return data.wanted * data.sequence_length * width * getattr(torch, options.dtype).itemsize
+    return data.wanted * data.sequence_length * width * options.itemsize
 
 
 def num_streams(model: ModelQuantization) -> int:

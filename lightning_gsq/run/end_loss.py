@@ -33,7 +33,7 @@ from lightning_gsq.run.forward_passes import (
     sequences_at_once,
     working_copy,
 )
-from lightning_gsq.run.hidden_states import Stream
+from lightning_gsq.run.hidden_states import ActivationOptions, Stream
 from lightning_gsq.run.run import Run, TokenWeights
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.system.slices import slices
@@ -41,6 +41,8 @@ from lightning_gsq.training import ModelQuantization
 from lightning_gsq.training.losses import LOSS_POSITIONS
 
 OPTION, WAY_OUT = "model.end_loss_weights", "leave it out"
+BESIDE = 2
+"""Tensors of the size of hidden states beside what enters each block: what leaves the last one, and the gradient."""
 
 
 def check_end_loss(model: ModelQuantization) -> None:
@@ -74,9 +76,10 @@ def token_weights(run: Run) -> dict[int, TokenWeights]:
     head = Head(head.weight_VD.to(run.device), bias_V, head.scale, head.softcap)
     generator = generator_of(run.seed, "end loss", run.ranks.rank)
     squares: dict[int, dict[str, list[Tensor]]] = {plan.index: {} for plan in run.plan}
-    for part in slices(count, _together(run)):
+    together = sequences_together(run.activations, run.data.sequence_length, run.width, len(run.blocks))
+    for part in slices(count, together):
         ids_NT = run.train_ids_NT[part]
-        with hidden_store((*ids_NT.shape, run.width), run.activations, streams=len(run.blocks) + 2) as store:
+        with hidden_store((*ids_NT.shape, run.width), run.activations, streams=len(run.blocks) + BESIDE) as store:
             streams = [embedded(network, ids_NT, store)]
             for index in range(len(run.blocks)):
                 streams.append(Stream(ids_NT, store.new(), store))
@@ -91,11 +94,17 @@ def token_weights(run: Run) -> dict[int, TokenWeights]:
     return {index: _of_mean_one(run, index, found) for index, found in squares.items()}
 
 
-def _together(run: Run) -> int:
-    """Sequences whose hidden states at all blocks are kept at once: as many as the limit for them allows."""
-    tokens = run.data.sequence_length
-    each = tokens * run.width * 4 * (len(run.blocks) + 2)
-    return max(sequences_at_once(tokens), int(run.activations.memory_limit_gb * 1e9) // each)
+def sequences_together(options: ActivationOptions, tokens: int, width: int, blocks: int) -> int:
+    """Sequences whose hidden states at all blocks are kept at once: as many as the limit for them allows.
+
+    Args:
+        options: How hidden states are kept.
+        tokens: Of a sequence.
+        width: Of hidden states.
+        blocks: How many there are.
+    """
+    each = tokens * width * options.itemsize * (blocks + BESIDE)
+    return max(sequences_at_once(tokens), int(options.memory_limit_gb * 1e9) // each)
 
 
 def _of_mean_one(run: Run, index: int, squares: Mapping[str, list[Tensor]]) -> TokenWeights:
