@@ -91,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.device}")
     print(f"{options.experts} experts, {options.hidden} -> {options.intermediate}, {options.chosen} a token, bf16\n")
-    names = ["bits", "tokens", "loop, ms", "grouped, ms", "dense, ms", "loop / grouped", "dense / grouped", "difference"]
+    names = ["bits", "tokens", "loop, ms", "grouped, ms", "dense, ms", "loop / grouped", "dense / grouped", "error"]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     torch.manual_seed(0)
     dense = copies(options, None)
