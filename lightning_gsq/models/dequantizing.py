@@ -6,13 +6,20 @@ DeepSeek-V3 is published in FP8, Kimi K2 in INT4 (compressed-tensors), gpt-oss i
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+
+from lightning_gsq.models.replaced import replaced
 
 METHODS = {"fp8": "FP8", "compressed-tensors": "compressed-tensors", "mxfp4": "MXFP4"}
 """Methods with a loader that gives plain numbers, and what they are called."""
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class DequantizedWarning(UserWarning):
@@ -50,6 +57,41 @@ def to_plain_numbers(config: PretrainedConfig, shown: str) -> bool:
         stacklevel=3,
     )
     return True
+
+
+@contextmanager
+def ragged_blocks(config: PretrainedConfig | None) -> Iterator[None]:
+    """Lets transformers read FP8 matrices whose sizes are no multiples of a block, such as DeepSeek-V3's of 576 rows.
+
+    Its own loader divides a matrix evenly among the scales: it refuses these sizes, or, where they happen to divide,
+    gives scales to wrong rows.
+
+    Args:
+        config: The configuration of a model that is read as plain numbers; None for any other.
+    """
+    if config is None or method_of(config) != "fp8":
+        yield
+        return
+    stated: Any = config.quantization_config
+    block = (stated if isinstance(stated, dict) else stated.to_dict()).get("weight_block_size")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    evenly = Fp8Dequantize._dequantize_one
+
+    def dequantized(self: Any, codes: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None) -> Tensor:
+        if codes.dtype not in FP8 or not block or scales.ndim != codes.ndim:
+            return evenly(self, codes, scales, output_dtype)
+        sizes = codes.shape[-2:]
+        ragged = any(size % length for size, length in zip(sizes, block, strict=True))
+        grid = tuple(-(-size // length) for size, length in zip(sizes, block, strict=True))
+        if not ragged or tuple(scales.shape[-2:]) != grid:
+            return evenly(self, codes, scales, output_dtype)
+        wide = scales.float().repeat_interleave(block[0], -2)[..., : sizes[0], :]
+        wide = wide.repeat_interleave(block[1], -1)[..., : sizes[1]]
+        return (codes.float() * wide).to(output_dtype or (scales.dtype if scales.itemsize > 1 else torch.bfloat16))
+
+    with replaced(Fp8Dequantize, "_dequantize_one", dequantized):
+        yield
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

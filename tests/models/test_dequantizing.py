@@ -17,6 +17,9 @@ from tests.support.tiny import byte_tokenizer
 KINDS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "FP8": lambda folder: in_fp8("llama", folder),
     "FP8, experts": lambda folder: in_fp8("deepseek_v3", folder),
+    # 40 rows in blocks of 32, as DeepSeek-V3 has 576 in blocks of 128; 48 rows, which two scales would share evenly
+    "FP8, ragged": lambda folder: in_fp8("deepseek_v3", folder, block=20),
+    "FP8, ragged but even": lambda folder: in_fp8("deepseek_v3", folder, block=24),
     "INT4": lambda folder: in_int4("llama", folder),
     "INT4, experts": lambda folder: in_int4("deepseek_v3", folder),
     "MXFP4": in_mxfp4,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, PretrainedConfig
 
 from lightning_gsq.export.formats.compressed_tensors import quantization_config
@@ -38,20 +38,22 @@ FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 """Magnitudes of the four bits E2M1."""
 
 
-def in_fp8(kind: str, folder: Path) -> dict[str, Tensor]:
+def in_fp8(kind: str | PretrainedConfig, folder: Path, block: int = BLOCK) -> dict[str, Tensor]:
     """Writes a model as DeepSeek-V3 is published: E4M3 with a scale a square block; returns what it stands for."""
-    plain, stored, meant = _saved(CONFIGS[kind], folder), dict[str, Tensor](), dict[str, Tensor]()
+    config = CONFIGS[kind] if isinstance(kind, str) else kind
+    plain, stored, meant = _saved(config, folder), dict[str, Tensor](), dict[str, Tensor]()
     for name, value in plain.items():
         stored[name] = meant[name] = value
         if _is_quantized(name, value):
             rows, columns = value.shape
-            blocks = value.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+            beyond = (0, -columns % block, 0, -rows % block)
+            blocks = nn.functional.pad(value, beyond).unflatten(1, (-1, block)).unflatten(0, (-1, block))
             scale = blocks.abs().amax((1, 3), keepdim=True) / 448
             codes = (blocks / scale).to(torch.float8_e4m3fn)
-            stored[name] = codes.view(rows, columns)
+            stored[name] = codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
             stored[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
-            meant[name] = (codes.float() * scale).view(rows, columns)
-    method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+            meant[name] = (codes.float() * scale).flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+    method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
     _write(folder, stored, method)
     return meant
 
