@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PretrainedConfig, core_model_loading
+from transformers import PretrainedConfig, PreTrainedModel, core_model_loading
 from transformers import __version__ as transformers_version
 
 from lightning_gsq.errors import ConfigurationError
@@ -29,12 +29,42 @@ from lightning_gsq.models.empty import empty_model
 from lightning_gsq.models.replaced import replaced
 from lightning_gsq.system import memory
 from lightning_gsq.system.locking import waiting_for
+from lightning_gsq.system.safetensors_headers import read_headers
 from lightning_gsq.system.shards import SINGLE, Shards
 
 FOLDER = "weights"
 """Where they are in a run folder, while the run goes on."""
 PART_OF_MEMORY = 0.5
 """Of the host's free memory, what a model may take that is to be quantized there."""
+
+
+def short_of_memory(size: int, room: int) -> bool:
+    """Whether what is computed on loading goes into files.
+
+    Args:
+        size: Bytes of the whole model.
+        room: Bytes of the host that are free.
+    """
+    return size > PART_OF_MEMORY * room
+
+
+def computed_bytes(source: ModelSource, model: PreTrainedModel, dequantized: bool) -> int:
+    """Bytes of the weights that are computed on loading: those that no file holds under their names, as plain numbers.
+
+    Args:
+        source: The model; one without files here is taken to have its weights as they are.
+        model: Its modules, on the meta device.
+        dequantized: Whether the files hold no plain numbers.
+    """
+    if source.gguf_file is not None or not source.files:
+        return 0
+    prefix = f"{model.base_model_prefix}."
+    stored = {name.removeprefix(prefix) for name in read_headers(source.files)}
+    return sum(
+        parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and (dequantized or (parameter.ndim > 2 and name.removeprefix(prefix) not in stored))
+    )
 
 
 @contextmanager
@@ -57,7 +87,7 @@ def in_files(
         return
     parameters = empty_model(source, config, dtype).parameters()
     size = sum(parameter.nbytes for parameter in parameters)
-    if size <= PART_OF_MEMORY * memory.host_bytes():
+    if not short_of_memory(size, memory.host_bytes()):
         yield
         return
     own = folder / _digest(source, dtype)
