@@ -82,6 +82,31 @@ def test_files_of_another_checkpoint_are_not_taken(tmp_path: Path, monkeypatch: 
     assert before.name != after.name
 
 
+SUM = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+from lightning_gsq.models import computed_weights, loading
+computed_weights.PART_OF_MEMORY = 0
+model = loading.load_model(loading.resolve(sys.argv[1]), scratch=Path(sys.argv[2]))
+print(sum(float(p.double().abs().sum()) for p in model.parameters()))
+"""
+
+
+def test_processes_that_load_at_the_same_time_share_the_files(tmp_path: Path) -> None:
+    large_experts(tmp_path / "model", 3, 64, 8, fp8=True)
+    command = [sys.executable, "-c", SUM, str(tmp_path / "model"), str(tmp_path / "scratch")]
+    root = Path(__file__).parents[2]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
+    found = [process.communicate(timeout=300)[0].split()[-1] for process in processes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        usual = loading.load_model(loading.resolve(str(tmp_path / "model")))
+    wanted = str(sum(float(parameter.double().abs().sum()) for parameter in usual.parameters()))
+    assert found == [wanted] * 3
+    assert not list((tmp_path / "scratch").rglob("*.partial"))
+
+
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(computed_weights, "PART_OF_MEMORY", 0)
     monkeypatch.setattr(computed_weights.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1})())
