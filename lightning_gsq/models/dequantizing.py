@@ -28,10 +28,17 @@ class DequantizedWarning(UserWarning):
 
 def method_of(config: PretrainedConfig) -> str | None:
     """How the weights of a model's files are quantized; None if they are plain numbers."""
-    stated: Any = getattr(config, "quantization_config", None)
-    if stated is None:
-        return None
-    return str(stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated.quant_method)
+    stated = _stated(config)
+    return None if stated is None else str(stated.get("quant_method", "unknown"))
+
+
+def _stated(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a configuration, or that of its text decoder (Kimi-K2.5), says of it."""
+    for part in (config, config.get_text_config(decoder=True)):
+        stated: Any = getattr(part, "quantization_config", None)
+        if stated is not None:
+            return dict(stated if isinstance(stated, dict) else stated.to_dict())
+    return None
 
 
 def to_plain_numbers(config: PretrainedConfig, shown: str) -> bool:
@@ -47,9 +54,7 @@ def to_plain_numbers(config: PretrainedConfig, shown: str) -> bool:
     method = method_of(config)
     if method not in METHODS:
         return False
-    stated: Any = config.quantization_config
-    content = dict(stated if isinstance(stated, dict) else stated.to_dict())
-    config.quantization_config = content | {"dequantize": True}
+    config.quantization_config = (_stated(config) or {}) | {"dequantize": True}
     warnings.warn(
         f"{shown} is published in {METHODS[method]}: its weights are read as plain numbers, and those are quantized "
         "here; an original with more bits, where there is one, gives better results",
@@ -72,8 +77,7 @@ def ragged_blocks(config: PretrainedConfig | None) -> Iterator[None]:
     if config is None or method_of(config) != "fp8":
         yield
         return
-    stated: Any = config.quantization_config
-    block = (stated if isinstance(stated, dict) else stated.to_dict()).get("weight_block_size")
+    block = (_stated(config) or {}).get("weight_block_size")
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     evenly = Fp8Dequantize._dequantize_one
@@ -102,6 +106,7 @@ def forget_quantization(model: PreTrainedModel) -> None:
     # The renaming that was used to load it would quantize again when it is saved; without it, that of its type is used.
     for owner, names in (
         (model.config, ["quantization_config"]),
+        (model.config.get_text_config(decoder=True), ["quantization_config"]),
         (model, ["hf_quantizer", "quantization_method", "_weight_conversions"]),
     ):
         for name in names:

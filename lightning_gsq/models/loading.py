@@ -19,7 +19,7 @@ from lightning_gsq.models.address import ModelSource, finished_model, num_bytes,
 from lightning_gsq.models.classes import auto_class
 from lightning_gsq.models.computed_weights import in_files
 from lightning_gsq.models.config import load_config, max_length
-from lightning_gsq.models.dequantizing import forget_quantization, ragged_blocks, to_plain_numbers
+from lightning_gsq.models.dequantizing import forget_quantization, method_of, ragged_blocks, to_plain_numbers
 from lightning_gsq.models.finite import check_finite
 from lightning_gsq.models.loader_errors import as_refusals
 from lightning_gsq.models.weight_names import check_headers, refuse_info, warn_unused
@@ -74,7 +74,7 @@ def load_model(
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
     # A quantized model has other names until its weights are replaced, and one on the hub has no headers here.
-    compare_first = bool(source.files) and getattr(config, "quantization_config", None) is None
+    compare_first = bool(source.files) and method_of(config) is None
     plain = source.gguf_file is None and not quantized and to_plain_numbers(config, source.shown)
     if compare_first:
         check_headers(source, config)

@@ -58,16 +58,23 @@ def in_fp8(kind: str | PretrainedConfig, folder: Path, block: int = BLOCK) -> di
     return meant
 
 
-def in_int4(kind: str, folder: Path) -> dict[str, Tensor]:
-    """Writes a model as Kimi K2 is published: INT4 with a scale a group; returns what it stands for."""
+def in_int4(kind: str, folder: Path, only: str = "") -> dict[str, Tensor]:
+    """Writes a model as Kimi K2 is published: INT4 with a scale a group; returns what it stands for.
+
+    Args:
+        kind: A name of :data:`CONFIGS`.
+        folder: Where to.
+        only: What the names of the quantized weights contain; Kimi-K2.5 has routed experts in INT4 alone.
+    """
+    block = BLOCK // 2 if only else BLOCK  # that of all experts, whose matrices have 32 and 16 columns
     plain, stored, meant = _saved(CONFIGS[kind], folder), dict[str, Tensor](), dict[str, Tensor]()
     layers = {}
     for name, value in plain.items():
-        if not _is_quantized(name, value):
+        if not _is_quantized(name, value) or only not in name:
             stored[name] = meant[name] = value
             continue
         rows, columns = value.shape
-        groups = value.view(rows, columns // BLOCK, BLOCK)
+        groups = value.view(rows, columns // block, block)
         scale = 2.0 ** torch.ceil(torch.log2(groups.abs().amax(-1) / 7))  # products of codes and scales are exact
         codes = (groups / scale[..., None]).round().clamp(-8, 7)
         stem = name.removesuffix(".weight")
@@ -75,8 +82,9 @@ def in_int4(kind: str, folder: Path) -> dict[str, Tensor]:
         stored[f"{stem}.weight_scale"] = scale.half()
         stored[f"{stem}.weight_shape"] = torch.tensor([rows, columns])
         meant[name] = (codes * scale[..., None]).view(rows, columns)
-        layers[stem] = (4, BLOCK if columns > BLOCK else None)
-    _write(folder, stored, quantization_config(layers, ["lm_head", "re:.*gate$"]))
+        layers[stem] = (4, block if columns > block else None)
+    ignored = ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|down)_proj.*"] if only else []
+    _write(folder, stored, quantization_config(layers, ["lm_head", "re:.*gate$", *ignored]))
     return meant
 
 
