@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from lightning_gsq.system.bar import make_bar
 from lightning_gsq.system.console import make_console
+from lightning_gsq.system.stopwatch import duration
 from lightning_gsq.training import EndToEndQuantization
 
 
@@ -54,7 +55,7 @@ class EndToEndProgress(Callback):
         if step and trainer.state.fn == "fit":
             steps = _steps(trainer)
             left = (time.perf_counter() - self._began) / step * (steps - step)
-            line += f"  step {step}/{steps}  about {left / 60:.0f} min left"
+            line += f"  step {step}/{steps}  about {duration(left)} left"
         self.console.print(line)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

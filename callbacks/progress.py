@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from lightning_gsq.system.bar import make_bar
 from lightning_gsq.system.console import make_console
+from lightning_gsq.system.stopwatch import duration
 from lightning_gsq.training import BlockQuantization
 
 
@@ -96,7 +97,7 @@ class BlockProgress(Callback):
         if not self.console.is_terminal:  # where the bar says it
             elapsed = time.perf_counter() - self._began
             left = elapsed / max(1, self._blocks_here) * (total - position - 1)
-            line += f"  about {left / 60:.0f} min left"
+            line += f"  about {duration(left)} left" if left else ""
         self.console.print(line, soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

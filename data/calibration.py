@@ -22,7 +22,7 @@ from lightning_gsq.data.encoding import (
     start_token,
 )
 from lightning_gsq.data.files import local_path
-from lightning_gsq.data.sources import PythonDocumentation, TextSource, check_sources
+from lightning_gsq.data.sources import PythonDocumentation, TextSource, check_sources, names_option
 from lightning_gsq.data.tokens import TokenStream, fingerprint, tokenizer_identity
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -108,6 +108,7 @@ class CalibrationDataModule(LightningDataModule):
         """Sequences in all."""
         return self.num_sequences + self.num_validation_sequences
 
+    @names_option("data.source")
     def check(self, max_length: int | None) -> None:
         """Verifies what can be verified before the model is loaded; a source whose tokens are there is not asked.
 
@@ -116,7 +117,8 @@ class CalibrationDataModule(LightningDataModule):
         """
         if max_length is not None and self.sequence_length > max_length:
             raise ConfigurationError(
-                f"data.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}"
+                f"data.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}; "
+                "choose at most that"
             )
         if self.cache_folder is not None:
             _check_folder(self.cache_folder)
@@ -124,6 +126,7 @@ class CalibrationDataModule(LightningDataModule):
         if folder is None or name is None or not self._has_tokens(folder, name):
             self.source.check()
 
+    @names_option("data.source")
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Reads, tokenises, cuts and splits; fills ``train_ids_NT``, ``validation_ids_NT``, ``spare_ids_NT`` (int64).
 

@@ -18,7 +18,7 @@ from lightning_gsq.data.encoding import (
     start_token,
 )
 from lightning_gsq.data.retrying import RetryingReader
-from lightning_gsq.data.sources import END, PythonDocumentation, TextSource, check_sources
+from lightning_gsq.data.sources import END, PythonDocumentation, TextSource, check_sources, names_option
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,16 +73,19 @@ class PerplexityData(LightningDataModule):
         """The token that every window starts with, once tokenised; None for none."""
         self.ids_NT: Tensor
 
+    @names_option("evaluation.source")
     def check(self, max_length: int | None) -> None:
         """Verifies what can be verified before the model is loaded."""
         if max_length is not None and self.sequence_length > max_length:
             raise ConfigurationError(
-                f"evaluation.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}"
+                f"evaluation.sequence_length: {self.sequence_length} tokens exceed the model's limit of {max_length}; "
+                "choose at most that"
             )
         if self.source.needs_model:
             raise ConfigurationError("evaluation.source: a model cannot be judged by text that it writes itself")
         self.source.check()
 
+    @names_option("evaluation.source")
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Fills ``ids_NT`` (int64).
 

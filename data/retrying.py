@@ -66,7 +66,7 @@ class RetryingReader(DocumentReader):
                     raise
                 if failures == self._retries:
                     raise SourceFailedError(
-                        f"data.source: failed {failures + 1} times in a row at the same place, the last time with "
+                        f"failed {failures + 1} times in a row at the same place, the last time with "
                         f"{type(error).__name__}: {error}"
                     ) from error
                 if self._reader is not None:

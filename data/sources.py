@@ -7,21 +7,24 @@ files overrides :meth:`TextSource.reader`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import platform
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from importlib import import_module
 from itertools import islice
 from pathlib import PurePath
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 from lightning_gsq.data.documents import Document, accept
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_gsq.errors import ConfigurationError
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 Position = dict[str, Any]
 """Where a reader stands, as plain data."""
 
@@ -115,6 +118,32 @@ def check_kind(document: Any, must: str, where: str = "") -> None:
     """
     if document is not None and not isinstance(document, (str, list)):
         raise ConfigurationError(f"{must} str or list of messages, got {type(document).__name__}{where}")
+
+
+def names_option(option: str) -> Callable[[Method], Method]:
+    """Puts the option in front of what a source says of its own arguments, in methods of an object with a ``source``.
+
+    A source does not know which option it was given to: its ``path: ...`` becomes ``data.source.path: ...``.
+
+    Args:
+        option: Such as ``data.source``.
+    """
+
+    def decorate(method: Method) -> Method:
+        @functools.wraps(method)
+        def named(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, *args, **kwargs)
+            except ConfigurationError as error:
+                message, group = str(error), option.partition(".")[0]
+                if not message.startswith(f"{group}."):
+                    own = message.partition(": ")[0] in inspect.signature(type(self.source)).parameters
+                    error.args = (f"{option}{'.' if own else ': '}{message}",)
+                raise
+
+        return cast("Method", named)
+
+    return decorate
 
 
 def check_sources(option: str, *sources: Any) -> None:

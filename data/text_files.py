@@ -44,7 +44,7 @@ class TextFile(TextSource):
                         empty = False
                         yield document, place
         if empty:
-            raise ConfigurationError(f"path: {self.path} is empty; calibration needs text")
+            raise ConfigurationError(f"path: {self.path} is empty: it holds no text")
 
     def _files(self) -> list[Path]:
         root = local_path(self.path, "path")

@@ -202,6 +202,11 @@ def _source(name: str, text: Any) -> str | TextSource | None:
         return text
     if isinstance(text, list | tuple):
         return Texts(text)
+    if not isinstance(text, str | Path):
+        raise ConfigurationError(
+            f"{name}: expected a path, a name on the hub, a list of documents or a TextSource, got "
+            f"{type(text).__name__}"
+        )
     if isinstance(text, str) and "\n" in text:
         raise ConfigurationError(f"{name}: got a text itself; give a list of documents, a file or a name on the hub")
     return _path(name, text)
@@ -222,4 +227,7 @@ def _as_typed(value: Any) -> str:
     try:
         return json.dumps(value)
     except TypeError as error:
-        raise ConfigurationError(f"options: {value!r} is no plain data; {error}") from error
+        raise ConfigurationError(
+            f"options: {value!r} is no plain data, which the recipe of a run needs ({error}); give a class by its "
+            "name, such as 'GPTQ', or with its arguments: {'class_path': 'mymodule.MyClass', 'init_args': {...}}"
+        ) from error

@@ -8,9 +8,11 @@ arguments  the command line as people type it
 classes    classes by their short names
 configs    the recipe without options; what a file may not hold
 parser     the parser of a verb
-messages   its errors in one line, with the nearest name
-listings   the same without the libraries
+messages   its errors in one line
+names      names of options: the nearest, those of other programs
+listings   what the parser prints, without the libraries
 help       the options that are used first
+unusual    what is said of unusual settings
 trainers   Trainers from settings
 defaults   what every verb shares
 """

@@ -15,14 +15,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 
-from lightning_gsq.callbacks import GumbelAnnealing
 from lightning_gsq.cli.arguments import rewritten
 from lightning_gsq.cli.configs import DEFAULTS
 from lightning_gsq.cli.defaults import TRAINER_DEFAULTS, native_precision
 from lightning_gsq.cli.help import COMMON
 from lightning_gsq.cli.messages import configuration_error
+from lightning_gsq.cli.names import in_full
 from lightning_gsq.cli.parser import PROGRAM, GSQArgumentParser
 from lightning_gsq.cli.trainers import check_preset, check_seed, check_settings, latest_of_each_class, make_trainer
+from lightning_gsq.cli.unusual import unusual
 from lightning_gsq.cli.verbs import SUMMARIES, USAGE
 from lightning_gsq.commands.export import export
 from lightning_gsq.commands.fit import fit
@@ -31,6 +32,7 @@ from lightning_gsq.commands.predict import predict
 from lightning_gsq.commands.test import test
 from lightning_gsq.commands.validate import validate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system import sharding
 from lightning_gsq.system.console import make_console
@@ -197,7 +199,11 @@ class GSQCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # in which jsonargparse wraps what a class says of its arguments
-            raise configuration_error(error) or error from None
+            own = configuration_error(error)
+            if own is None:
+                raise
+            options = [name.removeprefix("--") for name in self._parser(self.subcommand)._option_string_actions]
+            raise ConfigurationError(in_full(str(own), options)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A new Trainer with the user's settings; all Trainers of a run share one logger and the callbacks."""
@@ -225,7 +231,8 @@ class GSQCLI(LightningCLI):
 
     def fit(self) -> None:
         """Quantizes the model into the run folder."""
-        self._say_what_is_unusual()
+        for line in unusual(self.model, self.objects.trainer.callbacks or []):
+            self.console.print(line, soft_wrap=True)
         self.summary = fit(
             model=self.model,
             data=self.datamodule,
@@ -247,21 +254,6 @@ class GSQCLI(LightningCLI):
             self._parser(self.subcommand).dump(self.settings, skip_none=False, skip_validation=True)
         )
         return plain
-
-    def _say_what_is_unusual(self) -> None:
-        """Lines on settings that somebody may not know to have made."""
-        callbacks = self.objects.trainer.callbacks or []
-        if "blocks" in self.model.phases and not any(isinstance(callback, GumbelAnnealing) for callback in callbacks):
-            self.console.print(
-                "note: trainer.callbacks holds no GumbelAnnealing: temperature and logit scale stay where they start, "
-                "and blocks come out worse; --trainer.callbacks GumbelAnnealing adds it",
-                soft_wrap=True,
-            )
-        if self.model.address.trust_remote_code:
-            self.console.print(
-                f"note: Python code that comes with {self.model.address.pretrained} is run (model.trust_remote_code)",
-                soft_wrap=True,
-            )
 
     def validate(self) -> None:
         """Prints the perplexity of a model, or of the model in a finished run folder."""

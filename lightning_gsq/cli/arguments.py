@@ -15,10 +15,13 @@ from pathlib import Path
 from lightning_gsq.cli.classes import class_path, refuse_moved
 from lightning_gsq.cli.configs import config_value
 from lightning_gsq.cli.verbs import SUMMARIES
+from lightning_gsq.errors import ConfigurationError
 
 NAMED = {"export": "--run", "predict": "--model", "test": "--model"}
 """What the first argument without a name is; ``--model.pretrained`` for the other verbs."""
 
+WORD = "-"
+"""The name of an argument without one: no option is called so."""
 SEVERAL = {"--format", "--tasks"}
 LISTS = {"export", "model.include", "model.exclude", "model.phases", "end_to_end.train"}
 SOURCES = {"data": "data.source", "evaluation": "evaluation.source"}
@@ -39,10 +42,24 @@ def rewritten(arguments: list[str]) -> list[str]:
     if verb in NAMED:
         named = [NAMED[verb]] if rest and not rest[0].startswith("-") else []
         return [verb, *named, *_apart(rest)]
-    options = [_option(*option) for option in _options(rest)]
+    typed = list(_options(rest))
+    _refuse_two_models(verb, typed)
+    options = [_option(*option) for option in typed]
     # The parser lets the later one win; what was typed wins over files, wherever it stands.
     options.sort(key=lambda option: option[0] != "--config")
     return [verb, *(part for option in options for part in option)]
+
+
+def _refuse_two_models(verb: str, typed: list[tuple[str, str | None]]) -> None:
+    """Refuses what a later model would hide: a stray word, or the second value of a list."""
+    words = [value for name, value in typed if name == WORD]
+    named = [value for name, value in typed if name in ("model", "model.pretrained") and value not in (None, *words)]
+    models = [value for value in [*words, *(named if words else [])] if value and not _is_settings(value)]
+    if len(models) > 1:
+        raise ConfigurationError(
+            f"{verb} takes one model, got {models[0]} and {models[1]}; values of a list are joined by commas: "
+            "--export gguf,native"
+        )
 
 
 def _apart(arguments: list[str]) -> Iterator[str]:
@@ -59,11 +76,11 @@ def _apart(arguments: list[str]) -> Iterator[str]:
 
 
 def _options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Names without dashes and values, of verbs whose options take one value each; the model by its option's name."""
+    """Names without dashes and values, of verbs whose options take one value each; words without a name."""
     rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("-"):
-            yield "model.pretrained", argument
+            yield WORD, argument
         elif argument in ("-h", "--help") or argument.startswith("--print_config"):
             yield argument, None
         elif "=" in argument:
@@ -74,21 +91,21 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _option(name: str, value: str | None) -> list[str]:
-    if name.startswith("-"):  # takes no value
+    if name.startswith("-") and name != WORD:  # takes no value
         return [name]
     if value is None:
         return [f"--{name}"]
     refuse_moved(value)
     if name in ("c", "config"):
         return ["--config", config_value(value)]
-    if name == "model" and not _is_settings(value):
+    if name == WORD or (name == "model" and not _is_settings(value)):
         name = "model.pretrained"
     if name in SOURCES and not _is_settings(value):
         name = SOURCES[name]
     if name in SOURCES.values():
         return _source(name, class_path(name, value))
     if name in LISTS and not value.startswith("["):
-        value = json.dumps([part.strip() for part in value.split(",")])
+        value = json.dumps([part.strip() for part in value.split(",") if part.strip()])
     if name == "trainer.callbacks" and not value.startswith("[") and value != "null":
         name += "+"  # a list replaces those of the recipe, a single one comes to them
     return [f"--{name}={class_path(name.removesuffix('+'), value)}"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-EXIT_USAGE, EXIT_FAILURE = 2, 1
+EXIT_FAILURE = 1
+"""Exit code for what began and failed."""
 
 _library_warning = warnings.formatwarning
 QUIET_TRAINER: dict[str, Any] = {
@@ -52,6 +53,7 @@ def quiet_libraries() -> None:
         ".*The number of training batches.*",
         ".*module.s. in eval mode at the start.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*recommended to use `self.log..*sync_dist=True.*",  # what a Trainer logs here is of all processes already
     ):
         warnings.filterwarnings("ignore", message)
     warnings.formatwarning = _one_line

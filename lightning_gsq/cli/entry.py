@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from lightning_gsq.cli.listings import listing
-from lightning_gsq.cli.verbs import overview
+from lightning_gsq.cli.listings import listing, option_names
+from lightning_gsq.cli.names import unknown_option, unknown_verb
+from lightning_gsq.cli.verbs import EXIT_USAGE, overview
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.signals import Stopped, speaks, stopping
 from lightning_gsq.system.versions import own_version
@@ -31,6 +32,10 @@ def main(args: list[str] | None = None) -> int:
     if text is not None:
         print(text, end="")
         return 0
+    wrong = unknown_verb(arguments[0]) or unknown_option(arguments, option_names(arguments[0]))
+    if wrong is not None:
+        print(f"error: {wrong}", file=sys.stderr)
+        return EXIT_USAGE
     again = "resumes after the last finished block or phase" if "fit" in arguments else "begins anew"
     farewell = f"stopped; the same command {again}"
     try:

@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from lightning_gsq.cli.app import GSQCLI
-from lightning_gsq.cli.defaults import EXIT_FAILURE, EXIT_USAGE, quiet_libraries
+from lightning_gsq.cli.defaults import EXIT_FAILURE, quiet_libraries
+from lightning_gsq.cli.verbs import EXIT_USAGE
 from lightning_gsq.errors import ConfigurationError, ProcessLostError, WorkFailedError
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.progress_bars import no_foreign_bars

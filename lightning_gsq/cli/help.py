@@ -6,15 +6,19 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_gsq.cli.configs import DEFAULTS, packaged_configs
 
 COMMON = {
     "fit": (
+        "model.scheme",
         "model.scheme.bits",
         "model.scheme.group_size",
         "model.scheme.budget",
+        "model.size",
+        "model.embedding",
+        "model.blocks",
         "model.warm_start",
         "model.phases",
         "model.exclude",
@@ -30,6 +34,7 @@ COMMON = {
         "data.num_sequences",
         "data.batch_size",
         "evaluation.source",
+        "evaluation.sequence_length",
         "evaluation.num_windows",
         "end_to_end.max_steps",
         "export",
@@ -55,6 +60,18 @@ TEXTS = {
     "config": "A YAML file of settings, a run's recipe.yaml, or one of the package's by its name "
     f"({', '.join(name for name in packaged_configs() if name != Path(DEFAULTS).stem)}); options on the command line "
     "win.",
+    "data.source": "Text to calibrate on: a file or folder by its path (--data corpus.txt), organisation/name for a "
+    "data set of the hub, or one of PythonDocumentation, ModelSamples, Mixture.",
+    "evaluation.source": "Text to measure perplexity on, given like --data; PythonDocumentation is then the tenth that "
+    "calibration leaves out. WikiText's raw files need --evaluation.source.rows true.",
+    "evaluation.num_windows": "Windows of so many tokens to use, from the beginning; null for all.",
+    "export": "Formats to export the finished run to, into its folder export, as the verb export does: gguf, native, "
+    "mlx, compressed-tensors, gptq, dequantized; several joined by commas.",
+    "model.exclude": "Patterns of weights to leave in full precision, joined by commas: *.down_proj,*layers.0.*",
+    "model.overrides": "Another scheme for the weights that a pattern names: {'*.down_proj': {bits: 4}} or "
+    "{'*.down_proj': q6_k}.",
+    "model.scheme": "A scheme by name, in place of bits and group size: w3g64 (3 bits, groups of 64), q4_k, iq4_nl, "
+    "mlx4g64 and others; docs/schemes.md lists them.",
     "seed_everything": "Seed of everything random.",
     "trainer.default_root_dir": "The run folder. The same command resumes what it holds.",
     "trainer.max_epochs": "Passes over the calibration sequences, for each block.",
@@ -88,7 +105,7 @@ def _explained(action: Any, name: str, default: Any) -> list[str]:
 
 def _shown(default: Any) -> str:
     """A default as it is typed: classes by their names."""
-    if default is None or default == []:
+    if default is None or default in ([], {}) or (isinstance(default, Namespace) and "class_path" not in default):
         return ""
     if isinstance(default, list):
         return ", ".join(_shown(part) for part in default)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.resources import files
@@ -37,6 +38,16 @@ def listing(arguments: list[str]) -> str | None:
         return None
     head, _, text = file.read_text(encoding="utf-8").partition("\n")
     return text if head.partition("; ")[0] == made_with() else None
+
+
+def option_names(verb: str) -> frozenset[str]:
+    """The options of a verb, without dashes; none where no listing says them."""
+    file = FOLDER / name_of(verb, everything=True)
+    if verb not in SUMMARIES or not file.is_file():
+        return frozenset()
+    head, _, text = file.read_text(encoding="utf-8").partition("\n")
+    names = re.findall(r"--([\w.]+)", "\n".join(re.findall(r"(?m)^  -.*", text)))
+    return frozenset(names) if head.partition("; ")[0] == made_with() else frozenset()
 
 
 def name_of(verb: str, everything: bool) -> str:

@@ -3,57 +3,14 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import pkgutil
 import re
 from collections.abc import Collection, Iterator
 
 from lightning_gsq.cli.classes import class_names
+from lightning_gsq.cli.names import nearest, no_option
 from lightning_gsq.errors import ConfigurationError
-
-ALIASES = {
-    "batch_size": "data.batch_size",
-    "bit": "model.scheme.bits",
-    "bits": "model.scheme.bits",
-    "calib": "data.source",
-    "calib_data": "data.source",
-    "calibration": "data.source",
-    "cache_dir": "data.cache_folder",
-    "dataset": "data.source",
-    "device": "trainer.accelerator",
-    "devices": "trainer.devices",
-    "dtype": "model.dtype",
-    "epochs": "trainer.max_epochs",
-    "eval_data": "evaluation.source",
-    "format": "export",
-    "formats": "export",
-    "group_size": "model.scheme.group_size",
-    "groupsize": "model.scheme.group_size",
-    "iters": "trainer.max_steps",
-    "learning_rate": "model.optimizer.lr",
-    "logits_learning_rate": "end_to_end.code_learning_rate",
-    "lr": "model.optimizer.lr",
-    "model_id": "model",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "model_path": "model",
-    "n_samples": "data.num_sequences",
-    "nbits": "model.scheme.bits",
-    "nsamples": "data.num_sequences",
-    "num_samples": "data.num_sequences",
-    "out": "trainer.default_root_dir",
-    "output": "trainer.default_root_dir",
-    "output_dir": "trainer.default_root_dir",
-    "save_dir": "trainer.default_root_dir",
-    "seed": "seed_everything",
-    "seq_len": "data.sequence_length",
-    "seqlen": "data.sequence_length",
-    "steps": "trainer.max_steps",
-    "w_bits": "model.scheme.bits",
-    "wbits": "model.scheme.bits",
-}
-"""What other programs call our options, by the last part of their names."""
 
 TYPES = {
     "<class 'int'>": "a whole number",
@@ -98,32 +55,10 @@ def one_line(message: str, options: Collection[str]) -> str:
     return f"{name}: {_wrong_value(name, rest)}"
 
 
-def nearest(name: str, options: Collection[str]) -> str | None:
-    """The option that somebody who types this name means, if any is near."""
-    last = name.rsplit(".", 1)[-1].replace("-", "_").lower()
-    alias = ALIASES.get(last)
-    if alias in options and name not in options:
-        return alias
-    same = [option for option in options if option.rsplit(".", 1)[-1] == last]
-    if same:
-        return max(same, key=lambda option: (_similarity(name, option), -len(option)))
-    if "." in name:
-        near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-        if near:
-            return near[0]
-    lasts = {option.rsplit(".", 1)[-1]: option for option in sorted(options, key=len, reverse=True)}
-    near = difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)
-    return lasts[near[0]] if near else None
-
-
 def _required(name: str) -> str:
     if name in ("model", "model.pretrained", "run"):
         return f"name the {'run' if name == 'run' else 'model'}, right after the verb"
     return f"--{name} has to be given"
-
-
-def _similarity(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _unknown(message: str, options: Collection[str]) -> str:
@@ -132,8 +67,10 @@ def _unknown(message: str, options: Collection[str]) -> str:
     if not names:
         return f"{words!r} is no option: these begin with --"
     name = names[0].split("=")[0]
+    if "does not accept option" not in message:  # "unrecognized", of what was typed
+        return no_option(name, options)
     near = nearest(name, options)
-    return f"there is no option --{name}" + (f"; did you mean --{near}?" if near else "")
+    return f"the configuration sets {name}, which is no option" + (f"; did you mean {near}?" if near else "")
 
 
 def _wrong_value(key: str, message: str) -> str:
@@ -149,7 +86,10 @@ def _wrong_value(key: str, message: str) -> str:
     classes = class_names(key)
     if classes and ("dot import path" in message or "subclass" in message or "abstract" in message):
         names = ", ".join(classes)
-        return f"there is no class {shown} of this kind; choose from {names}, or give a path such as mymodule.MyClass"
+        text = f"there is no class {shown} of this kind; choose from {names}, or give a path such as mymodule.MyClass"
+        if key.endswith(".source"):
+            text += "; a file or folder is given by its path, a data set of the hub as organisation/name"
+        return text
     expected = list(dict.fromkeys(_expected(message)))
     if not expected:
         return " ".join(part for part in message.split() if part != "-")

@@ -17,9 +17,9 @@ from jsonargparse._loaders_dumpers import yaml_load
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_gsq.cli.configs import load_limited
-from lightning_gsq.cli.defaults import EXIT_USAGE
 from lightning_gsq.cli.help import common_help
 from lightning_gsq.cli.messages import configuration_error, one_line
+from lightning_gsq.cli.verbs import EXIT_USAGE
 
 DEFAULTS_NOTE = re.compile(r"default config file locations:.*?(?=\n\n|\Z)", re.DOTALL)
 SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*")

@@ -1,5 +1,7 @@
 """The verbs, by name; without the libraries that carry them out."""
 
+EXIT_USAGE = 2
+"""Exit code for what cannot be done as asked."""
 SUMMARIES = {
     "fit": "Quantize a model into a run folder (--trainer.default_root_dir).",
     "validate": "Measure the perplexity of a model, a finished run folder or an exported one.",

@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.folders import MARK
 from lightning_gsq.models import loading
+from lightning_gsq.run import saving
 from lightning_gsq.system.owned_folders import read_mark
 
 
@@ -25,6 +26,13 @@ def written_model(address: str) -> str:
             f"model.pretrained: {folder} holds {len(files)} GGUF files; give one of them, such as {files[0]}"
         )
     return str(files[0]) if files else loading.finished_model(address)
+
+
+def is_written_here(address: str) -> bool:
+    """Whether an address is weights that a run or an export wrote: quantized, and back in plain numbers."""
+    path = Path(address).expanduser()
+    folder = path if path.is_dir() else path.parent
+    return any(read_mark(folder, mark) is not None for mark in (saving.MARK, MARK))
 
 
 def run_of(address: str) -> tuple[Path, str | None] | None:

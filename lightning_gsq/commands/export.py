@@ -34,7 +34,8 @@ def export(
 
     Args:
         run: The run folder.
-        format: Formats to write, such as native, dequantized, compressed-tensors, gptq or gguf; several at once.
+        format: Formats to write, such as native, gguf, mlx, compressed-tensors, gptq or dequantized; several joined by
+            commas.
         output: Folder to write to, one inside it for each format; by default the folder export of the run.
         overwrite: Replace earlier exports; a folder that holds anything else is left alone.
         check: Load each folder back with the package that reads it, and compare weights, logits, text and perplexity.

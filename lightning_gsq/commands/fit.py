@@ -48,6 +48,7 @@ from lightning_gsq.run.phases import (
 )
 from lightning_gsq.run.recipe import make_recipe
 from lightning_gsq.run.recipe_file import open_recipe
+from lightning_gsq.run.report import counted
 from lightning_gsq.run.run import Run, make_run
 from lightning_gsq.run.saving import check_saving
 from lightning_gsq.run.stored_blocks import StoredBlocks
@@ -168,7 +169,8 @@ def fit(
         finished = FinishedRun(folder, recipe, summary, model, plan)
         bring_up_to_date(finished, exports, console)
         shutil.rmtree(folder.root / COMPUTED, ignore_errors=True)
-        print_next(console, str(folder.root), model.address.pretrained, suggested_formats(finished))
+        further = [name for name in suggested_formats(finished) if format_of(name) not in exports]
+        print_next(console, str(folder.root), model.address.pretrained, further)
         return folder.summary
 
 
@@ -194,9 +196,9 @@ def _what_is_done(run: Run) -> str:
     weights = sum(site.rows * site.in_features for plan in run.plan for site in plan.weights)
     processes = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
     return (
-        f"{run.model.address.pretrained}: {len(run.plan)} blocks, {weights:,} weights to quantize "
+        f"{run.model.address.pretrained}: {counted(len(run.plan), 'block')}, {weights:,} weights to quantize "
         f"({run.model.selection}), "
-        f"{run.data.num_sequences} calibration sequences of {run.data.sequence_length} tokens, "
+        f"{counted(run.data.num_sequences, 'calibration sequence')} of {run.data.sequence_length} tokens, "
         f"{run.trainer.precision}, {run.device.type}{processes}"
     )
 

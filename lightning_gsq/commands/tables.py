@@ -17,6 +17,7 @@ from lightning_gsq.estimate import Estimate
 from lightning_gsq.estimate.phases import Phase
 from lightning_gsq.run.report import PERPLEXITY_NAMES, about_text, experts_line, megabytes
 from lightning_gsq.run.standard_errors import with_error
+from lightning_gsq.system.stopwatch import duration
 from lightning_gsq.widths import Choice
 
 
@@ -47,9 +48,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     table.add_row("size after", f"{megabytes(sizes['quantized'])}: {_parts(summary)}")
     if "experts" in summary:
         table.add_row("experts", experts_line(summary["experts"]))
-    table.add_row(
-        "time", f"{summary['seconds'] / 60:.1f} min, {summary['seconds_per_block']:.1f} s of training a block"
-    )
+    table.add_row("time", f"{_time(summary['seconds'])}, {summary['seconds_per_block']:.1f} s of training a block")
     table.add_row("peak memory", megabytes(summary["peak_memory_bytes"]))
     table.add_row("run folder", folder)
     console.print(table)
@@ -62,14 +61,15 @@ def print_next(console: Console, folder: str, pretrained: str, formats: Sequence
         console: Where to print.
         folder: The run's folder.
         pretrained: Where the original model came from.
-        formats: Names of formats that take the run.
+        formats: Names of formats that take the run and that it was not exported to just now.
     """
     run, original = shlex.quote(folder), shlex.quote(pretrained)
     console.print("next:")
+    exports = [f"lightning-gsq export {run} --format {','.join(formats)}"] if formats else []
     for command in (
-        f"lightning-gsq export {run} --format {','.join(formats)}",
+        *exports,
         f"lightning-gsq predict {run} --prompt 'Why is the sky blue?'",
-        f"lightning-gsq validate {run} --against {original}",
+        f"lightning-gsq validate {run} --config {shlex.quote(f'{folder}/recipe.yaml')} --against {original}",
         f"lightning-gsq test {run} --tasks arc_easy,piqa --against {original}",
         f"tensorboard --logdir {run}",
     ):
@@ -165,7 +165,7 @@ def print_estimate(
             f"{timing.step * 1e3:,.0f} ms a step, {timing.forward * 1e3:,.0f} ms a forward pass, warm start about "
             f"{timing.rounding:,.1f} s",
         )
-        table.add_row("time", f"about {_duration(plan.seconds)} without measuring perplexity")
+        table.add_row("time", f"about {duration(plan.seconds)} without measuring perplexity")
     console.print(table)
     if not plan.problems:
         console.print("fits")
@@ -202,13 +202,11 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
 def _size(count: float) -> str:
     if count == 0:
         return ""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 5400:
-        return f"{seconds / 60:,.0f} min"
-    return f"{seconds / 3600:,.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else megabytes(count)

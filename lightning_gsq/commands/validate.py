@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -50,6 +51,9 @@ def validate(
     source = dataclasses.replace(model.address, pretrained=finished).source()
     evaluation.check(loading.max_length(loading.load_config(source, quantized=True)))
     reference = None if against is None else _reference(against, evaluation)
+    if reference is not None:
+        with _said_of_against():
+            loading.load_config(reference, quantized=True)
     model.load(source, quantized=True)
     evaluation.tokenize(model.tokenizer, model.network)
     trainer = make_trainer()
@@ -63,7 +67,8 @@ def validate(
         perplexity = measure(Substitution(model))
     say(f"perplexity {perplexity}  ({about_text(evaluation.about(str(trainer.precision)))})")
     if reference is not None:
-        other = loading.load_model(reference, model.address.dtype, quantized=True)
+        with _said_of_against():
+            other = loading.load_model(reference, model.address.dtype, quantized=True)
         with Ranks.joined(trainer) as ranks:
             agreement = compare(model.network, other, evaluation.ids_NT, trainer, ranks)
         divergence = with_error(agreement.divergence, agreement.divergence_error, 4)
@@ -78,7 +83,14 @@ def _reference(against: str, evaluation: PerplexityData) -> loading.ModelSource:
     """The model to compare with; refused where whole models do not fit."""
     if evaluation.by_block is True:
         raise ConfigurationError("against: two models are compared as a whole; leave evaluation.by_block out")
-    try:
+    with _said_of_against():
         return loading.resolve(written_model(against))
+
+
+@contextlib.contextmanager
+def _said_of_against() -> Iterator[None]:
+    """Names the option in what is wrong with the other model."""
+    try:
+        yield
     except ConfigurationError as error:
         raise ConfigurationError(f"against: {str(error).removeprefix('model.pretrained: ')}") from error

@@ -25,8 +25,9 @@ PART_NOTES = {
     "scales": "one a group",
     "positions": "where single weights lie",
     "padding": "fills rows or blocks up",
-    "unquantized": "embedding, norms, head",
+    "unquantized": "everything else, such as norms",
 }
+NAME_ON_HUB = r"[\w.-]+/[\w.-]+"
 ARXIV = "2604.18556"
 INSTALL = """`pip install lightning-gsq`, and `import lightning_gsq` before transformers loads it.
 """
@@ -67,6 +68,7 @@ def model_card(run: FinishedRun, format_: ExportFormat, ledger: Ledger, report: 
         *([zero_shot_section(run.summary["zero_shot"])] if "zero_shot" in run.summary else []),
         "## How it was made\n",
         _table(("", ""), _making(run)),
+        *_command(run),
         "## Size\n",
         _ledger_table(ledger),
         "![where the bytes go](ledger.png)\n",
@@ -89,8 +91,12 @@ def _widths(run: FinishedRun) -> str:
 
 def _front_matter(run: FinishedRun, schemes: list[str]) -> dict[str, Any]:
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", run.address):
+    if re.fullmatch(NAME_ON_HUB, run.address):
         matter |= {"base_model": run.address, "base_model_relation": "quantized"}
+    source = _settings(run, "data").get("source")
+    dataset = str((source.get("init_args") or {}).get("path", "")) if isinstance(source, Mapping) else ""
+    if _class_name(source) == "HuggingFaceDataset" and re.fullmatch(NAME_ON_HUB, dataset):
+        matter["datasets"] = [dataset]
     licence = licence_of(run)
     if licence is not None:
         matter["license"] = licence
@@ -144,11 +150,15 @@ def _making(run: FinishedRun) -> list[tuple[str, str]]:
             )
         )
     versions = run.recipe.get("versions", {})
-    rows.append(("versions", as_text(", ".join(f"{name} {number}" for name, number in versions.items()))))
-    if isinstance(run.recipe.get("command"), str):
-        rows.append(("command", as_text(without_folders(run.recipe["command"]))))
+    rows.append(("versions", as_code(", ".join(f"{name} {number}" for name, number in versions.items()))))
     rows.append(("everything else", "`recipe.yaml`"))
     return rows
+
+
+def _command(run: FinishedRun) -> list[str]:
+    """The command that made it, to be copied: an indented line, out of which no character of it leads."""
+    command = run.recipe.get("command")
+    return [f"    {' '.join(without_folders(command).split())}\n"] if isinstance(command, str) else []
 
 
 def _perplexity(summary: Mapping[str, Any]) -> str:
@@ -231,7 +241,7 @@ def as_text(value: str) -> str:
 
 def as_code(value: str) -> str:
     """A string as code in a line of Markdown if it is a plain name or path, otherwise as text."""
-    return f"`{value}`" if re.fullmatch(r"[\w./: -]+", value) else as_text(value)
+    return f"`{value}`" if re.fullmatch(r"[\w./:+, -]+", value) else as_text(value)
 
 
 def _settings(run: FinishedRun, group: str) -> Mapping[str, Any]:

@@ -107,7 +107,7 @@ class CheckReport:
         if self.weights is not None:
             parts.append(f"{self.weights[1]} of {self.weights[0]} quantized weights bit-identical")
         if self.logits is not None:
-            parts.append(f"logits within {self.logits[0]:.3g} of {self.logits[1]:.3g}")
+            parts.append(f"logits differ by at most {self.logits[0]:.3g} (the largest is {self.logits[1]:.3g})")
         if self.same_text is not None:
             parts.append("same greedy text" if self.same_text else "other greedy text")
         if self.perplexity is not None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export.folders import MARK
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.quantizers import FromFile
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import FORMAT, is_whole, model_fingerprint, recipe_digest
 from lightning_gsq.system.files import hidden_name
+from lightning_gsq.system.owned_folders import read_mark
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.training.outer_options import AUTO
@@ -80,7 +82,11 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
 def _read_recipe(root: Path) -> dict[str, Any]:
     file = root / "recipe.yaml"
     if not file.is_file():
-        raise ConfigurationError(f"run: {root} is not a run folder (no recipe.yaml)")
+        raise ConfigurationError(
+            f"run: {root} is not a run folder (no recipe.yaml); give what fit wrote: its --trainer.default_root_dir"
+        )
+    if read_mark(root, MARK) is not None:
+        raise ConfigurationError(f"run: {root} is what an export wrote; give the run folder that it was written from")
     recipe = read_yaml(file, "run")
     settings = recipe.get("settings") if isinstance(recipe, Mapping) else None
     if not isinstance(settings, Mapping) or not isinstance(settings.get("model"), Mapping):

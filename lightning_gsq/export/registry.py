@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.contract import ExportFormat
+from lightning_gsq.weights.presets import is_preset
 
 _FORMATS: dict[str, ExportFormat] = {}
 Format = TypeVar("Format", bound=type[ExportFormat])
@@ -45,20 +46,22 @@ def all_formats() -> Mapping[str, ExportFormat]:
 
 
 def format_of(name: str) -> ExportFormat:
-    """The format of that name, or the one that a class path such as ``mymodule.MyFormat`` names.
+    """The format of that name, in any case, or the one that a class path such as ``mymodule.MyFormat`` names.
 
     Raises:
         ConfigurationError: there is none.
     """
-    if name in _FORMATS:
-        return _FORMATS[name]
+    if name.lower() in _FORMATS:
+        return _FORMATS[name.lower()]
     module, _, attribute = name.rpartition(".")
     if module and all(part.isidentifier() for part in name.split(".")):
         return _imported(name, module, attribute)
-    nearest = difflib.get_close_matches(name, _FORMATS, n=1)
+    nearest = difflib.get_close_matches(name.lower(), _FORMATS, n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    if is_preset(name.lower()):
+        hint = f" ({name} is a scheme: fit --model.scheme {name.lower()})"
     raise ConfigurationError(
-        f"format: there is no format {name!r}{hint}; choose from {', '.join(_FORMATS)}, or give the path of a class, "
+        f"there is no format {name!r}{hint}; choose from {', '.join(_FORMATS)}, or give the path of a class, "
         "such as mymodule.MyFormat"
     )
 

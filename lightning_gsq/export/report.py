@@ -18,8 +18,8 @@ from lightning_gsq.weights.ledger import PARTS, Ledger
 def print_loadability(console: Console, chosen: Sequence[ExportFormat], run: PlannedRun) -> None:
     """Prints which program loads each format, how exactly, what it takes, and what a user should know of it."""
     schemes = " and ".join(sorted({str(weight.scheme) for weight in run.weights.values()}))
-    table = Table("format", "runtime", "weights", title=f"What loads {schemes}")
-    table.title_justify = "left"
+    console.print(f"What loads {schemes}", soft_wrap=True)
+    table = Table("format", "runtime", "weights")
     for format_ in chosen:
         name = format_.name
         for runtime in format_.runtimes(list(format_.view(run).weights.values())):

@@ -80,9 +80,10 @@ def resolve(
     path, kind = _package_file(address) if address.startswith(PACKAGE_PREFIX) else _look(address)
     if kind == "file":
         if path.suffix != ".gguf":
+            whole = (path.parent / "config.json").is_file()
+            instead = f"give its folder, {path.parent}" if whole else "give a .gguf file, or a folder with config.json"
             raise ConfigurationError(
-                f"model.pretrained: {path} is not a GGUF file; give a .gguf file, or a folder with config.json and "
-                "safetensors"
+                f"model.pretrained: {path} is not a GGUF file; {instead}" + ("" if whole else " and safetensors")
             )
         source = ModelSource(str(path.parent), path.name, None, trust_remote_code)
         gguf_header(source)
@@ -205,12 +206,22 @@ def _package_file(address: str) -> tuple[Path, str | None]:
     return file, kind
 
 
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a model or a run, as far as its names say."""
+    return (folder / "config.json").is_file() or any(folder.glob("*.gguf")) or (folder / "recipe.yaml").is_file()
+
+
 def _check_folder(folder: Path, need_weights: bool) -> None:
     if not (folder / "config.json").is_file():
         ggufs = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f"; it holds {ggufs[0]}: give that file" if ggufs else ""
         if (folder / "adapter_config.json").is_file():
             hint = "; it holds an adapter: merge it into its base model and save that"
+        inside = next((p for p in sorted(folder.iterdir()) if _is_model(p)), None)
+        if inside is not None and not hint:
+            hint = f"; give one of the folders in it, such as {inside}"
+        elif (folder / "recipe.yaml").is_file() and not ggufs:
+            hint = "; it is a run folder: start from the run's original (the same command goes on with a run)"
         raise ConfigurationError(f"model.pretrained: {folder} has no config.json, so it is not a model folder{hint}")
     read_json(folder / "config.json")
     there = any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()

@@ -52,6 +52,8 @@ def passes_through_remote_code(trace: TracebackType | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """The first line of an error's message, all of them where it only announces what follows; its type without one."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if lines and lines[0].endswith(":"):
+        return " ".join(lines)[:400]
+    return lines[0] if lines else type(error).__name__

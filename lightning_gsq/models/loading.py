@@ -48,7 +48,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     if not source.files:
         load_config(source, quantized=True)  # a hub name that nobody has is no model without a tokenizer
-    with as_refusals(f"model.pretrained: {source.shown} has no readable tokenizer", source.trust_remote_code):
+    what = f"model.pretrained: {source.shown} has no readable tokenizer (tokenizer.json and what else the original has)"
+    with as_refusals(what, source.trust_remote_code):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     return tokenizer
 

@@ -51,6 +51,7 @@ def load(
     from lightning_gsq.models.classes import auto_class
 
     root = Path(folder).expanduser()
+    _refuse_other_kinds(root)
     config = read_json(root / "config.json")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
@@ -84,3 +85,21 @@ def load(
                 f"{', '.join(str(key) for key in sorted(report[problem], key=str)[:3])}"
             )
     return nn.Module.to(loaded, device) if device is not None else loaded
+
+
+def _refuse_other_kinds(root: Path) -> None:
+    """Says of a run folder, of a GGUF file and its folder, and of nothing at all, how it is loaded."""
+    if (root / "config.json").is_file():
+        return
+    gguf = next(iter([root] if root.suffix == ".gguf" else sorted(root.glob("*.gguf"))), None)
+    if (root / "recipe.yaml").is_file() and gguf is None:
+        native = root / "export" / "native"
+        how = f"load {native}" if native.is_dir() else f"write one first: lightning-gsq export {root} --format native"
+        raise ConfigurationError(f"model: {root} is a run folder, not one in the native format; {how}")
+    if gguf is not None and gguf.is_file():
+        raise ConfigurationError(
+            f"model: {root} is not in the native format; load it with AutoModelForCausalLM.from_pretrained("
+            f"{str(gguf.parent)!r}, gguf_file={gguf.name!r})"
+        )
+    if not root.is_dir():
+        raise ConfigurationError(f"model: there is no folder {root}")

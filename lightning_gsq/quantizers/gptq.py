@@ -9,7 +9,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers.layout_fit import GroupScales, ScaleFit
 from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.quantizers.scale_search import search_scale
-from lightning_gsq.quantizers.warm_start import Start, WarmStart
+from lightning_gsq.quantizers.warm_start import Start, WarmStart, check_inputs
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -44,8 +44,9 @@ class GPTQ(WarmStart):
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""
+        check_inputs(self, w_OI, hessian_II)
         if hessian_II is None:
-            raise ValueError("GPTQ needs the Hessian of the weight's inputs, got None")
+            raise ConfigurationError("GPTQ needs the Hessian of the weight's inputs, got None")
         if not bool(hessian_II.any()):  # no token came here: there is nothing to be learned about these inputs
             return round_groups(w_OI.float(), scheme, None, self.scale)
         w_OI = w_OI.float().clone()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_gsq.quantizers.layout_fit import ScaleFit, ScaleRule
 from lightning_gsq.quantizers.scale_search import search_scale
-from lightning_gsq.quantizers.warm_start import Start, WarmStart
+from lightning_gsq.quantizers.warm_start import Start, WarmStart, check_inputs
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -26,6 +26,7 @@ class RTN(WarmStart):
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""
+        check_inputs(self, w_OI, hessian_II)
         importance_I = hessian_II.diagonal() if self.weighted and hessian_II is not None else None
         if importance_I is not None and not bool(importance_I.any()):  # no token came here
             importance_I = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,9 +133,53 @@ class WarmStart(ABC):
                 )
 
 
+def check_inputs(warm_start: WarmStart, w_OI: Any, hessian_II: Any) -> None:
+    """Verifies what a warm start is called with, for those who call one themselves.
+
+    Raises:
+        ConfigurationError: no matrix of floating-point numbers, or a Hessian of another size or in 16 bits.
+    """
+    name = type(warm_start).__name__
+    if not isinstance(w_OI, Tensor) or w_OI.ndim != 2 or not w_OI.is_floating_point():
+        raise ConfigurationError(f"{name}: w_OI: expected an fp32 matrix (O, I), got {_described(w_OI)}")
+    wanted = (w_OI.shape[1],) * 2
+    wide = (torch.float32, torch.float64)
+    if hessian_II is not None and (
+        not isinstance(hessian_II, Tensor) or tuple(hessian_II.shape) != wanted or hessian_II.dtype not in wide
+    ):
+        raise ConfigurationError(f"{name}: hessian_II: expected fp32 of shape {wanted}, got {_described(hessian_II)}")
+
+
 def start_of(matrix: Matrix, warm_start: WarmStart) -> Start:
-    """The start of a whole matrix, each expert's own below one another."""
-    return stack([warm_start.start(matrix.name, w, hessian, matrix.scheme) for w, hessian in matrix.parts()])
+    """The start of a whole matrix, each expert's own below one another.
+
+    Raises:
+        ConfigurationError: what the warm start gives is no start of that matrix.
+    """
+    starts = []
+    for w_OI, hessian_II in matrix.parts():
+        starts.append(warm_start.start(matrix.name, w_OI, hessian_II, matrix.scheme))
+        _check_start(warm_start, starts[-1], w_OI)
+    return stack(starts)
+
+
+def _check_start(warm_start: WarmStart, start: Any, w_OI: Tensor) -> None:
+    name, shape = f"model.warm_start: {type(warm_start).__name__}", tuple(w_OI.shape)
+    if not isinstance(start, Start):
+        raise ConfigurationError(f"{name}: expected a Start, got {type(start).__name__}")
+    for part, value in (("codes_OI", start.codes_OI), ("position_OI", start.position_OI)):
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            raise ConfigurationError(f"{name}: {part}: expected shape {shape}, got {_described(value)}")
+    if start.codes_OI.is_floating_point():
+        raise ConfigurationError(f"{name}: codes_OI: expected int8, got {start.codes_OI.dtype}")
+    if not isinstance(start.scales_OG, Tensor) or start.scales_OG.ndim != 2 or len(start.scales_OG) != shape[0]:
+        raise ConfigurationError(
+            f"{name}: scales_OG: expected a row for each of the {shape[0]} rows, got {_described(start.scales_OG)}"
+        )
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def quantized(start: Start, scheme: QuantScheme, scale_dtype: torch.dtype) -> QuantizedTensor:

@@ -17,19 +17,17 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_gsq.models.expert_parallel import in_step
 from lightning_gsq.models.experts import Experts, Part, find_experts
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.run.expert_outputs import OutputErrors, output_errors
+from lightning_gsq.run.expert_outputs import Batches, OutputErrors, output_errors
 from lightning_gsq.run.run import Run
 from lightning_gsq.training import BlockQuantization
 from lightning_gsq.training.losses import refuse_non_finite
 
 TOLERANCE = 1e-3
 NOTHING_SPREAD: Mapping[str, range] = MappingProxyType({})
-Batches = DataLoader[tuple[Tensor, ...]] | list[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)

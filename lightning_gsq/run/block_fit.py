@@ -83,12 +83,16 @@ def fit_block(
     line = accepted.line(plan.name)
     if line is not None:
         run.say(line)
-    measures = {**accepted.measures, "flip_rate": module.flip_rate()}
+    rows = {
+        site.name: rows_of(site, own_part(accepted.trained[site.name], plan.held.get(site.name)))
+        for site in module.sites
+    }
+    measures = {**accepted.measures, "flip_rate": module.flip_rate(rows)}
     _tell(trainer, module, {**measures, "seconds": time.perf_counter() - began})
     dtype = run.model.storage.scale_dtype
     tensors = {
         name: as_stored(
-            quantizer.blend(rows_of(site, own_part(accepted.trained[name], plan.held.get(name))), dtype),
+            quantizer.blend(rows[name], dtype),
             site.to_matrix(module.block.get_parameter(name)),
             f"{plan.name}.{name}",
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_gsq.models.chain import run_block
 from lightning_gsq.models.expert_parallel import passes_of_others, without_tokens
@@ -18,6 +19,8 @@ from lightning_gsq.models.products import Product, WatchProducts
 from lightning_gsq.run.run import Run
 from lightning_gsq.training import BlockQuantization
 
+Batches = DataLoader[tuple[Tensor, ...]] | list[tuple[Tensor, ...]]
+"""Of held-out sequences, as a block's loss takes them."""
 Unit = tuple[int, int]
 """An expert: the number of its place, and its own number there."""
 
@@ -44,7 +47,7 @@ def output_errors(
     run: Run,
     module: BlockQuantization,
     places: Sequence[Experts],
-    batches: Collection[tuple[Tensor, ...]],
+    batches: Batches,
     start: Mapping[str, Tensor],
     trained: Mapping[str, Tensor],
     others: Mapping[str, Tensor],

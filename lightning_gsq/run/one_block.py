@@ -211,7 +211,10 @@ def _check(network: Any, index: int, count: int, ids_NT: Any, held_out: int, bat
     if ids_NT.numel() and not 0 <= int(ids_NT.min()) <= int(ids_NT.max()) < rows:
         raise ConfigurationError(f"ids_NT: the model embeds ids 0 to {rows - 1}, got {int(ids_NT.max())}")
     if not isinstance(held_out, int) or not 0 <= held_out < len(ids_NT):
-        raise ConfigurationError(f"held_out: {len(ids_NT)} sequences leave 0 to {len(ids_NT) - 1}, got {held_out!r}")
+        raise ConfigurationError(
+            f"held_out: of {len(ids_NT)} sequences in ids_NT some have to train; hold out 0 to {len(ids_NT) - 1}, got "
+            f"{held_out!r}"
+        )
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigurationError(f"batch_size must be at least 1, got {batch_size!r}")
     if not isinstance(warm_start, WarmStart):

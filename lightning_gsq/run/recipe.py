@@ -163,15 +163,23 @@ def is_whole(recipe: Any) -> bool:
     return isinstance(groups, Mapping) and isinstance(recipe["fingerprints"], Mapping) and "model" in groups
 
 
+def _typed(value: Any) -> str:
+    """A value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def compare(recorded: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Lines that say where two nested mappings differ."""
     lines = []
     for key in sorted({*recorded, *wanted}, key=str):
         old, new, name = recorded.get(key), wanted.get(key), f"{prefix}{key}"
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
+        classes = [of.get("class_path") for of in (old, new) if isinstance(of, Mapping)]
+        if len(classes) == 2 and classes[0] != classes[1]:  # whose arguments have nothing to do with each other
+            lines.append(f"{name}: the run has {classes[0]}, asked for {classes[1]}")
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += compare(old, new, f"{name}.")
         elif old != new:
-            lines.append(f"{name}: the run has {old!r}, asked for {new!r}")
+            lines.append(f"{name}: the run has {_typed(old)}, asked for {_typed(new)}")
     return lines
 
 

@@ -101,11 +101,11 @@ def _refuse_another(folder: RunFolder, recorded: Mapping[str, Any], wanted: Mapp
             f"trainer.default_root_dir: {folder.root} holds a run of an earlier version, whose files do not say what "
             "they are; export it, or choose another folder"
         )
-    differences = compare(deciding(recorded), deciding(wanted))
+    differences = list(dict.fromkeys(map(_told, compare(deciding(recorded), deciding(wanted)))))
     if differences:
         raise ConfigurationError(
             f"trainer.default_root_dir: {folder.root} holds a run with another recipe; choose another folder, or "
-            "the same settings to resume it. What differs:\n" + "\n".join(f"  {_told(line)}" for line in differences)
+            "the same settings to resume it. What differs:\n" + "\n".join(f"  {line}" for line in differences)
         )
 
 

@@ -64,4 +64,9 @@ def experts_line(experts: Mapping[str, Mapping[str, Any]]) -> str:
 
 def megabytes(count: float) -> str:
     """A size for people."""
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 or not count else f"{count / 1e3:,.1f} kB"
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things, in singular or plural."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

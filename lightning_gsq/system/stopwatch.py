@@ -52,3 +52,12 @@ class Stopwatch:
             part = self._open[-1]
             self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
         self._since = now
+
+
+def duration(seconds: float) -> str:
+    """A time for people, as exact as an estimate is."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:,.0f} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"

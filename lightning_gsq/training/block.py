@@ -235,7 +235,16 @@ class BlockQuantization(LightningModule):
         self.log_dict({**losses, "step": float(self.first_step + self.global_step)}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over logits and scales, with a cosine schedule that ends at the floor."""
+        """The optimizer over logits and scales, with a cosine schedule that ends at the floor.
+
+        Raises:
+            ConfigurationError: the optimizer rounds its steps away, or the block is rounded and trains no more.
+        """
+        if all(quantizer.hard for _, quantizer in self.named_quantizers()):
+            raise ConfigurationError(
+                f"{self.name}: its weights are rounded (HardRounding), which ends their training; make a new module, "
+                "or leave HardRounding to the last fit"
+            )
         logits = [quantizer.logits for _, quantizer in self.named_quantizers()]
         scales = [part for _, quantizer in self.named_quantizers() for part in quantizer.scale_parameters()]
         optimizer = self.optimizer(block_groups(logits, scales, self.scale_learning_rate))
@@ -244,12 +253,18 @@ class BlockQuantization(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     @torch.no_grad()
-    def flip_rate(self) -> float:
-        """The share of codes that differ from the warm start, over the experts of all processes."""
+    def flip_rate(self, rows: Mapping[str, Tensor] | None = None) -> float:
+        """The share of codes that differ from the warm start, over the experts of all processes.
+
+        Args:
+            rows: Rows of each weight that stay trained, by name: bool ``O``; the others count as at the start. None
+                for all.
+        """
         counts = torch.zeros(2, 2, dtype=torch.float64)
         for name, weight in self.named_weights():
             for _, part in weight.parts():
-                changed = int((part.codes_OI() != part.start_codes).sum())
+                moved_OI = part.codes_OI() != part.start_codes
+                changed = int((moved_OI if rows is None else moved_OI[rows[name].to(moved_OI.device)]).sum())
                 counts[int(name in self.own)] += torch.tensor([changed, part.start_codes.numel()])
         if self.exchange is not None:
             counts[1] = self.exchange.sum(counts[1].to(self.exchange.device)).cpu()

@@ -122,9 +122,11 @@ def assign_schemes(
             beside = option != "include" and any(names_it(pattern, name, outside=True) for name in outside)
             if not beside and not any(_matches(name, pattern) for name in names):
                 examples = ", ".join(names[:3])
+                wider = f"*{pattern}*"
+                hint = f"; did you mean {wider!r}?" if any(_matches(name, wider) for name in names) else ""
                 raise ConfigurationError(
-                    f"{option}: the pattern {pattern!r} matches none of the {len(names)} linear weights; "
-                    f"their names look like {examples}"
+                    f"model.{option}: the pattern {pattern!r} matches none of the {len(names)} linear weights of the "
+                    f"blocks; their names look like {examples}{hint}"
                 )
     chosen = {}
     for name in names:
@@ -136,7 +138,9 @@ def assign_schemes(
                 fitting = applied(pattern, override, fitting)
         chosen[name] = fitting
     if not chosen:
-        raise ConfigurationError(f"include={list(include)} and exclude={list(exclude)} leave no weight to quantize")
+        raise ConfigurationError(
+            f"model.include={list(include)} and model.exclude={list(exclude)} leave no weight to quantize"
+        )
     return chosen
 
 

@@ -122,6 +122,11 @@ def plain_preset(name: str) -> tuple[Bits, int] | None:
     return "ternary" if match[1] == "t" else int(match[1]), int(match[2])
 
 
+def is_preset(name: str) -> bool:
+    """Whether a scheme has this name."""
+    return name in NAMED or plain_preset(name) is not None
+
+
 def preset_named(name: str) -> Preset:
     """The preset of that name.
 

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,6 +201,14 @@ def test_progress_prints_one_line_a_block_without_a_terminal(capsys: pytest.Capt
     assert [line.split("  ")[0] for line in lines] == ["block 1/2", "block 2/2"]
 
 
+def test_a_rounded_block_says_that_it_trains_no_more() -> None:
+    module = block_module()
+    settings: dict[str, Any] = {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET}
+    Trainer(callbacks=[HardRounding()], **settings).fit(module, block_batches(module))
+    with pytest.raises(ConfigurationError, match=r"its weights are rounded .* make a new module"):
+        Trainer(**settings).fit(module, block_batches(module))
+
+
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -219,7 +228,7 @@ def test_a_block_of_a_run_leaves_its_line(terminal: bool) -> None:
     line = "error 0.1420 -> 0.0880  codes moved 4.1%  17.7 s"
     assert shown.getvalue().count(line) == 1
     assert "block 3/30" in shown.getvalue()
-    assert ("min left" in shown.getvalue().partition(line)[2]) is not terminal
+    assert ("  about " in shown.getvalue().partition(line)[2]) is not terminal
 
 
 def test_short_fits_have_curves(tmp_path: Path) -> None:

@@ -127,17 +127,20 @@ def test_unknown_option_names_the_nearest(fit: Run) -> None:
         (["--model.scheme", "q4_0", "--model.scheme.bits", "5"], "bits 5 does not go with the preset q4_0"),
         (["--model.overrides", '{"*.down_proj": "mlx7g64"}'], "model.overrides: '*.down_proj': there is no preset"),
         (["--model.overrides", '{"*.down_proj": {"bit": 4}}'], "expected the name of a preset, or settings (bits, "),
-        (["--model.include", "[nothing*]"], "include: the pattern 'nothing*' matches none"),
+        (["--model.include", "[nothing*]"], "model.include: the pattern 'nothing*' matches none"),
+        (["--model.exclude", "q_proj"], "did you mean '*q_proj*'?"),
         (["--model.overrides", '{"*.nope": {"bits": 4}}'], "overrides: the pattern '*.nope' matches none"),
         (["--model.blocks", "3:9"], "model.blocks: 3:9 is not a range within the model's 2 blocks"),
         (["--model.blocks", "first"], "model.blocks must be a range such as 0:4, got 'first'"),
         (["--model.scale_learning_rate", "0"], "model.scale_learning_rate must be positive, got 0"),
         (
             ["--data.sequence_length", "4096"],
-            "data.sequence_length: 4096 tokens exceed the model's limit of 128",
+            "data.sequence_length: 4096 tokens exceed the model's limit of 128; choose at most that",
         ),
         (["--evaluation.sequence_length", "4096"], "evaluation.sequence_length: 4096 tokens exceed"),
-        (["--data.source.path", "/no/such/text"], "there is no file or folder /no/such/text"),
+        (["--data.source.path", "/no/such/text"], "data.source.path: there is no file or folder /no/such/text"),
+        (["--evaluation", "/no/such/text"], "evaluation.source.path: there is no file or folder /no/such/text"),
+        (["--export", "q4_0"], "there is no format 'q4_0' (q4_0 is a scheme: fit --model.scheme q4_0)"),
         (["--data.num_sequences", "999999"], "the source has"),
         (["--data.num_sequences", "0"], "data.num_sequences must be at least 1, got 0"),
         (["--trainer.precision", "bf16-true"], "logits and scales train in 32 bits, got bf16-true"),
@@ -170,6 +173,15 @@ def test_bad_models(fit: Run, tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"x")
     code, output = fit("--model.pretrained", str(tmp_path / "weights.pt"))
     assert code == 2 and "is not a GGUF file" in output
+    code, output = fit("--model.pretrained", str(tiny_llama / "config.json"))
+    assert code == 2 and f"is not a GGUF file; give its folder, {tiny_llama}" in output
+    shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+    code, output = fit("--model.pretrained", str(tmp_path / "bare"))
+    assert code == 2 and "has no readable tokenizer (tokenizer.json and what else the original has): " in output
+    assert not output.rstrip().endswith(":")
+    (tmp_path / "empty" / "recipe.yaml").touch()
+    code, output = fit("--model.pretrained", str(tmp_path / "empty"))
+    assert code == 2 and "it is a run folder: start from the run's original" in output
     shutil.copytree(tiny_llama, tmp_path / "quantized")
     file = tmp_path / "quantized" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "awq"}}))

@@ -8,7 +8,8 @@ import jinja2
 import pytest
 
 from lightning_gsq.cli import entry, errors, main
-from lightning_gsq.cli.messages import nearest
+from lightning_gsq.cli.listings import option_names
+from lightning_gsq.cli.names import nearest, unknown_option
 from lightning_gsq.errors import ConfigurationError, ProcessLostError
 
 
@@ -85,6 +86,22 @@ def refused(capsys: pytest.CaptureFixture[str]):
         ("predict m --prompt a --seed -1", "seed must be a number from 0 to 4294967295, got -1"),
         ("predict m --prompt a --device meta", "device: meta holds no numbers; use cpu, or cuda"),
         ("fit " + "x" * 500, "File name too long"),
+        ("fit m --model.scheme.bits 16", "model.scheme.bits must be 1 to 8 or 'ternary', got 16"),
+        ("fit m --model.scheme.group_size 0", "model.scheme.group_size must be a positive number"),
+        ("fit m --model.device_map auto", "did you mean --trainer.accelerator?"),
+        ("fit m --model.some_thing 3", "there is no option --model.some_thing (python"),
+        ("fit m --data wikitext2", "a data set of the hub as organisation/name"),
+        ("quantize m", "there is no verb 'quantize'; did you mean fit? The verbs are fit, validate, plan, export,"),
+        ("exprot m", "there is no verb 'exprot'; did you mean export?"),
+        ("some-model", "there is no verb 'some-model'; a verb comes first, then the model. The verbs are fit, "),
+        ("fit m n", "fit takes one model, got m and n; values of a list are joined by commas"),
+        ("fit m --export gguf native", "fit takes one model, got m and native; values of a list are joined"),
+        ("plan m --model n", "plan takes one model, got m and n"),
+        (
+            "plan --model /no/m.gguf --model /no/n.gguf",
+            "there is no file or folder /no/n.gguf",
+        ),
+        ("predict m --model.dtype float16", "there is no option --model.dtype; did you mean --dtype?"),
     ],
 )
 def test_one_line(arguments: str, line: str, refused) -> None:
@@ -92,11 +109,30 @@ def test_one_line(arguments: str, line: str, refused) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("fit m --bits 3", "did you mean --model.scheme.bits? (python -m lightning_gsq fit --help)"),
+        ("fit m --data.bits 2 --w_bit=3", "did you mean --model.scheme.bits?"),
+        ("predict m --max_tokens 3", "did you mean --max_new_tokens?"),
+        ("fit m --data.source --bits", None),  # a value, however it looks
+        ("fit m --model.anything 3 --optimizer.lr 3", "did you mean --model.optimizer.lr?"),
+        ("fit m --seed 3 --data+ x --print_config", None),
+        ("fit m --model.schem.bits 3", None),  # of a group that there is: the parser knows its classes
+    ],
+)
+def test_an_option_of_no_group_ends_before_the_libraries_are_loaded(arguments: str, line: str | None) -> None:
+    words = arguments.split()
+    said = unknown_option(words, option_names(words[0]))
+    assert line is None if said is None else line is not None and line in said
+    assert unknown_option(words, ()) is None  # where nothing says which options there are
+
+
+@pytest.mark.parametrize(
     ("content", "line"),
     [
         (
             b"model:\n  schem:\n    bits: 2\n",
-            "no option --model.schem.bits; did you mean --model.scheme.bits?",
+            "the configuration sets model.schem.bits, which is no option; did you mean model.scheme.bits?",
         ),
         ("model: {pretrained: caf\u00e9}\n".encode("latin-1"), "is not UTF-8 text (byte 23)"),
         (b"[1, 2]\n", "holds no settings by name"),
@@ -137,12 +173,17 @@ def test_a_text_in_place_of_settings_is_not_printed(refused, corpus: Path) -> No
         ("model.scheme.bit", "model.scheme.bits"),
         ("model.bits", "model.scheme.bits"),
         ("num_sequence", "data.num_sequences"),
+        ("data.nsample", "data.num_sequences"),
+        ("num_calibration_samples", "data.num_sequences"),
+        ("model.scheme.sym", "model.scheme"),
+        ("act_order", None),
+        ("trainer.lr", "model.optimizer.lr"),
         ("zzzzzz", None),
     ],
 )
 def test_nearest(name: str, option: str | None) -> None:
     options = {"model.scheme.bits", "model.scheme.group_size", "trainer.default_root_dir", "data.num_sequences"}
-    options |= {"data.sequence_length", "data.source", "model.dtype"}
+    options |= {"data.sequence_length", "data.source", "model.dtype", "model.scheme", "model.optimizer"}
     assert nearest(name, options) == option
 
 

@@ -54,6 +54,17 @@ def test_help_needs_no_libraries(verb: str, option: str) -> None:
     assert time.process_time() - began < 3
 
 
+def test_an_unknown_option_needs_no_libraries() -> None:
+    code = """if True:
+        import sys
+        from lightning_gsq.cli import main
+        assert main(["fit", "a model", "--bits", "3"]) == 2
+        print(sorted({"torch", "lightning", "transformers", "jsonargparse"} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n" and "did you mean --model.scheme.bits?" in done.stderr
+
+
 def test_other_versions_ask_the_parser(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(listings, "version", lambda name: "0.0")
     assert listings.listing(["fit", "--help"]) is None

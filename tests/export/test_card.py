@@ -1,7 +1,6 @@
 """Names from a run folder stay text in a model card, whatever they are made of."""
 
 import dataclasses
-import html
 from pathlib import Path
 
 import pytest
@@ -55,14 +54,17 @@ def test_a_card_with_hostile_names(new_run: MakeRun, name: str) -> None:
 def test_a_card_says_what_was_measured_and_how_it_was_made(new_run: MakeRun) -> None:
     run = open_run(new_run())
     Path(run.model.address.pretrained, "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    text_of_the_hub = {"class_path": "lightning_gsq.data.HuggingFaceDataset", "init_args": {"path": "someones/texts"}}
+    run.recipe["settings"]["data"]["source"] = text_of_the_hub
     about = {"text": "TextFile wiki.raw", "windows": 24, "tokens": 1024, "starts_with_bos": False}
     run.summary["evaluation"] = {**about, "precision": "bf16-mixed", "digest": "abc123"}
     run.recipe["command"] = "lightning-gsq fit /home/someone/model --data '~/texts/my text.txt' --model.scheme.bits 3"
     card = model_card(run, NativeFormat(), Ledger((LedgerEntry("w", 8, codes=8),), {"model.safetensors": 0}), None)
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["license"] == "mit"
+    assert yaml.safe_load(front)["datasets"] == ["someones/texts"]
     assert "On TextFile wiki.raw, 24 windows of 1,024 tokens, bf16-mixed; digest of the tokens abc123." in text
-    assert "lightning-gsq fit model --data 'my text.txt' --model.scheme.bits 3" in html.unescape(text)
+    assert "\n\n    lightning-gsq fit model --data 'my text.txt' --model.scheme.bits 3\n\n" in text
     assert "someone" not in text
     assert "`pip install lightning-gsq`" in text
     assert "pip install lightning-gsq" not in model_card(run, DequantizedFormat(), Ledger(), None)

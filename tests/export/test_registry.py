@@ -78,6 +78,7 @@ def test_a_registered_format_has_a_name(emptied: None) -> None:
 def test_a_class_path_names_a_format() -> None:
     assert isinstance(export.format_of("tests.export.test_registry.Sizes"), Sizes)
     assert export.format_of("lightning_gsq.export.formats.GGUFFormat") is export.format_of("gguf")
+    assert export.format_of("GGUF") is export.format_of("gguf")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ def test_a_class_path_names_a_format() -> None:
         ("pathlib.Path", "pathlib.Path is no subclass of lightning_gsq.export.ExportFormat"),
         ("compressed_tensors", "did you mean compressed-tensors"),
         ("", "there is no format ''"),
+        ("Q4_K", r"Q4_K is a scheme: fit --model.scheme q4_k"),
         ("..x", "there is no format"),
     ],
 )

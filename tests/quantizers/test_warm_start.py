@@ -1,13 +1,17 @@
 """Scale search, RTN and GPTQ on small matrices."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import GPTQ, RTN, DualMode, Matrix, WarmStart
 from lightning_gsq.quantizers.gptq import inverse_cholesky
 from lightning_gsq.quantizers.scale_search import search_scale
-from lightning_gsq.quantizers.warm_start import quantized
+from lightning_gsq.quantizers.warm_start import Start, quantized, start_of
 from lightning_gsq.weights.scheme import QuantScheme
 
 SCHEMES = [QuantScheme(bits, 8) for bits in (1, "ternary", 2, 3, 4, 8)]  # type: ignore[arg-type]
@@ -178,3 +182,51 @@ def test_weighted_search_serves_the_inputs_that_matter() -> None:
     scheme = QuantScheme(3, 4)
     plain, weighted = search_scale(w, scheme), search_scale(w, scheme, importance)
     assert float(weighted.abs()) < float(plain.abs())
+
+
+W_OI = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("warm_start", [GPTQ(), RTN(weighted=True)])
+@pytest.mark.parametrize(
+    ("weight", "hessian", "message"),
+    [
+        (W_OI, torch.eye(4), r"hessian_II: expected fp32 of shape \(8, 8\), got torch.float32 \(4, 4\)"),
+        (W_OI, torch.ones(8), "hessian_II: expected fp32 of shape"),
+        (W_OI, torch.eye(8).half(), r"hessian_II: .* got torch.float16 \(8, 8\)"),
+        (W_OI, [1.0], "hessian_II: expected fp32 of shape .* got list"),
+        (W_OI[0], torch.eye(8), r"w_OI: expected an fp32 matrix \(O, I\), got torch.float32 \(8,\)"),
+        (W_OI.numpy(), torch.eye(8), "w_OI: expected an fp32 matrix .* got ndarray"),
+    ],
+)
+def test_called_with_something_else(warm_start: WarmStart, weight: Any, hessian: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{type(warm_start).__name__}: {message}"):
+        warm_start(weight, hessian, QuantScheme(2, 4))
+
+
+class Wrong(RTN):
+    """A warm start of somebody's own with a mistake."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
+        start = super().__call__(w_OI, hessian_II, scheme)
+        return dataclasses.replace(start, **self.changes) if self.changes else (start.codes_OI, start.scales_OG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "expected a Start, got tuple"),
+        ({"codes_OI": torch.zeros(8, 4)}, r"codes_OI: expected shape \(4, 8\), got torch.float32 \(8, 4\)"),
+        ({"codes_OI": torch.zeros(4, 8)}, "codes_OI: expected int8, got torch.float32"),
+        ({"position_OI": None}, r"position_OI: expected shape \(4, 8\), got NoneType"),
+        ({"scales_OG": torch.ones(4)}, r"scales_OG: expected a row for each of the 4 rows, got torch.float32 \(4,\)"),
+    ],
+)
+def test_what_a_warm_start_of_ones_own_gives_is_checked(changes: dict[str, Any], message: str) -> None:
+    matrix = Matrix(W_OI, None, QuantScheme(2, 4))
+    with pytest.raises(ConfigurationError, match=f"model.warm_start: Wrong: {message}"):
+        start_of(matrix, Wrong(**changes))

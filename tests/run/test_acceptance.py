@@ -18,7 +18,7 @@ from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
 from lightning_gsq.quantizers import RTN, GumbelOptions, GumbelQuantizer
 from lightning_gsq.quantizers.warm_start import Start
 from lightning_gsq.run import acceptance
-from lightning_gsq.run.acceptance import accept, rows_of
+from lightning_gsq.run.acceptance import Accepted, accept, rows_of
 from lightning_gsq.run.expert_outputs import output_errors
 from lightning_gsq.system.processes import Ranks
 from lightning_gsq.training import BlockQuantization
@@ -91,10 +91,11 @@ def test_an_expert_that_got_worse_goes_back_alone() -> None:
     assert accepted.measures["final"] < accepted.measures["trained"]  # the start of expert 2 was the better one
     line = accepted.line("model.layers.0")
     assert line is not None and "1 of mlp.experts (2) went back to the start" in line
-    stored = {
-        name: q.blend(rows_of(s, accepted.trained[name]))
-        for s, (name, q) in zip(module.sites, module.named_weights(), strict=True)
-    }
+    rows = rows_of_all(module, accepted)
+    stored = {name: quantizer.blend(rows[name]) for name, quantizer in module.named_weights()}
+    moved = [int((stored[name].codes_OI != q.start_codes).sum()) for name, q in module.named_quantizers()]
+    total = sum(q.start_codes.numel() for _, q in module.named_quantizers())
+    assert module.flip_rate(rows) == pytest.approx(sum(moved) / total)
     for name, quantizer in module.named_weights():
         codes_EOI = stored[name].codes_OI.view(len(accepted.trained[name]), -1)
         for number, trained in enumerate(accepted.trained[name].tolist()):
@@ -145,6 +146,12 @@ def test_a_block_that_is_worse_in_everything_keeps_its_start() -> None:
     assert not any(bool(trained_E.any()) for trained_E in accepted.trained.values())
     assert accepted.measures["final"] == accepted.measures["start"]
     assert (accepted.line("block") or "").endswith("the block keeps its warm start")
+    assert module.flip_rate() > 0
+    assert module.flip_rate(rows_of_all(module, accepted)) == 0
+
+
+def rows_of_all(module: BlockQuantization, accepted: Accepted) -> dict[str, Tensor]:
+    return {site.name: rows_of(site, accepted.trained[site.name]) for site in module.sites}
 
 
 def test_output_errors_are_those_of_the_experts_own_function() -> None:
