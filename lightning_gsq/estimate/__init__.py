@@ -9,6 +9,7 @@ perplexity_terms  memory of measuring perplexity
 end_to_end_terms  memory of the end-to-end phase
 phases            the memory of a run, phase by phase
 probe             seconds of a few steps on one block of random weights
+surroundings      the machine, and settings that several terms depend on
 limits            what this machine has
 problems          what of a plan does not fit
 advice            what would make it fit

@@ -16,18 +16,18 @@ from lightning_gsq.estimate.perplexity_terms import by_block
 from lightning_gsq.estimate.phases import Phase, phases_of
 from lightning_gsq.estimate.probe import Timing, probe
 from lightning_gsq.estimate.quantities import (
-    Surroundings,
     Weights,
     ledger_of,
     num_streams,
-    optimizer_state,
     outer_ledgers,
     stream_bytes,
     window_bytes,
 )
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
+from lightning_gsq.estimate.surroundings import surroundings
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
+from lightning_gsq.models.computed_weights import computed_bytes, short_of_memory
 from lightning_gsq.models.dequantizing import method_of
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
@@ -124,7 +124,10 @@ def estimate(
     check_spread(model, skeleton.model, plan, trainer)
     # What this process takes already is part of the plan's baseline.
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
-    around = _surroundings(model, end_to_end, trainer, source, method_of(config) is not None, device_memory)
+    size = skeleton.parameters * skeleton.dtype.itemsize
+    computed = computed_bytes(source, skeleton.model, method_of(config) is not None)
+    in_files = computed > 0 and short_of_memory(size, host_room)
+    around = surroundings(model, end_to_end, trainer, source, computed == 0 or in_files, device_memory)
     around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
@@ -138,6 +141,8 @@ def estimate(
     mapped, windows = streams > limit, windows if windows > limit else 0
     outer_ledger = sum((ledger for _, ledger in outer.values()), BitsLedger())
     run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()), outer_ledger)
+    if in_files:
+        run_folder["weights computed on loading"] = computed
     steps = _steps(trainer, data)
     timing, reason = None, "--probe false"
     if around.experts_over > 1:
@@ -174,28 +179,6 @@ def estimate(
         None if timing is None else _seconds(model, data, timing, len(plan), steps),
         reason,
         misfits,
-    )
-
-
-def _surroundings(
-    model: ModelQuantization,
-    end_to_end: EndToEndOptions,
-    trainer: Trainer,
-    source: loading.ModelSource,
-    dequantized: bool,
-    device_memory: float | None,
-) -> Surroundings:
-    device = trainer.strategy.root_device
-    return Surroundings(
-        bf16=trainer.precision == "bf16-mixed",
-        optimizer_state=optimizer_state(model),
-        file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
-        device_room=limits.device_bytes(device) if device_memory is None else int(device_memory),
-        accelerated=device.type != "cpu" or device_memory is not None,
-        mapped=source.gguf_file is None and model.address.dtype == "auto" and not dequantized,
-        spread=1 if end_to_end.strategy is None else trainer.world_size,
-        experts_over=trainer.world_size if model.block.expert_parallel else 1,
-        accumulates=trainer.accumulate_grad_batches > 1,
     )
 
 

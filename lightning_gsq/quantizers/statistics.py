@@ -86,8 +86,11 @@ class InputStatistics:
                 empty = self.empty(site)
                 count = torch.tensor([self.counts.get(key, 0)], device=self.device)
                 self.sums[key], self.counts[key] = add(self.sums.get(key, empty)), int(add(count))
-                for counts in (self.alive, self.passed):
-                    counts[key] = add(counts.get(key, torch.zeros((), dtype=torch.int64, device=self.device)))
+                none = torch.zeros((), dtype=torch.int64, device=self.device)
+                self.alive[key] = add(self.alive.get(key, none.clone()))
+                passed = add(self.passed.get(key, none.clone()))
+                if int(passed):  # where nothing came by, nothing is known of it, rather than that it is nothing
+                    self.passed[key] = passed
 
     def join(self, others: InputStatistics) -> None:
         """Takes in what others of the same weights have seen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
@@ -173,10 +174,10 @@ class ModelQuantization(LightningModule):
         self.selection = dataclasses.replace(self.selection, chosen=dict(widths), name=name)
         self.outer = dataclasses.replace(self.outer, selection=self.selection)
 
-    def load(self, source: loading.ModelSource, quantized: bool = False) -> None:
-        """Fills ``tokenizer`` and ``network``; ``quantized``: a model that is quantized already will do."""
+    def load(self, source: loading.ModelSource, quantized: bool = False, scratch: Path | None = None) -> None:
+        """Fills ``tokenizer`` and ``network``; arguments as of :func:`loading.load_model`."""
         self.tokenizer = loading.load_tokenizer(source)
-        self.network = loading.load_model(source, self.address.dtype, quantized)
+        self.network = loading.load_model(source, self.address.dtype, quantized, scratch)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Adds the predictions of a window ``1 T`` of token ids, its first token being context only."""
