@@ -46,7 +46,8 @@ class EndChanges:
         seed: int,
     ) -> None:
         self.network, self.forms, self.schemes, self.scale_dtype = network, forms, schemes, scale_dtype
-        self.ends = find_ends(network)
+        ends = find_ends(network)  # a tied head is one matrix with the embedding, and goes by its name
+        self.embedding, self.head = ends.embedding, ends.embedding if ends.tied else ends.head
         if network.get_output_embeddings() is None:
             raise ConfigurationError(
                 f"model.size: {type(network).__name__} names no module as its head, so that what its predictions "
@@ -60,7 +61,7 @@ class EndChanges:
     @property
     def wants_embedding(self) -> bool:
         """Whether the gradient at the first block's input is needed."""
-        return self.ends.embedding in self.schemes
+        return self.embedding in self.schemes
 
     def gradients(self, ids_NT: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The gradient at the last block's output of each sequence's ``-log p`` of labels drawn from ``p``.
@@ -70,12 +71,12 @@ class EndChanges:
             outputs: What the last block gives for each, ``1 T D``.
         """
         self.changes = self._round(ids_NT, outputs)
-        self._head = {key: [] for key in self.changes if key[0] == self.ends.head}
+        self._head = {key: [] for key in self.changes if key[0] == self.head}
         return [self._head_pass(ids_T[None], output) for ids_T, output in zip(ids_NT, outputs, strict=True)]
 
     def enter(self, ids_NT: Tensor, gradients: Sequence[Tensor]) -> None:
         """Takes each sequence's gradient at the first block's input."""
-        name, module = self.ends.embedding, self.network.get_input_embeddings()
+        name, module = self.embedding, self.network.get_input_embeddings()
         self._embedding = {key: [] for key in self.changes if key[0] == name}
         if not self._embedding:
             return
@@ -104,13 +105,13 @@ class EndChanges:
     def _round(self, ids_NT: Tensor, outputs: Sequence[Tensor]) -> Changes:
         """The changes; those of a head weighted by its inputs, as a run does it."""
         moments_D: Tensor | None = None
-        if self.ends.head in self.schemes:
+        if self.head in self.schemes:
             seen = [self._tail(ids_T[None], output)[0].float() for ids_T, output in zip(ids_NT, outputs, strict=True)]
             moments_D = torch.cat(seen).square().mean(0)
         changes = {}
         for name, choices in self.schemes.items():
             w_VD = self.network.get_parameter(name).detach().float()
-            importance_D = moments_D if name == self.ends.head else None
+            importance_D = moments_D if name == self.head else None
             for choice, scheme in choices.items():
                 changes[name, choice] = change_of(w_VD, [importance_D], scheme, self.scale_dtype)
         return changes
