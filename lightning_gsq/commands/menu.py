@@ -22,8 +22,8 @@ from lightning_gsq.widths.groups import named, scheme_name
 from lightning_gsq.widths.size import SLACK
 
 DEFAULT_CHOICES = {
-    "gguf": ("q2_k", "q3_k", "q4_k", "q6_k"),
-    "native": ("w2g64", "w3g64", "w4g64", "w6g64"),
+    "gguf": ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0"),
+    "native": ("w2g64", "w3g64", "w3g32", "w4g64", "w4g32", "w5g64", "w6g64", "w8g64"),
 }
 """Of the formats whose files are counted."""
 
