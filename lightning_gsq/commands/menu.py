@@ -79,6 +79,22 @@ class Menu:
         }
 
     @property
+    def most_choices(self) -> int:
+        """How many presets a matrix may take at most."""
+        return max(len(group.schemes) for group in self.groups)
+
+    def widest_for_all(self) -> tuple[dict[str, str], int]:
+        """The option of every group if all take the same step up from their smallest, as far as it fits; its bytes."""
+        ordered = {group.name: sorted(self.sizes(group), key=self.sizes(group).__getitem__) for group in self.groups}
+        best = self.extreme(), self.file.total(self.schemes(self.extreme()))
+        for step in range(1, self.most_choices):
+            options = {name: steps[min(step, len(steps) - 1)] for name, steps in ordered.items()}
+            total = self.file.total(self.schemes(options))
+            if best[1] < total <= self.limit:
+                best = options, total
+        return best
+
+    @property
     def widest_plan(self) -> list[BlockPlan]:
         """The plan with the largest option of every group."""
         return with_schemes(self.plan, self.schemes(self.extreme(largest=True)))

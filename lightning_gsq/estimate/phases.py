@@ -24,6 +24,7 @@ from lightning_gsq.estimate.quantities import (
     stream_bytes,
 )
 from lightning_gsq.estimate.skeleton import Skeleton
+from lightning_gsq.estimate.width_terms import width_terms
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import FP32
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
@@ -79,7 +80,12 @@ def phases_of(
     worst = worst_block(model, data, skeleton, plan, around)
     way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, plan, around)
 
-    phases = [_loading(held, skeleton, around), Phase(f"perplexity{way}", held | windows, evaluate)]
+    phases = [_loading(held, skeleton, around)]
+    if around.choices:
+        terms = width_terms(data, skeleton, plan, around)
+        phases.append(Phase("widths: what embedding and head are worth", held | terms.seen | terms.ends))
+        phases.append(Phase("widths: what the matrices of a block are worth", held | terms.seen, terms.block))
+    phases.append(Phase(f"perplexity{way}", held | windows, evaluate))
     if outer.weights:
         held = held | {"codes and scales of embedding and head": outer.weights + outer.scale_bits // 8}
     if "init" in model.phases:
