@@ -13,7 +13,7 @@ from lightning_gsq.commands.sizing import decide
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.weights.assignment import fit_rows, scheme_of
 from lightning_gsq.weights.presets import GGML
-from lightning_gsq.widths import Worth
+from lightning_gsq.widths import Worth, smoothed
 
 ROWS = ("uniform", "rule", "knapsack", "llama.cpp")
 WIDER = 4.0
@@ -36,7 +36,10 @@ def widths_of(row: str, menu: Menu, plan: Path, files: dict[str, Path]) -> dict[
     if row == "llama.cpp":
         sizes = {kind: mix_bytes(kind, menu) for kind in BASES}
         return mix(_largest(sizes, menu.limit), menu.model.network, columns_of(menu))
-    worth: Worth = by_hand(menu) if row == "rule" else json.loads((plan / "worth.json").read_text())["worth"]
+    if row == "rule":
+        return dict(decide(menu, by_hand(menu), print).widths)
+    predicted = json.loads((plan / "worth.json").read_text())
+    worth = smoothed(predicted["worth"], find_blocks(menu.model.network)[0], predicted["sequences"][0])
     return dict(decide(menu, worth, print).widths)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_gsq.commands.menu import Menu, mixture_name
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.block_plan import BlockPlan, with_schemes
@@ -24,7 +25,7 @@ from lightning_gsq.system.digests import data_digest
 from lightning_gsq.system.files import write_atomically
 from lightning_gsq.system.waiting import wait_for
 from lightning_gsq.weights.assignment import scheme_of
-from lightning_gsq.widths import Choice, Group, Item, Worth, measure_worth, pick
+from lightning_gsq.widths import Choice, Group, Item, Worth, measure_worth, pick, smoothed
 from lightning_gsq.widths.picture import draw_widths
 from lightning_gsq.widths.size import SLACK
 from lightning_gsq.widths.worth import Candidate, samples
@@ -68,7 +69,9 @@ def choose(
         choice = Choice.of_plain(earlier)
         _say_of_another_runtime(menu, choice, say)
     else:
-        choice = decide(menu, worth_of(menu, folder, recipe, ids_NT, device, seed, say), say)
+        worth = worth_of(menu, folder, recipe, ids_NT, device, seed, say)
+        prefix = find_blocks(menu.model.network)[0]
+        choice = decide(menu, smoothed(worth, prefix, len(samples(ids_NT))), say)
     if not folder.rank:
         choice.write(folder.root)
     menu.model.take(choice.widths, mixture_name(menu.model))
