@@ -82,9 +82,9 @@ def phases_of(
 
     phases = [_loading(held, skeleton, around)]
     if around.choices:
-        terms = width_terms(data, skeleton, plan, around)
-        phases.append(Phase("widths: what embedding and head are worth", held | terms.seen | terms.ends))
-        phases.append(Phase("widths: what the matrices of a block are worth", held | terms.seen, terms.block))
+        widths = width_terms(data, skeleton, plan, around)
+        phases.append(Phase("widths: what embedding and head are worth", held | widths.seen | widths.ends))
+        phases.append(Phase("widths: what the matrices of a block are worth", held | widths.seen, widths.block))
     phases.append(Phase(f"perplexity{way}", held | windows, evaluate))
     if outer.weights:
         held = held | {"codes and scales of embedding and head": outer.weights + outer.scale_bits // 8}

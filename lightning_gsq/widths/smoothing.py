@@ -47,12 +47,12 @@ def _fit(costs: Sequence[Sequence[float]], samples: int) -> list[list[float]]:
     rows, columns = logs.shape
     fitted = logs.mean(1, keepdims=True) + logs.mean(0, keepdims=True) - logs.mean()
     if rows == 1 or columns == 1:
-        return np.exp(logs).tolist()  # type: ignore[no-any-return]
+        return np.exp(logs).tolist()
     left = logs - fitted
     # Two factors were fitted, which took their part of the variance.
     variance_C = (left**2).sum(0) / (rows - 1) * columns / (columns - 1)
     stays_C = np.clip(1 - 2 / samples / np.maximum(variance_C, 1e-30), 0, 1)
-    return np.exp(fitted + stays_C * left).tolist()  # type: ignore[no-any-return]
+    return np.exp(fitted + stays_C * left).tolist()
 
 
 def _kind(name: str, prefix: str) -> str:
