@@ -87,7 +87,7 @@ class EndChanges:
             outputs: What the last block gives for each, ``1 T D``.
         """
         passes = [self._head_pass(ids_T[None], output) for ids_T, output in zip(ids_NT, outputs, strict=True)]
-        if self.head in self.schemes:
+        if self.head is not None and self.head in self.schemes:
             self._moments_D = torch.cat([own.hidden_TD for own in passes]).square().mean(0)
             self._along_head(self.head, passes)
         return [own.gradient_BTD for own in passes]
@@ -109,7 +109,7 @@ class EndChanges:
     def enter(self, ids_NT: Tensor, gradients: Sequence[Tensor]) -> None:
         """Takes each sequence's gradient at the first block's input."""
         name, module = self.embedding, self.network.get_input_embeddings()
-        if name not in self.schemes:
+        if name is None or name not in self.schemes:
             return
         entering = [
             self._at_embedding(ids_T[None], gradient_BTD).float()
