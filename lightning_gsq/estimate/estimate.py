@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import limits, problems
 from lightning_gsq.estimate.advice import device_advice
+from lightning_gsq.estimate.assigned import assigned
 from lightning_gsq.estimate.perplexity_terms import by_block
 from lightning_gsq.estimate.phases import Phase, phases_of
 from lightning_gsq.estimate.probe import Timing, probe
@@ -29,9 +30,7 @@ from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
 from lightning_gsq.models.computed_weights import computed_bytes, short_of_memory
 from lightning_gsq.models.dequantizing import method_of
-from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.run.experts import check_spread
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
@@ -99,6 +98,7 @@ def estimate(
     with_probe: bool = True,
     host_memory: float | None = None,
     device_memory: float | None = None,
+    choices: int = 0,
 ) -> Estimate:
     """Plans the run that ``fit`` would do with these settings; loads no weight and reads no text.
 
@@ -112,6 +112,7 @@ def estimate(
         with_probe: Measure one block's steps.
         host_memory: Bytes of another machine's host; None for this one's.
         device_memory: Bytes of another machine's accelerator; None for what this one has.
+        choices: Presets that a matrix may take where a size is given; 0 without one.
 
     Raises:
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
@@ -120,7 +121,7 @@ def estimate(
     config = loading.load_config(source)
     loading.check_headers(source, config)
     skeleton = make_skeleton(source, config, model.address.dtype)
-    plan = _assign(model, skeleton)
+    plan = assigned(model, skeleton)
     check_spread(model, skeleton.model, plan, trainer)
     # What this process takes already is part of the plan's baseline.
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
@@ -128,7 +129,7 @@ def estimate(
     computed = computed_bytes(source, skeleton.model, method_of(config) is not None)
     in_files = computed > 0 and short_of_memory(size, host_room)
     around = surroundings(model, end_to_end, trainer, source, computed == 0 or in_files, device_memory)
-    around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype)
+    around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype, choices=choices)
     phases = phases_of(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     scale_bytes = model.storage.scale_dtype.itemsize
     ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
@@ -180,22 +181,6 @@ def estimate(
         reason,
         misfits,
     )
-
-
-def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
-    """The weights of every planned block with their schemes, as ``fit`` assigns them."""
-    sites = {
-        f"{skeleton.prefix}.{index}.{site.name}": (index, site)
-        for index in model.selection.indices(len(skeleton.blocks))
-        for site in skeleton.blocks[index].sites
-    }
-    plan: dict[int, Weights] = defaultdict(dict)
-    schemes = model.selection.schemes({name: site for name, (_, site) in sites.items()}, end_names(skeleton.model))
-    refuse_shared(skeleton.model, schemes)
-    for name, scheme in schemes.items():
-        index, site = sites[name]
-        plan[index][site] = scheme
-    return dict(plan)
 
 
 def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple[LinearSite, QuantScheme]]]:

@@ -24,6 +24,7 @@ from lightning_gsq.estimate.quantities import (
     stream_bytes,
 )
 from lightning_gsq.estimate.skeleton import Skeleton
+from lightning_gsq.estimate.width_terms import width_terms
 from lightning_gsq.run.end_loss import BESIDE, sequences_together
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import FP32
@@ -80,7 +81,12 @@ def phases_of(
     worst = worst_block(model, data, skeleton, plan, around)
     way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, plan, around)
 
-    phases = [_loading(held, skeleton, around), Phase(f"perplexity{way}", held | windows, evaluate)]
+    phases = [_loading(held, skeleton, around)]
+    if around.choices:
+        widths = width_terms(data, skeleton, plan, around)
+        phases.append(Phase("widths: what embedding and head are worth", held | widths.seen | widths.ends))
+        phases.append(Phase("widths: what the matrices of a block are worth", held | widths.seen, widths.block))
+    phases.append(Phase(f"perplexity{way}", held | windows, evaluate))
     if outer.weights:
         held = held | {"codes and scales of embedding and head": outer.weights + outer.scale_bits // 8}
     if model.start.end_loss_weights and {"init", "blocks"} & set(model.phases):

@@ -38,6 +38,7 @@ class Surroundings:
         spread: Devices that share the model in the end-to-end phase; 1 for a copy on each.
         experts_over: Devices that share the experts of a block; 1 where each has all of them.
         accumulates: The gradients of several batches add up to a step.
+        choices: Presets that a matrix may take where a size is given; 0 without one.
     """
 
     bf16: bool
@@ -51,6 +52,7 @@ class Surroundings:
     spread: int = 1
     experts_over: int = 1
     accumulates: bool = False
+    choices: int = 0
 
 
 def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:

@@ -44,8 +44,8 @@ class ModelQuantization(LightningModule):
         size: Size of the whole file, in place of a width: 80MB, or 2.6bpw (true bits over all parameters). Every
             matrix, the embedding and the head get one of the choices; overrides, embedding, head and exclude pin what
             they name. The file is that of the first of gguf and native in --export, native without one.
-        choices: Presets to choose from; null for q2_k, q3_k, q4_k and q6_k in a gguf file, w2g64, w3g64, w4g64 and
-            w6g64 in a native one.
+        choices: Presets to choose from; null for q2_k, q3_k, q4_k, q5_k, q6_k and q8_0 in a gguf file, and w2g64,
+            w3g64, w3g32, w4g64, w4g32, w5g64, w6g64 and w8g64 in a native one.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
             block; "end_to_end", training the scales of the whole model. A phase that was left out can be run later on
