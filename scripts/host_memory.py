@@ -1,7 +1,8 @@
-"""Peak host memory of a run and of its exports, part by part, on a random Llama of a size that is asked for.
+"""Peak host memory of a run and of its exports, part by part, on a random model of a size that is asked for.
 
     OMP_NUM_THREADS=1 python scripts/host_memory.py --host_mb 40     # 24 blocks of width 256 on a machine of 40 MB
     OMP_NUM_THREADS=1 python scripts/host_memory.py --blocks 48 --formats native,gguf --end_to_end
+    OMP_NUM_THREADS=1 python scripts/host_memory.py --blocks 8 --experts 32 --fp8 --host_mb 60 --formats native
 
 What counts is said in ``tests/support/host_memory.py``. A thread reads the figure every two milliseconds, and each part
 of the work has the most that it saw there, less what the process had after the same work on a model of one block: what
@@ -27,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning_gsq.system.memory
-from tests.support.host_memory import GIVEN_BACK, Peaks, large_llama, short_run
+from tests.support.host_memory import GIVEN_BACK, Peaks, large_experts, large_llama, short_run
 
 PARTS = {
     # what is looked at: module, function or method, and what the table calls it
@@ -95,6 +96,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=300)
+    parser.add_argument("--experts", type=int, default=0, help="a Qwen3-MoE with so many a block instead of a Llama")
+    parser.add_argument("--fp8", action="store_true", help="its checkpoint is in FP8")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="float32")
     parser.add_argument("--formats", default="native,dequantized", help="to export to, each by itself")
@@ -110,7 +113,10 @@ def main() -> None:
         phases = ["init", "blocks", *(["end_to_end"] if options.end_to_end else [])]
         fits, folders, sizes = [], [root / "small", root / "large"], (0, 0)
         for folder, blocks in zip(folders, (1, options.blocks), strict=True):
-            sizes = large_llama(folder / "model", blocks, options.width, options.vocabulary, dtype)
+            if options.experts:
+                sizes = large_experts(folder / "model", blocks, options.width, options.experts, options.fp8)
+            else:
+                sizes = large_llama(folder / "model", blocks, options.width, options.vocabulary, dtype)
             config = short_run(folder / "model", folder, phases, options.bits)
             fits.append(["fit", "--config", str(config), *more])
         block, total = sizes

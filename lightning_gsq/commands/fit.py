@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from lightning_gsq.export.folders import tidy
 from lightning_gsq.export.preflight import refuse_exports, suggested_formats
 from lightning_gsq.export.registry import all_formats
 from lightning_gsq.models import loading
+from lightning_gsq.models.computed_weights import FOLDER as COMPUTED
 from lightning_gsq.run import tensorboard as board
 from lightning_gsq.run.block_plan import BlockPlan, make_plan, not_quantized
 from lightning_gsq.run.calibration import check_experts
 from lightning_gsq.run.checks import check_layouts, check_scales, check_trainer
 from lightning_gsq.run.claim import claimed
+from lightning_gsq.run.end_loss import check_end_loss
 from lightning_gsq.run.end_to_end import check_end_to_end
 from lightning_gsq.run.experts import check_expert_parallel
 from lightning_gsq.run.hidden_states import ActivationOptions
@@ -109,7 +112,7 @@ def fit(
     with claimed(trainer.default_root_dir, trainer.global_rank, source, say) as folder:
         for name in all_formats() if not folder.rank else ():
             tidy(folder.root / "export" / name)
-        model.load(source)
+        model.load(source, scratch=folder.root / COMPUTED)
         if "end_to_end" in model.phases:
             check_end_to_end(model, end_to_end, settings["end_to_end"], folder)
         try_settings(model, end_to_end, make_trainer)
@@ -166,6 +169,7 @@ def fit(
         print_summary(console, summary, str(folder.root))
         finished = FinishedRun(folder, recipe, summary, model, plan)
         bring_up_to_date(finished, exports, console)
+        shutil.rmtree(folder.root / COMPUTED, ignore_errors=True)
         further = [name for name in suggested_formats(finished) if format_of(name) not in exports]
         print_next(console, str(folder.root), model.address.pretrained, further)
         return folder.summary
@@ -209,6 +213,7 @@ def _check_plan(model: ModelQuantization, plan: list[BlockPlan], end_to_end: End
     model.start.warm_start.check(expected)
     check_names(model, plan)
     check_experts(model, plan)
+    check_end_loss(model)
     return read_importance(model, plan)
 
 

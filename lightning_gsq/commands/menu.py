@@ -22,8 +22,8 @@ from lightning_gsq.widths.groups import named, scheme_name
 from lightning_gsq.widths.size import SLACK
 
 DEFAULT_CHOICES = {
-    "gguf": ("q2_k", "q3_k", "q4_k", "q6_k"),
-    "native": ("w2g64", "w3g64", "w4g64", "w6g64"),
+    "gguf": ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0"),
+    "native": ("w2g64", "w3g64", "w3g32", "w4g64", "w4g32", "w5g64", "w6g64", "w8g64"),
 }
 """Of the formats whose files are counted."""
 
@@ -79,6 +79,22 @@ class Menu:
         }
 
     @property
+    def most_choices(self) -> int:
+        """How many presets a matrix may take at most."""
+        return max(len(group.schemes) for group in self.groups)
+
+    def widest_for_all(self) -> tuple[dict[str, str], int]:
+        """The option of every group if all take the same step up from their smallest, as far as it fits; its bytes."""
+        ordered = {group.name: sorted(self.sizes(group), key=self.sizes(group).__getitem__) for group in self.groups}
+        best = self.extreme(), self.file.total(self.schemes(self.extreme()))
+        for step in range(1, self.most_choices):
+            options = {name: steps[min(step, len(steps) - 1)] for name, steps in ordered.items()}
+            total = self.file.total(self.schemes(options))
+            if best[1] < total <= self.limit:
+                best = options, total
+        return best
+
+    @property
     def widest_plan(self) -> list[BlockPlan]:
         """The plan with the largest option of every group."""
         return with_schemes(self.plan, self.schemes(self.extreme(largest=True)))
@@ -111,9 +127,19 @@ def make_menu(
         ConfigurationError: the size is below the least or above the most that the choices reach, the format has none of
             them, or a pin leaves too little.
     """
+    menu = offered(model, plan, formats, settings)
+    _refuse(menu)
+    model.take(menu.widths(menu.extreme()), mixture_name(model))
+    return replace(menu, plan=with_schemes(plan, menu.schemes(menu.extreme())))
+
+
+def offered(
+    model: ModelQuantization, plan: list[BlockPlan], formats: Sequence[ExportFormat], settings: Mapping[str, Any]
+) -> Menu:
+    """The same menu for any size, possible or not; see :func:`make_menu`."""
     assert model.size is not None
     runtime = _runtime(formats)
-    choices = [scheme_of(name) for name in model.size.choices or DEFAULT_CHOICES[runtime.name]]
+    choices = [scheme_of(name) for name in _choices(model, runtime)]
     pinned, columns = _pins(model, plan)
     free = {name: _options(model, runtime, choices, name, columns[name]) for name in columns if name not in pinned}
     if not free:
@@ -125,10 +151,13 @@ def make_menu(
     planned = runtime.view(PlannedRun(model, start, settings))
     sizes = runtime.sizes(planned)
     assert sizes is not None
-    menu = Menu(model, start, runtime, sizes, groups, model.size.size.num_bytes(parameters))
-    _refuse(menu, choices)
-    model.take(menu.widths(menu.extreme()), mixture_name(model))
-    return replace(menu, plan=with_schemes(plan, menu.schemes(menu.extreme())))
+    return Menu(model, start, runtime, sizes, groups, model.size.size.num_bytes(parameters))
+
+
+def _choices(model: ModelQuantization, runtime: ExportFormat) -> Sequence[str]:
+    """Names of the presets that are chosen among."""
+    assert model.size is not None
+    return model.size.choices or DEFAULT_CHOICES[runtime.name]
 
 
 def _runtime(formats: Sequence[ExportFormat]) -> ExportFormat:
@@ -178,10 +207,10 @@ def _options(
     return named(fitting)
 
 
-def _refuse(menu: Menu, choices: Sequence[QuantScheme]) -> None:
+def _refuse(menu: Menu) -> None:
     """Refuses a size below the least or above the most that there is."""
     assert menu.model.size is not None
-    asked, names = menu.model.size.size.text, ", ".join(scheme_name(choice) for choice in choices)
+    asked, names = menu.model.size.size.text, ", ".join(_choices(menu.model, menu.runtime))
     least = menu.file.total(menu.schemes(menu.extreme()))
     most = menu.file.total(menu.schemes(menu.extreme(largest=True)))
     if most < (1 - SLACK) * menu.limit:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from lightning_gsq.commands.sizing import choose_before
+from lightning_gsq.commands.sizing_before import assume, choose_before, has_weights
 from lightning_gsq.commands.tables import print_estimate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import Estimate, estimate, limits
@@ -40,7 +40,8 @@ def plan(
 ) -> Estimate:
     """Says what ``fit`` would take with the same options: sizes, memory, disk, steps, time; and what each file would.
 
-    With a size, the widths that the run would take are chosen first: the model is loaded for that.
+    With a size, the widths that the run would take are chosen first: the model is loaded for that. Of a model without
+    weights, the widest choice that fits for all is planned with.
 
     Args:
         model: The model, not loaded, and its settings.
@@ -60,12 +61,13 @@ def plan(
     Raises:
         ConfigurationError: it does not fit.
     """
-    if model.size is not None:
-        settings = {name: value for name, value in settings.items() if name not in OWN}
-        choose_before(model, data, evaluation, trainer, settings, seed, formats, console)
+    settings, loaded, choices = {name: value for name, value in settings.items() if name not in OWN}, False, 0
+    if model.size is not None and has_weights(model):
+        loaded, choices = True, choose_before(model, data, evaluation, trainer, settings, seed, formats, console)
+    elif model.size is not None:
+        choices = assume(model, settings, formats, console)
     host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))
-    planned = estimate(model, data, evaluation, activations, end_to_end, trainer, probe, host, device)
-    loaded = model.size is not None
+    planned = estimate(model, data, evaluation, activations, end_to_end, trainer, probe, host, device, choices)
     print_estimate(console, planned, data, model.address.pretrained, loaded)
     print_bits(console, list(all_formats().values()), _exported(model, planned), planned.skeleton.parameters)
     left = model.outer.left(planned.skeleton.model)

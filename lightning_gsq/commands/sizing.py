@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor
 
-from lightning_gsq.commands.menu import Menu, make_menu, mixture_name
-from lightning_gsq.commands.tables import print_choice
-from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from lightning_gsq.commands.menu import Menu, mixture_name
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.export import format_of
+from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.run.block_plan import BlockPlan, make_plan, with_schemes
-from lightning_gsq.run.claim import claimed
+from lightning_gsq.run.block_plan import BlockPlan, with_schemes
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.progress import read_json
-from lightning_gsq.run.recipe import make_recipe
 from lightning_gsq.run.recipe_file import known_choice
 from lightning_gsq.system.digests import data_digest
 from lightning_gsq.system.files import write_atomically
 from lightning_gsq.system.waiting import wait_for
-from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import scheme_of
-from lightning_gsq.widths import Choice, Group, Item, Worth, measure_worth, pick
-from lightning_gsq.widths.choice import FILE
+from lightning_gsq.widths import Choice, Group, Item, Worth, measure_worth, pick, smoothed
 from lightning_gsq.widths.picture import draw_widths
 from lightning_gsq.widths.size import SLACK
 from lightning_gsq.widths.worth import Candidate, samples
@@ -79,7 +69,9 @@ def choose(
         choice = Choice.of_plain(earlier)
         _say_of_another_runtime(menu, choice, say)
     else:
-        choice = decide(menu, worth_of(menu, folder, recipe, ids_NT, device, seed, say), say)
+        worth = worth_of(menu, folder, recipe, ids_NT, device, seed, say)
+        prefix = find_blocks(menu.model.network)[0]
+        choice = decide(menu, smoothed(worth, prefix, len(samples(ids_NT))), say)
     if not folder.rank:
         choice.write(folder.root)
     menu.model.take(choice.widths, mixture_name(menu.model))
@@ -95,42 +87,6 @@ def picture(menu: Menu, choice: Choice) -> Figure:
     """Bits of every matrix over depth, and where the bytes go."""
     parts = {name: (weights, float(size)) for name, (_, weights, size) in menu.parts(choice).items()}
     return draw_widths(parts, choice.num_bytes - sum(size for _, size in parts.values()))
-
-
-def choose_before(
-    model: ModelQuantization,
-    data: CalibrationDataModule,
-    evaluation: PerplexityData,
-    trainer: Trainer,
-    settings: dict[str, Any],
-    seed: int,
-    formats: Sequence[str],
-    console: Console,
-) -> None:
-    """Makes the choice of a run before the run, for :func:`~lightning_gsq.commands.plan.plan`.
-
-    The run folder gets what the choice was made by and the choice; a run in it goes on from there. Arguments as of
-    :func:`~lightning_gsq.commands.fit.fit`. The model takes the choice and is not loaded afterwards.
-
-    Raises:
-        ConfigurationError: as of :func:`choose` and :func:`~lightning_gsq.commands.menu.make_menu`.
-    """
-    exports = [format_of(name) for name in dict.fromkeys(formats)]
-    source = model.address.source()
-    say = functools.partial(console.print, soft_wrap=True)
-    data.run_folder = Path(trainer.default_root_dir) / "calibration"
-    data.check(None)
-    evaluation.check(None)
-    with claimed(trainer.default_root_dir, 0, source, say) as folder:
-        model.load(source)
-        menu = make_menu(model, make_plan(model), exports, settings["model"])
-        evaluation.tokenize(model.tokenizer, model.network)
-        data.tokenize(model.tokenizer, model.network)
-        recipe = make_recipe(settings, seed, model, data, evaluation)
-        choice = choose(menu, folder, recipe, data.train_ids_NT, trainer.strategy.root_device, seed, say)
-        print_choice(console, choice, menu.parts(choice))
-        say(f"{folder.root / FILE} keeps it; fit with the same options takes it as it is")
-    del model.network
 
 
 def decide(menu: Menu, worth: Worth, say: Callable[[str], None]) -> Choice:

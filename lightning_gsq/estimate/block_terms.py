@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from lightning_gsq.estimate.experts import exchanged_bytes, one_share
 from lightning_gsq.estimate.quantities import Surroundings, Weights, candidate_bytes, num_logits, scale_numbers
 from lightning_gsq.estimate.simulate import PassBytes, activation_bytes
 from lightning_gsq.estimate.skeleton import BlockSkeleton, Skeleton
-from lightning_gsq.quantizers import GPTQ
+from lightning_gsq.quantizers import GPTQ, LeastSquares
 from lightning_gsq.run.forward_passes import sequences_at_once
 from lightning_gsq.run.perplexity import FP32
 from lightning_gsq.training import ModelQuantization
@@ -20,6 +21,8 @@ CHOLESKY_COPIES = 6
 """Matrices ``I I`` alive at once while a Hessian is damped, factored and inverted."""
 ROUNDING_COPIES = 3
 """fp32 matrices ``O I`` beside the weight while it is rounded: working copy, codes, positions."""
+SWEEP_COPIES = 5
+"""The same while sweeps go over codes and scales: codes, positions before and now, what they amount to, its slope."""
 
 
 @dataclass
@@ -29,10 +32,12 @@ class BlockTerms:
     Args:
         start: During the warm start of the block.
         training: During its training.
+        gradients: While the gradient of the end loss passes through it; empty where it does not.
     """
 
     start: dict[str, int]
     training: dict[str, int]
+    gradients: dict[str, int]
 
 
 def worst_block(
@@ -51,8 +56,11 @@ def worst_block(
             if around.experts_over > 1:
                 block, weights = one_share(block, weights, around.experts_over)
             terms[key] = block_terms(model, data, skeleton.width, block, weights, around)
-    starts, trainings = [t.start for t in terms.values()], [t.training for t in terms.values()]
-    return BlockTerms(max(starts, key=lambda t: sum(t.values())), max(trainings, key=lambda t: sum(t.values())))
+
+    def most(kind: Callable[[BlockTerms], dict[str, int]]) -> dict[str, int]:
+        return max(map(kind, terms.values()), key=lambda found: sum(found.values()))
+
+    return BlockTerms(most(lambda t: t.start), most(lambda t: t.training), most(lambda t: t.gradients))
 
 
 def block_terms(
@@ -81,7 +89,11 @@ def block_terms(
     working |= _rounding_terms(model, weights, forward, sequences * tokens)
     starts = {"start: codes (int8) and scales": count + FP32 * groups}
     training = _training_terms(model, weights, around, forward, step)
-    return BlockTerms(copy | working, copy | starts | training)
+    gradients: dict[str, int] = {}
+    if model.start.end_loss_weights:
+        back = activation_bytes(block, width, sequences, tokens, around.bf16, training=True).peak
+        gradients = copy | {"activations of a pass and its gradients": back}
+    return BlockTerms(copy | working, copy | starts | training, gradients)
 
 
 def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, tokens: int) -> dict[str, int]:
@@ -90,8 +102,9 @@ def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, to
     squares = {site: max(site.experts, 1) * site.in_features**2 * FP32 for site in weights}
     matrices = {site: site.out_features * site.in_features * FP32 for site in weights}
     factors = CHOLESKY_COPIES if isinstance(model.start.warm_start, GPTQ) else 0
+    copies = SWEEP_COPIES if isinstance(model.start.warm_start, LeastSquares) else ROUNDING_COPIES
     rounding = max(
-        squares[site] * needs_hessian + factors * site.in_features**2 * FP32 + ROUNDING_COPIES * matrices[site]
+        squares[site] * needs_hessian + factors * site.in_features**2 * FP32 + copies * matrices[site]
         for site in weights
     )
     terms: dict[str, int] = {}

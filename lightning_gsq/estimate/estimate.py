@@ -12,27 +12,26 @@ from lightning.pytorch import Trainer
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import limits, problems
 from lightning_gsq.estimate.advice import device_advice
+from lightning_gsq.estimate.assigned import assigned
 from lightning_gsq.estimate.perplexity_terms import by_block
 from lightning_gsq.estimate.phases import Phase
 from lightning_gsq.estimate.probe import Timing, probe
 from lightning_gsq.estimate.quantities import (
-    Surroundings,
     Weights,
     ledger_of,
     num_streams,
-    optimizer_state,
     outer_ledgers,
     stream_bytes,
     window_bytes,
 )
 from lightning_gsq.estimate.remedies import Case, memory_problems
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
+from lightning_gsq.estimate.surroundings import surroundings
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
+from lightning_gsq.models.computed_weights import computed_bytes, short_of_memory
 from lightning_gsq.models.dequantizing import method_of
-from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.models.shared_weights import refuse_shared
 from lightning_gsq.run.experts import check_spread
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
@@ -100,6 +99,7 @@ def estimate(
     with_probe: bool = True,
     host_memory: float | None = None,
     device_memory: float | None = None,
+    choices: int = 0,
 ) -> Estimate:
     """Plans the run that ``fit`` would do with these settings; loads no weight and reads no text.
 
@@ -113,6 +113,7 @@ def estimate(
         with_probe: Measure one block's steps.
         host_memory: Bytes of another machine's host; None for this one's.
         device_memory: Bytes of another machine's accelerator; None for what this one has.
+        choices: Presets that a matrix may take where a size is given; 0 without one.
 
     Raises:
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
@@ -121,12 +122,15 @@ def estimate(
     config = loading.load_config(source)
     loading.check_headers(source, config)
     skeleton = make_skeleton(source, config, model.address.dtype)
-    plan = _assign(model, skeleton)
+    plan = assigned(model, skeleton)
     check_spread(model, skeleton.model, plan, trainer)
     # What this process takes already is part of the plan's baseline.
     host_room = limits.host_bytes() + limits.own_bytes() if host_memory is None else int(host_memory)
-    around = _surroundings(model, end_to_end, trainer, source, method_of(config) is not None, device_memory)
-    around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype)
+    size = skeleton.parameters * skeleton.dtype.itemsize
+    computed = computed_bytes(source, skeleton.model, method_of(config) is not None)
+    in_files = computed > 0 and short_of_memory(size, host_room)
+    around = surroundings(model, end_to_end, trainer, source, computed == 0 or in_files, device_memory)
+    around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype, choices=choices)
     case = Case(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     phases = case.phases()
     scale_bytes = model.storage.scale_dtype.itemsize
@@ -140,6 +144,8 @@ def estimate(
     mapped, windows = streams > limit, windows if windows > limit else 0
     outer_ledger = sum((ledger for _, ledger in outer.values()), BitsLedger())
     run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()), outer_ledger)
+    if in_files:
+        run_folder["weights computed on loading"] = computed
     steps = _steps(trainer, data)
     timing, reason = None, "--probe false"
     if around.experts_over > 1:
@@ -177,44 +183,6 @@ def estimate(
         reason,
         misfits,
     )
-
-
-def _surroundings(
-    model: ModelQuantization,
-    end_to_end: EndToEndOptions,
-    trainer: Trainer,
-    source: loading.ModelSource,
-    dequantized: bool,
-    device_memory: float | None,
-) -> Surroundings:
-    device = trainer.strategy.root_device
-    return Surroundings(
-        bf16=trainer.precision == "bf16-mixed",
-        optimizer_state=optimizer_state(model),
-        file_bytes=sum(file.stat().st_size for file in source.files) if source.gguf_file else 0,
-        device_room=limits.device_bytes(device) if device_memory is None else int(device_memory),
-        accelerated=device.type != "cpu" or device_memory is not None,
-        mapped=source.gguf_file is None and model.address.dtype == "auto" and not dequantized,
-        spread=1 if end_to_end.strategy is None else trainer.world_size,
-        experts_over=trainer.world_size if model.block.expert_parallel else 1,
-        accumulates=trainer.accumulate_grad_batches > 1,
-    )
-
-
-def _assign(model: ModelQuantization, skeleton: Skeleton) -> dict[int, Weights]:
-    """The weights of every planned block with their schemes, as ``fit`` assigns them."""
-    sites = {
-        f"{skeleton.prefix}.{index}.{site.name}": (index, site)
-        for index in model.selection.indices(len(skeleton.blocks))
-        for site in skeleton.blocks[index].sites
-    }
-    plan: dict[int, Weights] = defaultdict(dict)
-    schemes = model.selection.schemes({name: site for name, (_, site) in sites.items()}, end_names(skeleton.model))
-    refuse_shared(skeleton.model, schemes)
-    for name, scheme in schemes.items():
-        index, site = sites[name]
-        plan[index][site] = scheme
-    return dict(plan)
 
 
 def _by_scheme(plan: dict[int, Weights]) -> dict[QuantScheme, list[tuple[LinearSite, QuantScheme]]]:
@@ -282,6 +250,7 @@ def _seconds(model: ModelQuantization, data: CalibrationDataModule, timing: Timi
     return blocks * (
         ("blocks" in model.phases) * timing.block(model, data, steps)
         + ("init" in model.phases) * timing.warm_start(model, data)
+        + bool({"init", "blocks"} & set(model.phases)) * timing.end_loss(model, data)
     )
 
 

@@ -24,6 +24,8 @@ from lightning_gsq.estimate.quantities import (
     stream_bytes,
 )
 from lightning_gsq.estimate.skeleton import Skeleton
+from lightning_gsq.estimate.width_terms import width_terms
+from lightning_gsq.run.end_loss import BESIDE, sequences_together
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import FP32
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
@@ -79,9 +81,18 @@ def phases_of(
     worst = worst_block(model, data, skeleton, plan, around)
     way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, plan, around)
 
-    phases = [_loading(held, skeleton, around), Phase(f"perplexity{way}", held | windows, evaluate)]
+    phases = [_loading(held, skeleton, around)]
+    if around.choices:
+        widths = width_terms(data, skeleton, plan, around)
+        phases.append(Phase("widths: what embedding and head are worth", held | widths.seen | widths.ends))
+        phases.append(Phase("widths: what the matrices of a block are worth", held | widths.seen, widths.block))
+    phases.append(Phase(f"perplexity{way}", held | windows, evaluate))
     if outer.weights:
         held = held | {"codes and scales of embedding and head": outer.weights + outer.scale_bits // 8}
+    if model.start.end_loss_weights and {"init", "blocks"} & set(model.phases):
+        held = held | _token_weights(data, plan, hessian)
+        states = _at_all_blocks(data, options, skeleton, hessian)
+        phases.append(Phase("gradients of the end loss", held | states, worst.gradients))
     if "init" in model.phases:
         states = {"hidden states": stream * hessian // data.wanted} | more
         phases.append(Phase("warm start", held | states, worst.start))
@@ -100,6 +111,22 @@ def phases_of(
         phases.append(Phase("end to end", held | (back if whole else {}), terms))
         phases.append(Phase(f"perplexity after it{way}", held | installed | windows, evaluate))
     return [*phases, Phase("save", held | _saving(model, skeleton, plan))]
+
+
+def _token_weights(data: CalibrationDataModule, plan: dict[int, Weights], sequences: int) -> dict[str, int]:
+    """How much each token counts for each matrix but those of experts."""
+    matrices = sum(not site.experts for weights in plan.values() for site in weights)
+    return {"weights of tokens": FP32 * sequences * data.sequence_length * matrices}
+
+
+def _at_all_blocks(
+    data: CalibrationDataModule, options: ActivationOptions, skeleton: Skeleton, sequences: int
+) -> dict[str, int]:
+    """Hidden states of the sequences that pass backwards together."""
+    blocks, tokens = len(skeleton.blocks), data.sequence_length
+    together = min(sequences, sequences_together(options, tokens, skeleton.width, blocks))
+    kept = together * tokens * skeleton.width * options.itemsize * (blocks + BESIDE)
+    return {} if kept > options.memory_limit_gb * 1e9 else {"hidden states at all blocks": kept}
 
 
 def _saving(model: ModelQuantization, skeleton: Skeleton, plan: dict[int, Weights]) -> dict[str, int]:

@@ -50,6 +50,10 @@ class Timing:
         passes = 2 * batches + hessian + 4 * data.num_validation_sequences / data.batch_size
         return steps * self.step + passes * self.forward + self.rounding
 
+    def end_loss(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
+        """Seconds of a block in the passes that weigh tokens: forwards, and forwards and back."""
+        return 4 * model.start.end_loss_weights * model.start.hessian_sequences / data.batch_size * self.forward
+
     def warm_start(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the warm-start phase."""
         hessian = model.start.hessian_sequences / data.batch_size if model.start.watches_inputs else 0

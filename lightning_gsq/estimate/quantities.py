@@ -38,6 +38,7 @@ class Surroundings:
         spread: Devices that share the model in the end-to-end phase; 1 for a copy on each.
         experts_over: Devices that share the experts of a block; 1 where each has all of them.
         accumulates: The gradients of several batches add up to a step.
+        choices: Presets that a matrix may take where a size is given; 0 without one.
     """
 
     bf16: bool
@@ -51,11 +52,12 @@ class Surroundings:
     spread: int = 1
     experts_over: int = 1
     accumulates: bool = False
+    choices: int = 0
 
 
 def stream_bytes(data: CalibrationDataModule, options: ActivationOptions, width: int) -> int:
     """Hidden states of all sequences at one depth."""
-    return data.wanted * data.sequence_length * width * getattr(torch, options.dtype).itemsize
+    return data.wanted * data.sequence_length * width * options.itemsize
 
 
 def num_streams(model: ModelQuantization) -> int:

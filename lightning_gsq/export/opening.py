@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_gsq.quantizers import FromFile
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import FORMAT, is_whole, model_fingerprint, recipe_digest
+from lightning_gsq.system.files import hidden_name
 from lightning_gsq.system.owned_folders import read_mark
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
@@ -56,7 +58,11 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
     if choice is not None:
         model.take(Choice.of_plain(choice).widths, f"mixed widths within {choice['size']}")
     try:
-        model.load(model.address.source())
+        scratch = hidden_name(root / "weights")
+        try:
+            model.load(model.address.source(), scratch=scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)  # what is mapped stays readable when its files are gone
     except ConfigurationError as error:
         if trust_remote_code or not recipe["settings"]["model"].get("trust_remote_code"):
             raise

@@ -1,10 +1,12 @@
 """Any decoder as a chain of blocks.
 
-loading         a model and its tokenizer by an address; what other rooms use of the eight below
+loading         a model and its tokenizer by an address; what other rooms use of the ten below
 address         where it is: folder, hub name, GGUF file, file in a package
 config          its configuration, and what that says of a model that cannot be quantized
 classes         the class of transformers that loads it, and what is no part of its text decoder
 dequantizing    files whose weights are quantized, read as plain numbers
+computed_weights  those that are computed on loading, in files where memory is short
+replaced        another function in the place of one of transformers', for a while
 empty           the model without its weights
 weight_names    are its weights all in its files, and nothing beside them?
 gguf_weights    the same for a GGUF file
@@ -17,6 +19,7 @@ survey          what passes between blocks, and whether that is all
 passing         the model's own code without its blocks
 products        matrix products with a parameter, however they are written
 linear_weights  which parameters of a block are linear weights
+output_gradients  gradients at what these give
 roles           which of them choose, gate, or feed states
 experts         which of them belong to which routed expert
 all_experts     every token through every one of these

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,9 @@ from transformers import (
 
 from lightning_gsq.models.address import ModelSource, finished_model, num_bytes, resolve
 from lightning_gsq.models.classes import auto_class
+from lightning_gsq.models.computed_weights import in_files
 from lightning_gsq.models.config import load_config, max_length
-from lightning_gsq.models.dequantizing import forget_quantization, to_plain_numbers
+from lightning_gsq.models.dequantizing import forget_quantization, method_of, ragged_blocks, to_plain_numbers
 from lightning_gsq.models.finite import check_finite
 from lightning_gsq.models.loader_errors import as_refusals
 from lightning_gsq.models.weight_names import check_headers, refuse_info, warn_unused
@@ -52,7 +54,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = False) -> PreTrainedModel:
+def load_model(
+    source: ModelSource, dtype: Dtype = "auto", quantized: bool = False, scratch: Path | None = None
+) -> PreTrainedModel:
     """The model on the CPU, in evaluation mode, without gradients; every weight of it from its files, and finite.
 
     GGUF weights are dequantized, and so are those of :mod:`lightning_gsq.models.dequantizing`. Fused experts run one by
@@ -62,6 +66,7 @@ def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = Fal
         source: The model.
         dtype: Dtype of its parameters; "auto" for that of its files.
         quantized: Whether one that is quantized already will do; its weights stay as they are stored.
+        scratch: Folder for weights that are computed on loading, where memory is short; None keeps them there.
 
     Raises:
         ConfigurationError: it cannot be loaded as a causal decoder, a weight is not in its files, or is not finite.
@@ -70,7 +75,7 @@ def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = Fal
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
     # A quantized model has other names until its weights are replaced, and one on the hub has no headers here.
-    compare_first = bool(source.files) and getattr(config, "quantization_config", None) is None
+    compare_first = bool(source.files) and method_of(config) is None
     plain = source.gguf_file is None and not quantized and to_plain_numbers(config, source.shown)
     if compare_first:
         check_headers(source, config)
@@ -85,7 +90,13 @@ def load_model(source: ModelSource, dtype: Dtype = "auto", quantized: bool = Fal
     quiet = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext()
     model: PreTrainedModel
     info: dict[str, Any]
-    with as_refusals(f"model.pretrained: cannot load {source.shown}", source.trust_remote_code), quiet:
+    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    with (
+        as_refusals(f"model.pretrained: cannot load {source.shown}", source.trust_remote_code),
+        quiet,
+        ragged_blocks(config if plain else None),
+        in_files(scratch, source, config, chosen),
+    ):
         model, info = auto_class(config, source.trust_remote_code).from_pretrained(
             source.path, **source.arguments, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )

@@ -7,5 +7,6 @@ exchange                packed modules in the place of a model's own
 config                  the layout of each packed weight, as config.json has it
 layers                  a linear layer and fused experts
 embedding               an embedding, and a head that is tied to it
+expert_products         fused experts over tokens sorted by expert
 salient_linear          a linear layer with salient weights
 """

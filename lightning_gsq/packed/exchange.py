@@ -67,7 +67,7 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
         if site.experts:
             delattr(owner, attribute)
             setattr(owner, attribute, PackedExperts(scheme, site, **settings))
-            _select_eager_experts(model)
+            _select_packed_experts(model)
         elif is_linear:
             model.set_submodule(owner_name, QuantLinear(scheme, site, bias, **settings))
         else:
@@ -163,10 +163,13 @@ def _torch_dtype(info: TensorInfo) -> torch.dtype | None:
     return {**SCALE_DTYPES, "I32": torch.int32}.get(info.dtype)
 
 
-def _select_eager_experts(model: nn.Module) -> None:
-    """Lets fused experts run one by one: the other forms want all of their matrices in one tensor."""
-    from transformers import PreTrainedModel  # imports scipy, which `import lightning_gsq` does not wait for
+def _select_packed_experts(model: nn.Module) -> None:
+    """Lets fused experts run over sorted tokens: transformers' own forms want all of their matrices in one tensor."""
+    # Imports scipy, which `import lightning_gsq` does not wait for.
+    from transformers import PreTrainedModel
+
+    from lightning_gsq.packed.expert_products import NAME
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._experts_implementation = "eager"
+            module.config._experts_implementation = NAME

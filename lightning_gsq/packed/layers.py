@@ -8,13 +8,14 @@ made when it is asked for; the others stay packed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.ops.packed_linear import dequantize_packed, packed_linear, unpack_values
+from lightning_gsq.ops.packed_linear import dequantize_packed, grouped_packed_linear, packed_linear, unpack_values
 from lightning_gsq.weights.packing import pack, packed_words
 from lightning_gsq.weights.quantized import QuantizedTensor, scale_values
 from lightning_gsq.weights.scheme import QuantScheme
@@ -198,6 +199,7 @@ class QuantLinear(PackedWeight):
 class PackedExperts(PackedWeight):
     """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix.
 
+    Models whose classes leave a choice how experts are run use :meth:`grouped` (:mod:`expert_products`).
     Products of all experts at once (``torch.bmm(x, parameter)``, in Llama 4) get all of their matrices, made when they
     are asked for and gone afterwards.
     """
@@ -207,6 +209,26 @@ class PackedExperts(PackedWeight):
         parts = {name: part.unflatten(0, (self.site.experts, -1))[int(expert)] for name, part in self.parts.items()}
         w_OI = self.dense(parts, self.cast.dtype)
         return w_OI.T if self.site.transposed else w_OI
+
+    def grouped(self, x_SI: Tensor, offsets_E: Tensor) -> Tensor:
+        """``x w_e^T`` for tokens sorted by expert, ``S O``; zeros for those beyond the last expert's.
+
+        Args:
+            x_SI: The first expert's tokens first.
+            offsets_E: int64, where each expert's tokens begin, and where the last one's end.
+        """
+        if torch.is_autocast_enabled(x_SI.device.type):
+            x_SI = x_SI.to(torch.get_autocast_dtype(x_SI.device.type))
+        if self.scheme.plain_symmetric:
+            return grouped_packed_linear(x_SI, self.codes, self.scales, offsets_E, **self.layout)
+        offsets, rows = offsets_E.tolist(), self.site.out_features
+        y_SO = x_SI.new_zeros(len(x_SI), rows)
+        for expert, (first, end) in enumerate(pairwise(offsets)):
+            if end > first:
+                own = slice(expert * rows, (expert + 1) * rows)
+                parts = {name: part[own] for name, part in self.parts.items()}
+                y_SO[first:end] = nn.functional.linear(x_SI[first:end], self.dense(parts, x_SI.dtype))
+        return y_SO
 
     @property
     def shape(self) -> torch.Size:

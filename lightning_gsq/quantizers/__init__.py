@@ -5,6 +5,7 @@ scale_search   the scale of a group, and its offset
 layout_fit     scales as a layout stores them, found from left to right
 rtn            round to nearest
 gptq           column by column, with error feedback
+least_squares  codes and scales in turn, each the best for the others
 dual_mode      least-squares scales; the published quantizer of the element layout
 from_file      codes and scales of a GGUF file
 llama_cpp      codes and scales that llama.cpp's own quantizers find
@@ -21,6 +22,7 @@ from lightning_gsq.quantizers.dual_mode import DualMode
 from lightning_gsq.quantizers.from_file import FromFile
 from lightning_gsq.quantizers.gptq import GPTQ
 from lightning_gsq.quantizers.gumbel import GumbelOptions, GumbelQuantizer
+from lightning_gsq.quantizers.least_squares import LeastSquares
 from lightning_gsq.quantizers.llama_cpp import LlamaCpp
 from lightning_gsq.quantizers.rtn import RTN
 from lightning_gsq.quantizers.statistics import InputStatistics
@@ -34,6 +36,7 @@ __all__ = [
     "GumbelOptions",
     "GumbelQuantizer",
     "InputStatistics",
+    "LeastSquares",
     "LlamaCpp",
     "Matrix",
     "Start",

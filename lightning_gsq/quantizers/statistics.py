@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -33,8 +33,10 @@ class InputStatistics:
         self.passed: dict[Part, Tensor] = {}
         """Those that came by while others were watched."""
         self._depth = 0
-        self._last: tuple[Tensor, Tensor] | None = None
-        """The tensor seen last and its second moment; the reference keeps it alive, so that identity means equality."""
+        self._weights: Mapping[str, Tensor] = {}
+        self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
+        """The tensor seen last, its vectors' weights and its second moment; the references keep both alive, so that
+        identity means equality."""
 
     @contextmanager
     def watching(self, block: nn.Module, parts: Collection[Part] | None = None) -> Iterator[None]:
@@ -62,7 +64,14 @@ class InputStatistics:
                 yield
         finally:
             self._depth -= 1
-            self._last = None
+            self._last, self._weights = None, {}
+
+    def weigh(self, weights: Mapping[str, Tensor]) -> None:
+        """Says how much the vectors that come next count, ``N`` of them by a weight's name, until it is called again.
+
+        Matrices that see another number of vectors, such as experts, and those without a name there count all alike.
+        """
+        self._weights = weights
 
     def reduce(self, add: Callable[[Tensor], Tensor], sites: Iterable[LinearSite]) -> None:
         """Adds up what several processes have seen.
@@ -77,8 +86,11 @@ class InputStatistics:
                 empty = self.empty(site)
                 count = torch.tensor([self.counts.get(key, 0)], device=self.device)
                 self.sums[key], self.counts[key] = add(self.sums.get(key, empty)), int(add(count))
-                for counts in (self.alive, self.passed):
-                    counts[key] = add(counts.get(key, torch.zeros((), dtype=torch.int64, device=self.device)))
+                none = torch.zeros((), dtype=torch.int64, device=self.device)
+                self.alive[key] = add(self.alive.get(key, none.clone()))
+                passed = add(self.passed.get(key, none.clone()))
+                if int(passed):  # where nothing came by, nothing is known of it, rather than that it is nothing
+                    self.passed[key] = passed
 
     def join(self, others: InputStatistics) -> None:
         """Takes in what others of the same weights have seen."""
@@ -100,20 +112,23 @@ class InputStatistics:
         """How many tokens each of the site's matrices has seen."""
         return [int(self.alive.get((site.name, expert), 0)) for expert in range(max(site.experts, 1))]
 
-    def moment(self, x_NI: Tensor) -> Tensor:
+    def moment(self, x_NI: Tensor, weight_N: Tensor | None) -> Tensor:
         """What is summed up over inputs: ``I I``."""
-        return x_NI.T @ x_NI
+        return (x_NI if weight_N is None else x_NI * weight_N[:, None]).T @ x_NI
 
     def empty(self, site: LinearSite) -> Tensor:
         """That of no inputs."""
         return torch.zeros(site.in_features, site.in_features, device=self.device)
 
     def _add(self, part: Part, x_NI: Tensor, inputs: Tensor) -> None:
-        if self._last is None or self._last[0] is not inputs:
+        weight_N = self._weights.get(part[0])
+        if weight_N is not None and len(weight_N) != len(x_NI):
+            weight_N = None
+        if self._last is None or self._last[0] is not inputs or self._last[1] is not weight_N:
             with torch.autocast(x_NI.device.type, enabled=False):
-                wide_NI = x_NI.float()
-                self._last = (inputs, self.moment(wide_NI))
-        moment = self._last[1]
+                on_device = None if weight_N is None else weight_N.to(x_NI.device)
+                self._last = (inputs, weight_N, self.moment(x_NI.float(), on_device))
+        moment = self._last[2]
         self.sums[part] = self.sums[part].add_(moment) if part in self.sums else moment.clone()
         self.counts[part] = self.counts.get(part, 0) + len(x_NI)
         self._count(self.alive, part, x_NI)
@@ -127,9 +142,10 @@ class InputStatistics:
 class InputSquareSums(InputStatistics):
     """Accumulates ``sum x²`` in fp32 for every column of every linear weight of a block, one row an expert."""
 
-    def moment(self, x_NI: Tensor) -> Tensor:
+    def moment(self, x_NI: Tensor, weight_N: Tensor | None) -> Tensor:
         """The diagonal alone: ``I``."""
-        return x_NI.square().sum(0)
+        squares_NI = x_NI.square()
+        return (squares_NI if weight_N is None else squares_NI * weight_N[:, None]).sum(0)
 
     def empty(self, site: LinearSite) -> Tensor:
         """That of no inputs."""

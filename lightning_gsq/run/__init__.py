@@ -14,6 +14,7 @@ one_block       a block for a Trainer of one's own
 importance      an importance matrix of llama.cpp in place of the run's own moments
 imatrix_file    the one that a run leaves
 calibration     what they see while their inputs are watched, experts above all
+end_loss        how much each token counts there, by the gradients of the end loss
 matrices        its weights as a quantizer sees them, and as they are stored
 end_to_end      the third phase
 end_to_end_files  what it leaves, and whether it is whole

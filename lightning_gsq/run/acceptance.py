@@ -12,22 +12,22 @@ experts go back to a start that is better by their own output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_gsq.models.expert_parallel import in_step
 from lightning_gsq.models.experts import Experts, Part, find_experts
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.run.expert_outputs import OutputErrors, output_errors
+from lightning_gsq.run.expert_outputs import Batches, OutputErrors, output_errors
 from lightning_gsq.run.run import Run
 from lightning_gsq.training import BlockQuantization
 from lightning_gsq.training.losses import refuse_non_finite
 
 TOLERANCE = 1e-3
-Batches = DataLoader[tuple[Tensor, ...]] | list[tuple[Tensor, ...]]
+NOTHING_SPREAD: Mapping[str, range] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,21 @@ def _listed(place: str, numbers: list[int]) -> str:
 
 
 @torch.no_grad()
-def accept(run: Run, module: BlockQuantization, batches: Batches) -> Accepted:
+def accept(
+    run: Run, module: BlockQuantization, batches: Batches, held: Mapping[str, range] = NOTHING_SPREAD
+) -> Accepted:
     """Decides which weights of a trained block stay.
 
     Args:
         run: The run.
         module: The block, trained.
         batches: Held-out batches, as the block's loss takes them.
+        held: The matrices that this process has of each weight that is spread over processes, by name.
 
     Raises:
         NonFiniteLossError: the error of the start is NaN or infinite.
     """
-    dense = _Dense(module)
+    dense = _Dense(module, held)
     start, trained = (error_of(run, module, batches, weights) for weights in (dense.start, dense.trained))
     refuse_non_finite(
         start,
@@ -93,13 +96,14 @@ def accept(run: Run, module: BlockQuantization, batches: Batches) -> Accepted:
         "--activations.dtype",
     )
     fell = trained <= start
-    chosen = {site.name: torch.full((max(site.experts, 1),), fell) for site in module.sites}
+    # All processes decide alike, about the experts of all of them.
+    sites = [_whole(run, site) if site.name in held else site for site in module.sites]
+    chosen = {site.name: torch.full((max(site.experts, 1),), fell) for site in sites}
     final, routed = trained if fell else start, list[tuple[Experts, OutputErrors]]()
-    # Spread experts are accepted with their weight, on one process too: none has all, and all have to decide alike.
-    places = [] if run.model.block.expert_parallel else find_experts(module.block, module.sites)
+    places = find_experts(module.block, sites)
     if places:
         others = dense.trained if fell else dense.start
-        errors = output_errors(run, module, places, batches, dense.start, dense.trained, others)
+        errors = output_errors(run, module, places, batches, dense.start, dense.trained, others, held)
         routed = [(experts, own) for experts, own in zip(places, errors, strict=True) if own.routed]
 
     def attempt(changes: Iterable[Part]) -> float:
@@ -147,15 +151,15 @@ def error_of(run: Run, module: BlockQuantization, batches: Batches, weights: dic
 class _Dense:
     """The dense weights of a block, as it started and as it is trained."""
 
-    def __init__(self, module: BlockQuantization) -> None:
-        self.sites = module.sites
+    def __init__(self, module: BlockQuantization, held: Mapping[str, range]) -> None:
+        self.sites, self.held = module.sites, held
         self.start, self.trained = module.start_weights(), module.hard_weights()
 
     def blended(self, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Trained where ``chosen`` is true, as at the start elsewhere."""
         weights = {}
         for site in self.sites:
-            name, trained_E = site.name, chosen[site.name]
+            name, trained_E = site.name, own_part(chosen[site.name], self.held.get(site.name))
             if bool(trained_E.all()) or not bool(trained_E.any()):
                 weights[name] = (self.trained if bool(trained_E.all()) else self.start)[name]
                 continue
@@ -163,6 +167,17 @@ class _Dense:
             rows_O1 = rows_of(site, trained_E).to(start_OI.device)[:, None]
             weights[name] = site.from_matrix(torch.where(rows_O1, trained_OI, start_OI))
         return weights
+
+
+def own_part(trained_E: Tensor, held: range | None) -> Tensor:
+    """Of what holds for each matrix of a weight, this process's part; ``held`` is None for one that is not spread."""
+    return trained_E if held is None else trained_E[held.start : held.stop]
+
+
+def _whole(run: Run, site: LinearSite) -> LinearSite:
+    """A spread weight with the experts of all processes."""
+    count = run.ranks.sum(torch.tensor([site.experts], dtype=torch.float64, device=run.device))
+    return replace(site, experts=int(count))
 
 
 def rows_of(site: LinearSite, trained_E: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_gsq.quantizers import GumbelOptions, Matrix, WarmStart
 from lightning_gsq.quantizers.salient import MixedQuantizer
 from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.quantizers.warm_start import start_of
-from lightning_gsq.run.acceptance import accept, rows_of
+from lightning_gsq.run.acceptance import accept, own_part, rows_of
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.forward_passes import arguments_of
@@ -79,11 +79,14 @@ def fit_block(
     _let_go(trainer)
     module.to(run.device)
     with run.watch("check"):
-        accepted = accept(run, module, validation)
+        accepted = accept(run, module, validation, plan.held)
     line = accepted.line(plan.name)
     if line is not None:
         run.say(line)
-    rows = {site.name: rows_of(site, accepted.trained[site.name]) for site in module.sites}
+    rows = {
+        site.name: rows_of(site, own_part(accepted.trained[site.name], plan.held.get(site.name)))
+        for site in module.sites
+    }
     measures = {**accepted.measures, "flip_rate": module.flip_rate(rows)}
     _tell(trainer, module, {**measures, "seconds": time.perf_counter() - began})
     dtype = run.model.storage.scale_dtype

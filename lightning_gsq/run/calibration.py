@@ -26,7 +26,7 @@ from lightning_gsq.run.forward_passes import (
     sequences_at_once,
 )
 from lightning_gsq.run.hidden_states import Stream
-from lightning_gsq.run.run import Run
+from lightning_gsq.run.run import Run, TokenWeights
 from lightning_gsq.system.slices import slices
 from lightning_gsq.training import ModelQuantization
 
@@ -88,6 +88,7 @@ def collect(
     stream: Stream,
     arguments: Sequence[Tensor] | None = None,
     everywhere: Sequence[Experts] = (),
+    weights: TokenWeights | None = None,
 ) -> None:
     """Fills statistics with what the block's weights see, over all processes.
 
@@ -99,6 +100,7 @@ def collect(
         stream: What enters it; its first sequences are watched.
         arguments: What it is called with for each sequence, if that is known already.
         everywhere: Experts that every token is sent to.
+        weights: How much each token counts; all alike where a matrix has none.
     """
     ours = {part for place in everywhere for parts in place.parts for part in parts}
     others = None
@@ -106,7 +108,7 @@ def collect(
         others = {(s.name, number) for s in statistics.sites.values() for number in range(max(s.experts, 1))} - ours
     watching = functools.partial(statistics.watching, block, ours)
     with all_experts(block, everywhere, watching):
-        _pass(run, statistics, index, block, stream, slice(hessian_sequences(run)), arguments, others)
+        _pass(run, statistics, index, block, stream, slice(hessian_sequences(run)), arguments, others, weights)
     _reduce(run, statistics, block)
 
 
@@ -126,6 +128,7 @@ def _pass(
     sequences: slice,
     arguments: Sequence[Tensor] | None,
     parts: Collection[Part] | None,
+    weights: TokenWeights | None = None,
 ) -> None:
     """Some sequences of a stream through a block, with these matrices watched."""
     call = run.calls[index].to(run.device)
@@ -136,6 +139,8 @@ def _pass(
     with run.watch("statistics"), torch.no_grad(), watching, run.precision(), together:
         for part in slices(len(inputs_NTD), sequences_at_once(inputs_NTD.shape[1])):
             bound = call.bind([tensor[part] for tensor in arguments], torch.float32)
+            if weights is not None:
+                statistics.weigh({name: weight_NT[part].flatten() for name, weight_NT in weights.items()})
             run_block(block, fetch(run, inputs_NTD[part]), bound)
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_gsq.models.chain import run_block
+from lightning_gsq.models.expert_parallel import passes_of_others, without_tokens
 from lightning_gsq.models.experts import Experts, Part
 from lightning_gsq.models.products import Product, WatchProducts
 from lightning_gsq.run.run import Run
 from lightning_gsq.training import BlockQuantization
 
+Batches = DataLoader[tuple[Tensor, ...]] | list[tuple[Tensor, ...]]
+"""Of held-out sequences, as a block's loss takes them."""
 Unit = tuple[int, int]
 """An expert: the number of its place, and its own number there."""
 
@@ -40,48 +47,59 @@ def output_errors(
     run: Run,
     module: BlockQuantization,
     places: Sequence[Experts],
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: Batches,
     start: Mapping[str, Tensor],
     trained: Mapping[str, Tensor],
     others: Mapping[str, Tensor],
+    held: Mapping[str, range] = MappingProxyType({}),
 ) -> list[OutputErrors]:
     """Errors of the experts of each place, over all processes, in one pass over the batches.
 
     The block runs three times on a batch: with the full-precision experts, with those of the start, with trained ones,
     and each time with the same weights outside of them. So an expert gets the same tokens; its output is that of the
-    matrix that it uses last.
+    matrix that it uses last. Spread experts meet the tokens of all processes where they are: a process that has no
+    batch left goes on for those of others.
 
     Args:
         run: The run.
         module: The block, trained.
-        places: Its experts.
+        places: Its experts, those of other processes too.
         batches: Held-out batches, as the block's loss takes them.
         start: Dense weights of the start, by name.
         trained: Dense trained weights, by name.
         others: Dense weights that are used outside of the experts, by name.
+        held: The matrices that this process has of each weight that is spread, by name.
     """
     unit_of = {
-        part: (place, expert)
+        (name, number - held[name].start if name in held else number): (place, expert)
         for place, experts in enumerate(places)
         for expert, parts in enumerate(experts.parts)
-        for part in parts
+        for name, number in parts
+        if name not in held or number in held[name]
     }
     names = dict.fromkeys(name for name, _ in unit_of)
     full = {name: module.block.get_parameter(name) for name in names}
     weights_of = [dict(others) | {name: weights[name] for name in names} for weights in (full, start, trained)]
     sums = [torch.zeros(3, len(experts), dtype=torch.float64) for experts in places]
     passed = torch.zeros(1, dtype=torch.float64)
-    for batch in batches:
-        hidden_BTD, arguments = module.inputs_of(tuple(tensor.to(run.device) for tensor in batch))
-        passed += hidden_BTD.shape[0] * hidden_BTD.shape[1]
+    further = passes_of_others(module.block, len(batches))
+
+    def passes(run_once: Callable[[Mapping[str, Tensor]], object]) -> None:
         outputs = [_Outputs(unit_of, {name: weights[name] for name in names}) for weights in weights_of]
         for watched, weights in zip(outputs, weights_of, strict=True):
             with run.precision(), watched.watching():
-                module(hidden_BTD.float(), weights, arguments, run_block)
+                run_once(weights)
         exact, *approximate = outputs
         for (place, expert), tokens in exact.tokens.items():
             errors = [watched.error((place, expert), exact) for watched in approximate]
             sums[place][:, expert] += torch.tensor([float(tokens), *errors], dtype=torch.float64)
+
+    for batch in batches:
+        hidden_BTD, arguments = module.inputs_of(tuple(tensor.to(run.device) for tensor in batch))
+        passed += hidden_BTD.shape[0] * hidden_BTD.shape[1]
+        passes(functools.partial(_passed, module, hidden_BTD.float(), arguments))
+    for _ in range(further):
+        passes(functools.partial(without_tokens, module.block))
     everywhere = run.ranks.sum(torch.cat([passed, *(part.flatten() for part in sums)]).to(run.device)).cpu()
     result = []
     for flat in everywhere[1:].split([part.numel() for part in sums]):
@@ -89,6 +107,10 @@ def output_errors(
         routed = bool((tokens_E < everywhere[0]).any())
         result.append(OutputErrors(tokens_E.long(), start_E, trained_E, routed))
     return result
+
+
+def _passed(module: BlockQuantization, hidden_BTD: Tensor, arguments: Any, weights: Mapping[str, Tensor]) -> None:
+    module(hidden_BTD, weights, arguments, run_block)
 
 
 class _Outputs:

@@ -100,6 +100,11 @@ def _check_settings(model: ModelQuantization, trainer: Trainer, option: str) -> 
         raise ConfigurationError(
             f"{asked}: spread experts ({option}) see the tokens of the run's own sequences alone; use one of the two"
         )
+    if model.start.end_loss_weights:
+        raise ConfigurationError(
+            f"model.end_loss_weights: gradients pass through whole blocks, and spread experts ({option}) lie in "
+            "several processes; use one of the two"
+        )
     if trainer.precision == "16-mixed":
         raise ConfigurationError(
             f"{option}: a loss scale of 16-mixed would be another in each process; use --trainer.precision bf16-mixed"

@@ -44,6 +44,11 @@ class ActivationOptions:
             )
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return _DTYPES[self.dtype].itemsize
+
+    @property
     def place(self) -> Path:
         """The folder that the files' own folder is made in."""
         return Path(self.folder or tempfile.gettempdir()).expanduser()

@@ -14,6 +14,7 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import InputStatistics, Matrix
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.calibration import Sent, collect, collect_more, tokens_of_experts
+from lightning_gsq.run.end_loss import weights_of
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice, settle
@@ -61,7 +62,8 @@ def watch_inputs_of(
     statistics, sent = InputStatistics(list(plan.weights), run.device), Sent()
     if needed:
         places = find_experts(block, plan.weights)
-        collect(run, statistics, plan.index, block, stream, arguments, places if experts.all_experts else ())
+        everywhere, weights = places if experts.all_experts else (), weights_of(run, plan)
+        collect(run, statistics, plan.index, block, stream, arguments, everywhere, weights)
         lines = [None if spare is None else collect_more(run, statistics, plan, block, places, spare)]
         lines.append(rarely_reached(statistics, plan, run.ranks))
         for line in filter(None, lines if says else ()):

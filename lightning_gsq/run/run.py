@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,9 @@ from lightning_gsq.system.processes import Ranks
 from lightning_gsq.system.stopwatch import Stopwatch
 from lightning_gsq.system.token_exchange import TokenExchange
 from lightning_gsq.training import ModelQuantization
+
+TokenWeights = Mapping[str, Tensor]
+"""How much each token counts in what a matrix sees, ``N T``, fp32 of mean 1, by the parameter's name in its block."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Run:
         run_block: How a block is run: plainly, or compiled.
         exchange: The processes that the experts of a block are spread over; None where each has whole blocks.
         importance: Mean squares of inputs that a file gives in place of the run's own; None without one.
+        token_weights: Those of this process's tokens by the block's number, once they were found.
         watch: Where the seconds go.
     """
 
@@ -71,6 +75,7 @@ class Run:
     run_block: BlockRunner
     exchange: TokenExchange | None = None
     importance: Importance | None = None
+    token_weights: dict[int, TokenWeights] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +20,9 @@ try:
     def _lock(stream: IO[str]) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def _wait(stream: IO[str]) -> None:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+
 except ImportError:  # Windows
     import msvcrt
 
@@ -27,6 +30,20 @@ except ImportError:  # Windows
         stream.seek(1 << 20)  # far behind the text, which others read meanwhile
         msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         stream.seek(0)
+
+    def _wait(stream: IO[str]) -> None:
+        stream.seek(1 << 20)
+        msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+        stream.seek(0)
+
+
+@contextmanager
+def waiting_for(file: Path) -> Iterator[None]:
+    """Holds the lock of a file, after other processes that hold it; without one on file systems that have none."""
+    with file.open("a+", encoding="utf-8") as stream:
+        with suppress(OSError):
+            _wait(stream)
+        yield
 
 
 @contextmanager

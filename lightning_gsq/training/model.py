@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
@@ -43,8 +44,8 @@ class ModelQuantization(LightningModule):
         size: Size of the whole file, in place of a width: 80MB, or 2.6bpw (true bits over all parameters). Every
             matrix, the embedding and the head get one of the choices; overrides, embedding, head and exclude pin what
             they name. The file is that of the first of gguf and native in --export, native without one.
-        choices: Presets to choose from; null for q2_k, q3_k, q4_k and q6_k in a gguf file, w2g64, w3g64, w4g64 and
-            w6g64 in a native one.
+        choices: Presets to choose from; null for q2_k, q3_k, q4_k, q5_k, q6_k and q8_0 in a gguf file, and w2g64,
+            w3g64, w3g32, w4g64, w4g32, w5g64, w6g64 and w8g64 in a native one.
         blocks: Range of blocks to quantize, such as 0:4; null for all.
         phases: What to do: "init", the warm start of the whole model and its perplexity; "blocks", training block by
             block; "end_to_end", training the scales of the whole model. A phase that was left out can be run later on
@@ -56,6 +57,9 @@ class ModelQuantization(LightningModule):
             that low bits get wrong; null: all tokens count alike.
         warm_start: Codes and scales that training starts from; null for RTN with scales weighted by the inputs.
         hessian_sequences: Calibration sequences whose inputs the warm start sees.
+        end_loss_weights: Weigh the tokens of these inputs, for each matrix, by the squared gradient of the end loss at
+            its outputs: errors count as they reach the model's predictions. Two passes more over these sequences, one
+            of them backwards, before the first block.
         imatrix: Importance matrix of llama.cpp (GGUF or .dat) that weighs errors in place of these inputs, for the
             starts RTN and LlamaCpp.
         save_imatrix: Write the inputs' mean squares in the full-precision model as such a matrix: imatrix.gguf in the
@@ -99,6 +103,7 @@ class ModelQuantization(LightningModule):
         inherited_error: float | None = None,
         warm_start: WarmStart | None = None,
         hessian_sequences: int = 64,
+        end_loss_weights: bool = False,
         imatrix: str | None = None,
         save_imatrix: bool = False,
         moe_calibrate_all_experts: bool = False,
@@ -130,6 +135,7 @@ class ModelQuantization(LightningModule):
             imatrix,
             save_imatrix,
             settings.ExpertOptions(moe_calibrate_all_experts, moe_min_tokens_per_expert, moe_max_extra_sequences),
+            end_loss_weights,
         )
         self.size = settings.size_of(size, choices, scheme, self.start.warm_start)
         # A file that is refined keeps its own; where a size is given, it is chosen like the others.
@@ -168,10 +174,10 @@ class ModelQuantization(LightningModule):
         self.selection = dataclasses.replace(self.selection, chosen=dict(widths), name=name)
         self.outer = dataclasses.replace(self.outer, selection=self.selection)
 
-    def load(self, source: loading.ModelSource, quantized: bool = False) -> None:
-        """Fills ``tokenizer`` and ``network``; ``quantized``: a model that is quantized already will do."""
+    def load(self, source: loading.ModelSource, quantized: bool = False, scratch: Path | None = None) -> None:
+        """Fills ``tokenizer`` and ``network``; arguments as of :func:`loading.load_model`."""
         self.tokenizer = loading.load_tokenizer(source)
-        self.network = loading.load_model(source, self.address.dtype, quantized)
+        self.network = loading.load_model(source, self.address.dtype, quantized, scratch)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Adds the predictions of a window ``1 T`` of token ids, its first token being context only."""

@@ -157,6 +157,7 @@ class StartOptions:
         imatrix: File whose mean squares take the place of those of these inputs.
         save_imatrix: Write those of the full-precision model.
         experts: How many of these inputs routed experts see.
+        end_loss_weights: Weigh their tokens by the gradients of the end loss.
     """
 
     warm_start: WarmStart
@@ -165,6 +166,7 @@ class StartOptions:
     imatrix: str | None = None
     save_imatrix: bool = False
     experts: ExpertOptions = ExpertOptions()
+    end_loss_weights: bool = False
 
     def spare_sequences(self, num_sequences: int) -> int:
         """Sequences beyond the calibration sequences that experts may need; those that are not watched come first."""
@@ -185,6 +187,13 @@ class StartOptions:
             )
         if self.hessian_sequences <= 0:
             raise ConfigurationError(f"model.hessian_sequences must be positive, got {self.hessian_sequences}")
+        if self.end_loss_weights and not self.watches_inputs:
+            what = f"--model.imatrix {self.imatrix}" if self.imatrix is not None else "--model.warm_start"
+            raise ConfigurationError(
+                f"model.end_loss_weights: {what} looks at no calibration inputs, so that this would do nothing; leave "
+                "it out, or use a start that weighs errors by them: LeastSquares, GPTQ, or RTN or LlamaCpp with "
+                "weighted: true"
+            )
         if self.experts.option is not None and not self.watches_inputs:
             what = f"--model.imatrix {self.imatrix}" if self.imatrix is not None else "--model.warm_start"
             raise ConfigurationError(

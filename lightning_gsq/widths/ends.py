@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,25 @@ from lightning_gsq.models.chain import Reached
 from lightning_gsq.models.ends import find_ends
 from lightning_gsq.models.passing import Forms, instead_of_blocks
 from lightning_gsq.weights.scheme import QuantScheme
-from lightning_gsq.widths.rounding import change_of
+from lightning_gsq.widths.rounding import ROWS, change_of
 
-Changes = dict[tuple[str, str], Tensor]
-"""What rounding adds to a matrix, fp32 ``V D``, by its name and that of the choice."""
+Key = tuple[str, str]
+"""The name of a matrix and that of a choice."""
+
+
+@dataclass(frozen=True)
+class HeadPass:
+    """What a sequence leaves of its way through the head and back.
+
+    Args:
+        gradient_BTD: At the last block's output.
+        hidden_TD: What enters the head, fp32.
+        at_raw_TV: The gradient at what leaves it, bf16; empty where the head has no choice.
+    """
+
+    gradient_BTD: Tensor
+    hidden_TD: Tensor
+    at_raw_TV: Tensor
 
 
 class EndChanges:
@@ -46,21 +62,22 @@ class EndChanges:
         seed: int,
     ) -> None:
         self.network, self.forms, self.schemes, self.scale_dtype = network, forms, schemes, scale_dtype
-        self.ends = find_ends(network)
+        ends = find_ends(network)  # a tied head is one matrix with the embedding, and goes by its name
+        self.embedding, self.head = ends.embedding, ends.embedding if ends.tied else ends.head
         if network.get_output_embeddings() is None:
             raise ConfigurationError(
                 f"model.size: {type(network).__name__} names no module as its head, so that what its predictions "
                 "depend on is not known; give --model.scheme"
             )
         self.generator = torch.Generator().manual_seed(seed)
-        self.changes: Changes = {}
-        self._head: dict[tuple[str, str], list[Tensor]] = {}
-        self._embedding: dict[tuple[str, str], list[float]] = {}
+        self._moments_D: Tensor | None = None
+        self._head: dict[Key, list[Tensor]] = {}
+        self._embedding: dict[Key, list[float]] = {}
 
     @property
     def wants_embedding(self) -> bool:
         """Whether the gradient at the first block's input is needed."""
-        return self.ends.embedding in self.schemes
+        return self.embedding in self.schemes
 
     def gradients(self, ids_NT: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The gradient at the last block's output of each sequence's ``-log p`` of labels drawn from ``p``.
@@ -69,26 +86,50 @@ class EndChanges:
             ids_NT: The sequences.
             outputs: What the last block gives for each, ``1 T D``.
         """
-        self.changes = self._round(ids_NT, outputs)
-        self._head = {key: [] for key in self.changes if key[0] == self.ends.head}
-        return [self._head_pass(ids_T[None], output) for ids_T, output in zip(ids_NT, outputs, strict=True)]
+        passes = [self._head_pass(ids_T[None], output) for ids_T, output in zip(ids_NT, outputs, strict=True)]
+        if self.head is not None and self.head in self.schemes:
+            self._moments_D = torch.cat([own.hidden_TD for own in passes]).square().mean(0)
+            self._along_head(self.head, passes)
+        return [own.gradient_BTD for own in passes]
 
+    @torch.no_grad()
+    def _along_head(self, name: str, passes: Sequence[HeadPass]) -> None:
+        """What the changes of the head do at each position: a slice of rows after the other, for all sequences."""
+        choices, w_VD = self.schemes[name], self.network.get_parameter(name)
+        for choice in choices:
+            self._head[name, choice] = [torch.zeros(len(own.hidden_TD)) for own in passes]
+        for start in range(0, len(w_VD), ROWS):
+            rows = slice(start, start + ROWS)
+            for choice, scheme in choices.items():
+                change_RD = change_of(w_VD[rows].float(), [self._moments_D], scheme, self.scale_dtype)
+                for along_T, own in zip(self._head[name, choice], passes, strict=True):
+                    along_T += ((own.at_raw_TV[:, rows].float() @ change_RD) * own.hidden_TD).sum(-1)
+
+    @torch.no_grad()
     def enter(self, ids_NT: Tensor, gradients: Sequence[Tensor]) -> None:
         """Takes each sequence's gradient at the first block's input."""
-        name, module = self.ends.embedding, self.network.get_input_embeddings()
-        self._embedding = {key: [] for key in self.changes if key[0] == name}
-        if not self._embedding:
+        name, module = self.embedding, self.network.get_input_embeddings()
+        if name is None or name not in self.schemes:
             return
-        for ids_T, gradient_BTD in zip(ids_NT, gradients, strict=True):
-            entering = self._at_embedding(ids_T[None], gradient_BTD)
-            for key, values in self._embedding.items():
-                change = torch.func.functional_call(module, {"weight": self.changes[key]}, (ids_T[None],))
-                values.append(float((change * entering.float()).sum()))
+        entering = [
+            self._at_embedding(ids_T[None], gradient_BTD).float()
+            for ids_T, gradient_BTD in zip(ids_NT, gradients, strict=True)
+        ]
+        # Only the rows of tokens that occur, and one choice at a time.
+        w_VD, rows_U = self.network.get_parameter(name), ids_NT.unique()
+        importance_D = self._moments_D if name == self.head else None
+        change_VD = torch.zeros(w_VD.shape)
+        for choice, scheme in self.schemes[name].items():
+            change_VD[rows_U] = change_of(w_VD[rows_U].float(), [importance_D], scheme, self.scale_dtype)
+            changes = [torch.func.functional_call(module, {"weight": change_VD}, (ids_T[None],)) for ids_T in ids_NT]
+            self._embedding[name, choice] = [
+                float((change * own).sum()) for change, own in zip(changes, entering, strict=True)
+            ]
 
     def divergences(self) -> dict[tuple[str, str], float]:
         """Half the mean square of what each change does to a sequence, in nats."""
         worth = {}
-        for key in self.changes:
+        for key in [(name, choice) for name, choices in self.schemes.items() for choice in choices]:
             head = self._head.get(key)
             count = len(head if head is not None else self._embedding[key])
             squares = []
@@ -99,21 +140,6 @@ class EndChanges:
                 squares.append(float(along_T.square().sum() + entering**2 + 2 * entering * along_T.sum()))
             worth[key] = max(0.0, math.fsum(squares) / count / 2)
         return worth
-
-    @torch.no_grad()
-    def _round(self, ids_NT: Tensor, outputs: Sequence[Tensor]) -> Changes:
-        """The changes; those of a head weighted by its inputs, as a run does it."""
-        moments_D: Tensor | None = None
-        if self.ends.head in self.schemes:
-            seen = [self._tail(ids_T[None], output)[0].float() for ids_T, output in zip(ids_NT, outputs, strict=True)]
-            moments_D = torch.cat(seen).square().mean(0)
-        changes = {}
-        for name, choices in self.schemes.items():
-            w_VD = self.network.get_parameter(name).detach().float()
-            importance_D = moments_D if name == self.ends.head else None
-            for choice, scheme in choices.items():
-                changes[name, choice] = change_of(w_VD, [importance_D], scheme, self.scale_dtype)
-        return changes
 
     def _tail(self, ids_BT: Tensor, output_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What enters the head ``T D`` and leaves it ``T V``, and the logits ``T V``, of the last block's output."""
@@ -139,7 +165,7 @@ class EndChanges:
         hidden, raw = seen[0]
         return hidden.reshape(-1, hidden.shape[-1]), raw, logits_BTV.flatten(0, -2)
 
-    def _head_pass(self, ids_BT: Tensor, output_BTD: Tensor) -> Tensor:
+    def _head_pass(self, ids_BT: Tensor, output_BTD: Tensor) -> HeadPass:
         leaf_BTD = output_BTD.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             hidden_TD, raw, logits_TV = self._tail(ids_BT, leaf_BTD)
@@ -147,10 +173,8 @@ class EndChanges:
             drawn_T1 = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=self.generator)
             loss = -logits_TV.log_softmax(-1).gather(1, drawn_T1).sum()
         gradient_BTD, at_raw = torch.autograd.grad(loss, [leaf_BTD, raw])
-        at_raw_TV, hidden_TD = at_raw.reshape(len(hidden_TD), -1).float(), hidden_TD.detach().float()
-        for key, values in self._head.items():
-            values.append(((at_raw_TV @ self.changes[key]) * hidden_TD).sum(-1))
-        return gradient_BTD.detach()
+        at_raw_TV = at_raw.reshape(len(hidden_TD), -1) if self.head in self.schemes else at_raw.new_zeros(0)
+        return HeadPass(gradient_BTD.detach(), hidden_TD.detach().float(), at_raw_TV.to(torch.bfloat16))
 
     def _at_embedding(self, ids_BT: Tensor, gradient_BTD: Tensor) -> Tensor:
         """The gradient at what the embedding gives, from that at the first block's input."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import quantized, stack
 from lightning_gsq.weights.scheme import QuantScheme
 
+Change = Callable[[Tensor, Sequence[Tensor | None], QuantScheme, torch.dtype], Tensor]
+"""What a way of rounding adds to a matrix, called as :func:`change_of` is."""
 STEPS = 8
 """Scales that are tried for a group, of either sign; a warm start tries five times as many."""
 ROWS = 8192

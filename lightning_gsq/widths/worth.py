@@ -34,7 +34,7 @@ from lightning_gsq.models.survey import survey
 from lightning_gsq.quantizers.statistics import InputSquareSums
 from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.widths.ends import EndChanges
-from lightning_gsq.widths.rounding import change_of
+from lightning_gsq.widths.rounding import Change, change_of
 
 SEQUENCES, TOKENS = 64, 128
 """How many sequences are looked at, and how long: each is a sample, so that many short ones are better than few."""
@@ -136,6 +136,7 @@ def changes_of(
     batches: Sequence[tuple[Tensor, BlockCall]],
     device: torch.device,
     scale_dtype: torch.dtype,
+    change: Change = change_of,
 ) -> dict[tuple[str, str], Tensor]:
     """What rounding adds to each matrix of a block.
 
@@ -145,6 +146,7 @@ def changes_of(
         batches: Hidden states that enter it and its call, for each calibration sequence.
         device: The device.
         scale_dtype: Stored dtype of scales that have none of their own.
+        change: Rounds.
 
     Returns:
         fp32 ``O I``, by the matrix's name in the block and the name of the choice.
@@ -161,7 +163,7 @@ def changes_of(
         w_OI = site.to_matrix(block.get_parameter(site.name)).detach()
         importances = list(sums.of(site)[0].to(device))
         for choice, scheme in candidate.schemes.items():
-            changes[site.name, choice] = change_of(w_OI, importances, scheme, scale_dtype)
+            changes[site.name, choice] = change(w_OI, importances, scheme, scale_dtype)
     return changes
 
 

@@ -281,3 +281,26 @@ def test_limits(tmp_path: Path) -> None:
     assert 0 < limits.own_bytes() < 1e11 and limits.host_bytes() > 0
     assert limits.free_disk(tmp_path / "not" / "there") > 0
     assert limits.device_bytes(torch.device("cpu")) is None
+
+
+def test_passes_of_gradients_are_a_phase_where_they_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(CONFIGS / "llama-3.1-8b")
+    common = [
+        "plan",
+        config,
+        "--probe",
+        "false",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+        "--model.warm_start",
+        "GPTQ",
+    ]
+    shown = {}
+    for weighted in ("false", "true"):
+        main([*common, "--model.end_loss_weights", weighted])
+        shown[weighted] = capsys.readouterr().out
+    assert "gradients of the end loss" not in shown["false"]
+    assert "gradients of the end loss" in shown["true"]
+    assert "weights of tokens" in shown["true"] and "activations of a pass and its gradients" in shown["true"]

@@ -121,7 +121,7 @@ def test_of_a_block_that_got_worse_what_is_better_stays() -> None:
     assert measures["trained"] > measures["start"] > measures["final"]
     assert accepted.trained[UP].tolist() == accepted.trained[DOWN].tolist() == [False, True, False, False]
     assert accepted.trained["self_attn.v_proj.weight"].item() and not accepted.trained["self_attn.o_proj.weight"].item()
-    dense = acceptance._Dense(module).blended(accepted.trained)
+    dense = acceptance._Dense(module, {}).blended(accepted.trained)
     assert acceptance.error_of(RUN, module, batches, dense) == measures["final"]
     line = accepted.line("model.layers.0")
     assert line is not None and "1 of mlp.experts" in line and "self_attn.v_proj.weight" in line

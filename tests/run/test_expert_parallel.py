@@ -124,6 +124,15 @@ def test_it_ends_as_on_one_process(processes: int, folders: dict[int, Path]) -> 
 
 
 @pytest.mark.parametrize("processes", [2, 4])
+def test_experts_are_accepted_one_by_one_as_on_one_process(processes: int, folders: dict[int, Path]) -> None:
+    one, other = (summary_of(folders[count])["experts"] for count in (1, processes))
+    assert one == other and list(one) == ["model.layers.1.mlp.experts"]
+    (found,) = one.values()
+    assert sum(found["held_out_tokens"]) == 17 * 32 * 2 and sum(found["tokens"]) == 8 * 32 * 2
+    assert 0 < len(found["kept_start"]) < EXPERTS, "some go back, some stay trained"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
 def test_a_process_has_its_share_of_the_experts(processes: int, folders: dict[int, Path]) -> None:
     (whole,) = json.loads((folders[1] / "sizes.json").read_text())
     parts = json.loads((folders[processes] / "sizes.json").read_text())

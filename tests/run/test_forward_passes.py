@@ -27,7 +27,7 @@ SEQUENCES, TOKENS = 5, 24
 IN_FILES = ActivationOptions(memory_limit_gb=0.0)
 
 
-def _run(name: str, folder: Path, activations: ActivationOptions = ActivationOptions()) -> Run:  # noqa: B008
+def made_run(name: str, folder: Path, activations: ActivationOptions = ActivationOptions()) -> Run:  # noqa: B008
     model = ModelQuantization("tiny", scheme=QuantScheme(4, 16))
     model.network = {**FAMILIES, **DECODERS}[name]()
     data = CalibrationDataModule(TextFile("none.txt"), num_sequences=SEQUENCES, sequence_length=TOKENS)
@@ -54,7 +54,7 @@ def _outputs(run: Run) -> list[Tensor]:
 @pytest.mark.parametrize("name", ["llama", "gemma3n", "gemma4", "bloom", "xglm", "dbrx", "openai_gpt"])
 @pytest.mark.parametrize("activations", [ActivationOptions(), IN_FILES], ids=["memory", "files"])
 def test_a_stream_is_the_model(name: str, activations: ActivationOptions, tmp_path: Path) -> None:
-    run = _run(name, tmp_path, activations)
+    run = made_run(name, tmp_path, activations)
     with hidden_store((SEQUENCES, TOKENS, run.width), activations, streams=1) as store:
         stream = embedded(run.model.network, run.train_ids_NT, store)
         for index, wanted in enumerate(_outputs(run)):
@@ -67,7 +67,7 @@ def test_a_stream_is_the_model(name: str, activations: ActivationOptions, tmp_pa
 
 
 def test_what_is_carried_is_kept_as_long_as_it_is_needed(tmp_path: Path) -> None:
-    run = _run("gemma3n", tmp_path)
+    run = made_run("gemma3n", tmp_path)
     with hidden_store((SEQUENCES, TOKENS, run.width), run.activations, streams=1) as store:
         stream, kept = embedded(run.model.network, run.train_ids_NT, store), list[int]()
         for index in range(len(run.blocks)):
@@ -79,7 +79,7 @@ def test_what_is_carried_is_kept_as_long_as_it_is_needed(tmp_path: Path) -> None
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_block_trains_on_the_arguments_of_its_own_sequences(weighted: bool, tmp_path: Path) -> None:
     """With its own weights a block reaches its target, sequence by sequence, and with those of others it does not."""
-    run, index = _run("gemma3n", tmp_path), 3
+    run, index = made_run("gemma3n", tmp_path), 3
     network, plan = run.model.network, run.plan[index]
     block = find_blocks(network)[1][index]
     with hidden_store((SEQUENCES, TOKENS, run.width), run.activations, streams=1) as store:

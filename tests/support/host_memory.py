@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
-from tests.support.tiny import byte_tokenizer
+from tests.support.published import in_fp8
+from tests.support.tiny import byte_tokenizer, random_model
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "250000"}
 """Environment of a process in which a freed matrix of a small model is given back to the system, as those of a large
@@ -137,6 +138,38 @@ def large_llama(folder: Path, blocks: int, width: int, vocabulary: int, dtype: t
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return block, total
+
+
+def large_experts(folder: Path, blocks: int, width: int, experts: int, fp8: bool) -> tuple[int, int]:
+    """Writes a random Qwen3-MoE, a matrix an expert as it is published, in bfloat16 or FP8.
+
+    Returns:
+        The bytes of a block, and of all of it, as the model has them: in bfloat16.
+    """
+    config = Qwen3MoeConfig(
+        vocab_size=300,
+        hidden_size=width,
+        moe_intermediate_size=width,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        head_dim=64,
+        max_position_embeddings=512,
+        bos_token_id=256,
+        eos_token_id=257,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    folder.mkdir(parents=True)
+    if fp8:
+        in_fp8(config, folder, block=64)
+    else:
+        random_model(config).bfloat16().save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    block = 2 * (4 * width * width + 3 * experts * width * width)
+    return block, blocks * block + 4 * 300 * width
 
 
 def short_run(model: Path, folder: Path, phases: list[str], bits: int, steps: int = 2) -> Path:

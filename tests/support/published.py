@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, PretrainedConfig
 
 from lightning_gsq.export.formats.compressed_tensors import quantization_config
@@ -38,34 +38,43 @@ FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 """Magnitudes of the four bits E2M1."""
 
 
-def in_fp8(kind: str, folder: Path) -> dict[str, Tensor]:
+def in_fp8(kind: str | PretrainedConfig, folder: Path, block: int = BLOCK) -> dict[str, Tensor]:
     """Writes a model as DeepSeek-V3 is published: E4M3 with a scale a square block; returns what it stands for."""
-    plain, stored, meant = _saved(CONFIGS[kind], folder), dict[str, Tensor](), dict[str, Tensor]()
+    config = CONFIGS[kind] if isinstance(kind, str) else kind
+    plain, stored, meant = _saved(config, folder), dict[str, Tensor](), dict[str, Tensor]()
     for name, value in plain.items():
         stored[name] = meant[name] = value
         if _is_quantized(name, value):
             rows, columns = value.shape
-            blocks = value.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+            beyond = (0, -columns % block, 0, -rows % block)
+            blocks = nn.functional.pad(value, beyond).unflatten(1, (-1, block)).unflatten(0, (-1, block))
             scale = blocks.abs().amax((1, 3), keepdim=True) / 448
             codes = (blocks / scale).to(torch.float8_e4m3fn)
-            stored[name] = codes.view(rows, columns)
+            stored[name] = codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
             stored[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
-            meant[name] = (codes.float() * scale).view(rows, columns)
-    method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+            meant[name] = (codes.float() * scale).flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+    method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
     _write(folder, stored, method)
     return meant
 
 
-def in_int4(kind: str, folder: Path) -> dict[str, Tensor]:
-    """Writes a model as Kimi K2 is published: INT4 with a scale a group; returns what it stands for."""
+def in_int4(kind: str, folder: Path, only: str = "") -> dict[str, Tensor]:
+    """Writes a model as Kimi K2 is published: INT4 with a scale a group; returns what it stands for.
+
+    Args:
+        kind: A name of :data:`CONFIGS`.
+        folder: Where to.
+        only: What the names of the quantized weights contain; Kimi-K2.5 has routed experts in INT4 alone.
+    """
+    block = BLOCK // 2 if only else BLOCK  # that of all experts, whose matrices have 32 and 16 columns
     plain, stored, meant = _saved(CONFIGS[kind], folder), dict[str, Tensor](), dict[str, Tensor]()
     layers = {}
     for name, value in plain.items():
-        if not _is_quantized(name, value):
+        if not _is_quantized(name, value) or only not in name:
             stored[name] = meant[name] = value
             continue
         rows, columns = value.shape
-        groups = value.view(rows, columns // BLOCK, BLOCK)
+        groups = value.view(rows, columns // block, block)
         scale = 2.0 ** torch.ceil(torch.log2(groups.abs().amax(-1) / 7))  # products of codes and scales are exact
         codes = (groups / scale[..., None]).round().clamp(-8, 7)
         stem = name.removesuffix(".weight")
@@ -73,8 +82,9 @@ def in_int4(kind: str, folder: Path) -> dict[str, Tensor]:
         stored[f"{stem}.weight_scale"] = scale.half()
         stored[f"{stem}.weight_shape"] = torch.tensor([rows, columns])
         meant[name] = (codes * scale[..., None]).view(rows, columns)
-        layers[stem] = (4, BLOCK if columns > BLOCK else None)
-    _write(folder, stored, quantization_config(layers, ["lm_head", "re:.*gate$"]))
+        layers[stem] = (4, block if columns > block else None)
+    ignored = ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|down)_proj.*"] if only else []
+    _write(folder, stored, quantization_config(layers, ["lm_head", "re:.*gate$", *ignored]))
     return meant
 
 

@@ -66,6 +66,21 @@ def test_predictions_agree_with_the_truth(family: str) -> None:
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.7
 
 
+def test_a_tied_embedding_is_worth_what_it_does_on_both_ends() -> None:
+    network = random_model(LlamaConfig(**COMMON, tie_word_embeddings=True))
+    ids_NT = torch.randint(0, 256, (96, 16), generator=torch.Generator().manual_seed(0))
+    (own,) = _candidates(network, ids_NT[:1])[1]
+    name, costs = own.site.name, []
+    for tied in (True, False):
+        if not tied:  # the same weights, but the change enters only
+            network.config.tie_word_embeddings = False
+            network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().clone())
+        costs.append(measure_worth(network, {}, [own], ids_NT, CPU, torch.float16, seed=0)[name]["w7g16"])
+        true = _divergence(network, name, own.site, "w7g16", ids_NT)
+        assert 0.6 < costs[-1] / true < 1.6
+    assert costs[0] > 1.3 * costs[1]
+
+
 def test_samples_take_the_beginnings_first() -> None:
     ids_NT = torch.arange(3 * 300).view(3, 300)
     pieces = samples(ids_NT)

@@ -193,16 +193,29 @@ static void linear(
     tokens_of<BITS, N, 4, 1>(y + t * s.rows, x + t * x_stride, sums + t * sum_stride, words, scales, kind, s);
 }
 
+// The first count of 8 values. A copy of a length that the compiler knows is one instruction.
+template <typename V, typename T>
+static inline void store(T* to, const V& values, int64_t count) {
+  if (count == 8) {
+    std::memcpy(to, &values, 8 * sizeof(T));
+  } else {
+    std::memcpy(to, &values, count * sizeof(T));
+  }
+}
+
 template <int BITS>
 static void dequantize(
     void* out, int out_kind, const uint8_t* words, const void* scales, int kind, int64_t rows, int64_t columns,
     int64_t row_words, int64_t groups, int64_t group_length) {
   const Words<8> shift = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS % 8, 4 * BITS % 8 + BITS, 4 * BITS % 8 + 2 * BITS,
                           4 * BITS % 8 + 3 * BITS};
+  const bool whole = groups == 1 || group_length % 8 == 0;  // a unit lies in one group
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const uint8_t* p = words + row * 4 * row_words;
     uint8_t tail[8] = {};
+    int64_t group = 0, left = 0;  // values of the group that are still to come
+    float scale = 0;
     for (int64_t start = 0; start < columns; start += 8) {
       const int64_t count = columns - start < 8 ? columns - start : 8, offset = start / 8 * BITS;
       const uint8_t* from = p + offset;
@@ -214,22 +227,27 @@ static void dequantize(
       const Words<8> both = {low, low, low, low, high, high, high, high};
       Words<8> field = (both >> shift) & ((1u << BITS) - 1);
       Floats<8> value = (__builtin_convertvector((Ints<8>)field, Floats<8>) - CENTRE<BITS>) * STEP<BITS>;
-      if (start / group_length == (start + count - 1) / group_length) {
-        value *= widen(scales, row * groups + start / group_length, kind);
+      if (whole) {
+        if (left == 0) {
+          scale = widen(scales, row * groups + group++, kind);
+          left = groups == 1 ? columns + 8 : group_length;
+        }
+        left -= 8;
+        value *= scale;
       } else {
         for (int i = 0; i < count; i++) value[i] *= widen(scales, row * groups + (start + i) / group_length, kind);
       }
       const int64_t to = row * columns + start;
       if (out_kind == FP32) {
-        std::memcpy(static_cast<float*>(out) + to, &value, 4 * count);
+        store(static_cast<float*>(out) + to, value, count);
       } else if (out_kind == FP16) {
         typename VectorOf<8, _Float16>::type half = __builtin_convertvector(value, typename VectorOf<8, _Float16>::type);
-        std::memcpy(static_cast<uint16_t*>(out) + to, &half, 2 * count);
+        store(static_cast<uint16_t*>(out) + to, half, count);
       } else {
         Words<8> bits = (Words<8>)value;
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even; weights are finite
         typename VectorOf<8, uint16_t>::type half = __builtin_convertvector(bits, typename VectorOf<8, uint16_t>::type);
-        std::memcpy(static_cast<uint16_t*>(out) + to, &half, 2 * count);
+        store(static_cast<uint16_t*>(out) + to, half, count);
       }
     }
   }
@@ -243,6 +261,23 @@ extern "C" void gsq_packed_linear(
   const Shape s = {rows, row_words, groups, (columns + 8 * lanes - 1) / (8 * lanes), group_length / (8 * lanes)};
   const auto run = lanes == 16 ? linear<GSQ_BITS, 16> : lanes == 8 ? linear<GSQ_BITS, 8> : linear<GSQ_BITS, 4>;
   run(y, x, scratch, static_cast<const uint8_t*>(words), scales, scale_kind, tokens, columns, s);
+}
+
+// As above for weights that lie one after the other: tokens offsets[e] ... offsets[e + 1] - 1 meet weight e. Those of
+// weights with more tokens than most are left as they are. scratch holds most * 9 * (columns + 128).
+extern "C" void gsq_grouped_linear(
+    float* y, const float* x, float* scratch, const void* words, const void* scales, int scale_kind,
+    const int64_t* offsets, int64_t experts, int64_t most, int64_t rows, int64_t columns, int64_t row_words,
+    int64_t groups, int64_t group_length) {
+  const int64_t scale_bytes = scale_kind == FP32 ? 4 : 2;
+  for (int64_t e = 0; e < experts; e++) {
+    const int64_t first = offsets[e], tokens = offsets[e + 1] - first;
+    if (tokens < 1 || tokens > most) continue;
+    gsq_packed_linear(
+        y + first * rows, x + first * columns, scratch, static_cast<const uint8_t*>(words) + e * rows * 4 * row_words,
+        static_cast<const uint8_t*>(scales) + e * rows * groups * scale_bytes, scale_kind, tokens, rows, columns,
+        row_words, groups, group_length);
+  }
 }
 
 // The dense weight, rows * columns, as fp32, fp16 or bf16.

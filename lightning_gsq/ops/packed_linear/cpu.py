@@ -26,6 +26,8 @@ from lightning_gsq.system.compiling import cxx
 
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 # -ffast-math is left out: linked into a library, it changes denormals for the whole process.
+MOST_TOKENS = 16
+"""Tokens up to which this form is meant to run."""
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _log = logging.getLogger(__name__)
 
@@ -82,6 +84,36 @@ def linear(x_TI: Tensor, words_OW: Tensor, scales_OG: Tensor, *, bits: int, grou
         *_sizes(tokens, words_OW.shape[0], columns, words_OW.shape[1], scales_OG.shape[1], group_length),
     )
     return y_TO
+
+
+def grouped(
+    y_SO: Tensor, x_SI: Tensor, words_OW: Tensor, scales_OG: Tensor, offsets: list[int], *, bits: int, group_length: int
+) -> None:
+    """The products of :func:`linear` for weights one after the other, ``E O`` rows, into ``y_SO``.
+
+    Args:
+        y_SO: fp32; rows of weights with more than :data:`MOST_TOKENS` tokens are left as they are.
+        x_SI: Tokens, those of the first weight first.
+        words_OW: Packed codes of all weights.
+        scales_OG: Their scales.
+        offsets: Where each weight's tokens begin, and where the last one's end.
+        bits: Bits that a stored value takes.
+        group_length: Weights in a full group.
+    """
+    experts, columns = len(offsets) - 1, x_SI.shape[1]
+    rows = words_OW.shape[0] // experts
+    x_SI, words_OW, scales_OG = x_SI.float().contiguous(), words_OW.contiguous(), _scales(scales_OG)
+    scratch = torch.empty(MOST_TOKENS * 9 * (columns + 128))
+    _library(bits).gsq_grouped_linear(
+        _pointer(y_SO),
+        _pointer(x_SI),
+        _pointer(scratch),
+        _pointer(words_OW),
+        _pointer(scales_OG),
+        _KINDS[scales_OG.dtype],
+        (ctypes.c_int64 * len(offsets))(*offsets),
+        *_sizes(experts, MOST_TOKENS, rows, columns, words_OW.shape[1], scales_OG.shape[1], group_length),
+    )
 
 
 def dequantize(

@@ -26,7 +26,7 @@ Form = Literal["gemv", "batch", "cpu", "dense", "reference"]
 
 CHOICES: dict[str, tuple[tuple[float, Form], ...]] = {
     "cuda": ((1, "gemv"), (64, "batch"), (math.inf, "dense")),
-    "cpu": ((16, "cpu"), (math.inf, "dense")),
+    "cpu": ((cpu.MOST_TOKENS, "cpu"), (math.inf, "dense")),
 }
 """For each device the forms and the most tokens that each is meant for; other devices take the dense form."""
 PANEL_ELEMENTS = 1 << 21

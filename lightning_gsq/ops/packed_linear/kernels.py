@@ -68,18 +68,23 @@ def _word(words, index, inside, count, stride, EVEN: tl.constexpr):
 
 @triton.jit
 def _gemv_kernel(
-    arranged, sums, words, scales, bias, y,
+    arranged, sums, words, scales, bias, weight_of, y,
     tokens, rows, units, units_padded, word_count, units_per_group, one,
     stride_wo, stride_ww, stride_so, stride_sg,
     BITS: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     stored = row < rows
     row = tl.minimum(row, rows - 1)  # rows beyond the end repeat the last one: no masks on their loads
-    words_row = words + row[:, None] * stride_wo
-    scales_row = scales + row[:, None] * stride_so
+    stored_row = row
+    if GROUPED:
+        weight = tl.load(weight_of + token).to(tl.int64)
+        stored_row += tl.maximum(weight, 0) * rows
+        units = tl.where(weight >= 0, units, 0)  # a token of no weight gets zeros
+    words_row = words + stored_row[:, None] * stride_wo
+    scales_row = scales + stored_row[:, None] * stride_so
     total = tl.zeros([ROWS, UNITS], tl.float32)
     for first in range(0, units, UNITS):
         unit = first + tl.arange(0, UNITS)
@@ -106,20 +111,30 @@ def _gemv_kernel(
 
 @triton.jit
 def _batch_kernel(
-    arranged, words, scales, bias, y,
+    arranged, words, scales, bias, weight_of, first_of, end_of, y,
     tokens, rows, units, units_padded, word_count, units_per_group, one,
     stride_wo, stride_ww, stride_so, stride_sg,
     BITS: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, STEP: tl.constexpr, CENTRE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     stored = row < rows
     row = tl.minimum(row, rows - 1)
-    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    present = token < tokens
-    words_row = words + row[:, None] * stride_wo
-    scales_row = scales + row[:, None] * stride_so
+    stored_row = row
+    if GROUPED:
+        tile = tl.program_id(1)
+        stored_row += tl.load(weight_of + tile).to(tl.int64) * rows
+        first_token = tl.load(first_of + tile).to(tl.int64)
+        end = tl.load(end_of + tile).to(tl.int64)
+        token = first_token + tl.arange(0, TOKENS)
+        present = token < end
+        units = tl.where(first_token < end, units, 0)  # a tile without tokens does nothing
+    else:
+        token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        present = token < tokens
+    words_row = words + stored_row[:, None] * stride_wo
+    scales_row = scales + stored_row[:, None] * stride_so
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     for first in range(0, units, UNITS):
         unit = first + tl.arange(0, UNITS)
@@ -211,15 +226,16 @@ def linear(
     units_per_group = group_length // fields if group_length < in_features else units
     sizes = (tokens, rows, units, padded, word_count, units_per_group, ONE)
     even = padded == units and word_count == units * words
-    options = {**constants, "HAS_BIAS": bias_O is not None, "EVEN": even, "ROWS": tile.rows, "UNITS": tile.units}
+    options = {**constants, "HAS_BIAS": bias_O is not None, "GROUPED": False, "EVEN": even}
+    options |= {"ROWS": tile.rows, "UNITS": tile.units}
     if tile.tokens == 1:
         _gemv_kernel[(triton.cdiv(rows, tile.rows), tokens)](
-            arranged, sums, words_OW, scales_OG, bias_O, y_TO, *sizes,
+            arranged, sums, words_OW, scales_OG, bias_O, None, y_TO, *sizes,
             *words_OW.stride(), *scales_OG.stride(), **options, num_warps=tile.warps,
         )  # fmt: skip
     else:
         _batch_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens))](
-            arranged, words_OW, scales_OG, bias_O, y_TO, *sizes,
+            arranged, words_OW, scales_OG, bias_O, None, None, None, y_TO, *sizes,
             *words_OW.stride(), *scales_OG.stride(),
             UPCAST=x_TI.dtype == torch.float32 or not x_TI.is_cuda, TOKENS=tile.tokens, **options,
             num_warps=tile.warps,

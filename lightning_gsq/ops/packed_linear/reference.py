@@ -7,6 +7,8 @@ Value ``i`` of a row starts at bit ``i * bits`` of the row's little-endian strea
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -61,3 +63,40 @@ def packed_linear_reference(
         words_OW, scales_OG.to(dtype), bits=bits, in_features=in_features, group_length=group_length, dtype=dtype
     )
     return nn.functional.linear(x.to(dtype), w_OI, None if bias_O is None else bias_O.to(dtype)).to(x.dtype)
+
+
+def grouped_packed_linear_reference(
+    x_SI: Tensor,
+    words_OW: Tensor,
+    scales_OG: Tensor,
+    offsets_E: Tensor,
+    *,
+    bits: int,
+    in_features: int,
+    group_length: int,
+) -> Tensor:
+    """``x w_e^T`` for each weight ``e`` of some one after the other, ``S O``; zeros for tokens of none.
+
+    Args:
+        x_SI: Tokens, those of the first weight first.
+        words_OW: Packed codes of all weights, the rows of the first one first.
+        scales_OG: Their scales.
+        offsets_E: Where each weight's tokens begin, and where the last one's end: one more than there are weights.
+        bits: Bits that one stored value takes.
+        in_features: ``I``.
+        group_length: Weights in a full group.
+    """
+    offsets = offsets_E.tolist()
+    rows = words_OW.shape[0] // (len(offsets) - 1)
+    y_SO = x_SI.new_zeros(len(x_SI), rows)
+    for expert, (first, end) in enumerate(pairwise(offsets)):
+        own = slice(expert * rows, (expert + 1) * rows)
+        y_SO[first:end] = packed_linear_reference(
+            x_SI[first:end],
+            words_OW[own],
+            scales_OG[own],
+            bits=bits,
+            in_features=in_features,
+            group_length=group_length,
+        )
+    return y_SO

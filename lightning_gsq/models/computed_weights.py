@@ -1,0 +1,154 @@
+"""Weights that are computed while a model is loaded, kept in files where memory is short.
+
+A safetensors file is mapped: the system drops its pages where it needs room. But transformers computes what a file
+does not hold as the model has it: it stacks the matrices of experts into one tensor, and makes plain numbers of FP8,
+INT4 and MXFP4. What it computes is written to a file here, one parameter after another, and mapped from there, so that
+no more than one of them is in memory. The files stay for the next start of the same run and for its other processes,
+which find them by a name that stands for the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, core_model_loading
+from transformers import __version__ as transformers_version
+
+from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.models.address import ModelSource
+from lightning_gsq.models.empty import empty_model
+from lightning_gsq.models.replaced import replaced
+from lightning_gsq.system import memory
+from lightning_gsq.system.locking import waiting_for
+from lightning_gsq.system.safetensors_headers import read_headers
+from lightning_gsq.system.shards import SINGLE, Shards
+
+FOLDER = "weights"
+"""Where they are in a run folder, while the run goes on."""
+PART_OF_MEMORY = 0.5
+"""Of the host's free memory, what a model may take that is to be quantized there."""
+
+
+def short_of_memory(size: int, room: int) -> bool:
+    """Whether what is computed on loading goes into files.
+
+    Args:
+        size: Bytes of the whole model.
+        room: Bytes of the host that are free.
+    """
+    return size > PART_OF_MEMORY * room
+
+
+def computed_bytes(source: ModelSource, model: PreTrainedModel, dequantized: bool) -> int:
+    """Bytes of the weights that are computed on loading: those that no file holds under their names, as plain numbers.
+
+    Args:
+        source: The model; one without files here is taken to have its weights as they are.
+        model: Its modules, on the meta device.
+        dequantized: Whether the files hold no plain numbers.
+    """
+    if source.gguf_file is not None or not source.files:
+        return 0
+    prefix = f"{model.base_model_prefix}."
+    stored = {name.removeprefix(prefix) for name in read_headers(source.files)}
+    return sum(
+        parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and (dequantized or (parameter.ndim > 2 and name.removeprefix(prefix) not in stored))
+    )
+
+
+@contextmanager
+def in_files(
+    folder: Path | None, source: ModelSource, config: PretrainedConfig, dtype: torch.dtype | None
+) -> Iterator[None]:
+    """Keeps what transformers computes inside the context in files, where the model would fill half of the memory.
+
+    Args:
+        folder: Where to; None keeps everything in memory.
+        source: The model.
+        config: Its configuration.
+        dtype: Dtype of its parameters; None for that of its files.
+
+    Raises:
+        ConfigurationError: the folder's disk has no room.
+    """
+    if folder is None or source.gguf_file is not None:
+        yield
+        return
+    parameters = empty_model(source, config, dtype).parameters()
+    size = sum(parameter.nbytes for parameter in parameters)
+    if not short_of_memory(size, memory.host_bytes()):
+        yield
+        return
+    own = folder / _digest(source, dtype)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"trainer.default_root_dir: cannot write {own}: {error.strerror}") from error
+    for other in folder.iterdir():
+        if other != own:  # of another checkpoint
+            shutil.rmtree(other)
+    present = sum(file.stat().st_size for file in own.rglob("*.safetensors"))
+    if (free := shutil.disk_usage(own).free) < size - present:
+        raise ConfigurationError(
+            f"model.pretrained: {source.shown} takes {size / 1e9:.1f} GB, more than half of the memory, and what of it "
+            f"is computed on loading does not fit into the {free / 1e9:.1f} GB that are free in {folder}; use a "
+            "--trainer.default_root_dir on another disk"
+        )
+    convert = core_model_loading.WeightConverter.convert
+
+    def converted(self: Any, layer_name: str, *args: Any, **more: Any) -> dict[str, Tensor]:
+        place = own / layer_name
+        with waiting_for(own / ".lock"):
+            if not (place / SINGLE).exists():
+                _write(place, convert(self, layer_name, *args, **more))
+        return load_file(place / SINGLE)
+
+    with replaced(core_model_loading.WeightConverter, "convert", converted), _one_by_one():
+        yield
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Has transformers read a parameter when it is its turn; its threads would read all of them before the first."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _write(place: Path, values: dict[str, Any]) -> None:
+    """Writes what a converter gives, so that it is there whole or not at all."""
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    shards = Shards(partial)
+    shards.add({name: value[0] if isinstance(value, list) else value for name, value in values.items()})
+    values.clear()
+    shards.finish()
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
+
+
+def _digest(source: ModelSource, dtype: torch.dtype | None) -> str:
+    """A name for a checkpoint, and for what makes numbers of it."""
+    about = [transformers_version, str(dtype), str(source.path)]
+    for file in sorted(Path(file) for file in source.files):
+        about += [file.name, str(file.stat().st_size), str(file.stat().st_mtime_ns)]
+    return hashlib.blake2b("\n".join(about).encode(), digest_size=8).hexdigest()
