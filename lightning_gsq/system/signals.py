@@ -27,6 +27,8 @@ from typing import Any
 
 GRACE = 5.0
 """Seconds between a signal and the end at the latest."""
+CLEARED = "\r\x1b[2K\x1b[?25h"
+"""Takes away a terminal's present line, and gives the cursor back that a bar has hidden."""
 AGAIN = 0.01
 """Seconds after which a signal that came in the middle of a finalizer comes again."""
 
@@ -172,7 +174,8 @@ class Watch:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if speaks():
-            os.write(2, f"{self.farewell}\n".encode())
+            lead = CLEARED if os.isatty(2) else ""  # a bar that nobody ends any more
+            os.write(2, f"{lead}{self.farewell}\n".encode())
         os._exit(128 + number)
 
 

@@ -70,6 +70,25 @@ def test_ends_with_the_code_of_the_signal(place: str, number: signal.Signals) ->
     assert output == ("farewell\n" if place in ("swallowed", "in C") else "unwound\n")
 
 
+def test_in_a_terminal_the_last_line_takes_the_place_of_a_bar() -> None:
+    ours, theirs = os.openpty()
+    work = "sys.stderr.write('bar ... left 0:00:02'); sys.stderr.flush()\n        " + WORK["in C"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(work=work)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=clean_environment(),
+    )
+    os.close(theirs)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 128 + signal.SIGINT
+    assert os.read(ours, 1000).decode() == f"bar ... left 0:00:02{signals.CLEARED}farewell\r\n"
+    os.close(ours)
+    process.stdout.close()
+
+
 def test_a_second_signal_does_not_disturb_the_first() -> None:
     process = _run("try: time.sleep(60)\nfinally: time.sleep(0.3); print('cleaned', flush=True)")
     process.send_signal(signal.SIGTERM)
