@@ -66,9 +66,11 @@ def _by_block(case: Case) -> Case | None:
 
 
 def _unweighted(case: Case) -> Case | None:
-    model = copy.copy(case.model)
-    model.start = replace(model.start, warm_start=RTN())
-    return replace(case, model=model) if case.model.start.watches_inputs else None
+    start, model = case.model.start, copy.copy(case.model)
+    if not start.watches_inputs or start.end_loss_weights or start.experts.option is not None:
+        return None  # looks at no inputs already, or another option asks for them
+    model.start = replace(start, warm_start=RTN())
+    return replace(case, model=model)
 
 
 def _one_by_one(case: Case) -> Case | None:
@@ -110,6 +112,7 @@ SPREAD = [(f"--trainer.strategy fsdp2 --trainer.devices {count}", _over(count)) 
 FILES = ("--activations.memory_limit_gb 0", _in_files)
 OPTIONS: dict[str, list[tuple[str, Change]]] = {
     "perplexity": [("--evaluation.by_block true", _by_block), FILES],
+    "gradients of the end loss": [FILES],
     "warm start": [("--model.warm_start RTN --model.warm_start.weighted false", _unweighted), FILES],
     "blocks: warm start": [FILES, ("--model.warm_start RTN --model.warm_start.weighted false", _unweighted)],
     "blocks: training": [FILES, (SHORTER, _one_by_one), (LION, _lion)],

@@ -303,4 +303,6 @@ def test_passes_of_gradients_are_a_phase_where_they_are_asked_for(
         shown[weighted] = capsys.readouterr().out
     assert "gradients of the end loss" not in shown["false"]
     assert "gradients of the end loss" in shown["true"]
+    assert main([*common, "--model.end_loss_weights", "true", "--host_memory_gb", "4", "--device_memory_gb", "2"]) == 2
+    assert "gradients of the end loss" in capsys.readouterr().err
     assert "weights of tokens" in shown["true"] and "activations of a pass and its gradients" in shown["true"]
