@@ -107,6 +107,7 @@ class EndToEndQuantization(LightningModule):
         """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
         self.idle_passes = 0  # forward passes of a validation that other processes make and this one does not
         self.best_loss, self.last_loss, self.validated_step = math.inf, math.inf, -1
+        self.start_divergence = math.inf  # of the first evaluation; as if far away where there was none
         self.best_state: dict[str, Tensor] = {}
 
     # -- the two models
@@ -218,6 +219,8 @@ class EndToEndQuantization(LightningModule):
     def on_validation_end(self) -> None:
         """Keeps the state if it is the best so far."""
         loss = self.last_loss = float(self.trainer.callback_metrics["end_to_end/val_loss"])
+        if self.validated_step < 0:
+            self.start_divergence = float(self.trainer.callback_metrics["end_to_end/val_divergence"])
         self.validated_step = self.trainer.global_step
         if loss < self.best_loss:
             self.best_loss = loss
@@ -237,7 +240,8 @@ class EndToEndQuantization(LightningModule):
         """One parameter group for each kind of parameter and width, with a cosine schedule that ends at the floor."""
         groups: dict[tuple[Trained, float], list[nn.Parameter]] = {(kind, 1.0): [] for kind in KINDS}
         blocks: Any = self.blocks.values()
-        shares, norm_share = scale_shares([*blocks, self.outer]), mean_share(blocks)
+        divergence = self.start_divergence
+        shares, norm_share = scale_shares([*blocks, self.outer], divergence), mean_share(blocks, divergence)
         for name, parameter in self.trained():
             kind = kind_of(name)
             share = norm_share if kind == "norms" else shares.get(parameter, 1.0)

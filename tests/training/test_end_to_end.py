@@ -99,6 +99,17 @@ def test_finer_codes_take_smaller_steps() -> None:
     assert norms["initial_lr"] == pytest.approx(1e-3 * share)
 
 
+@pytest.mark.parametrize("bits", [3, 5])
+def test_steps_are_no_longer_than_the_way(bits: int) -> None:
+    """A model that begins near its original takes its divergence's share of the learning rates, if that is less."""
+    network = FAMILIES["llama"]()
+    module = EndToEndQuantization(network, rounded(network, bits=bits), EndToEndOptions())
+    divergence, _ = _fit(module, epochs=1)  # the loss is nothing else
+    assert 0 < divergence < 0.125
+    rates = [group["initial_lr"] for group in module.trainer.optimizers[0].param_groups]
+    assert rates == pytest.approx([2e-3 * divergence / 0.25, 1e-3 * divergence / 0.25])
+
+
 def test_recomputing_gives_the_same_gradient() -> None:
     network = FAMILIES["qwen3_moe"]()
     ids = torch.randint(0, 250, (2, 12))
