@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.packed.config import Layouts
 from lightning_gsq.packed.embedding import QuantEmbedding, is_packable_embedding, tie_heads
 from lightning_gsq.packed.layers import PackedExperts, PackedWeight, QuantLinear
+from lightning_gsq.packed.own_experts import ROWS, class_name, run_own_experts
 from lightning_gsq.packed.salient_linear import SCALES, SageLinear, is_part
 from lightning_gsq.system.safetensors_headers import TensorInfo
 
@@ -44,7 +46,9 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
         if parameter is None:
             raise ConfigurationError(f"quantization_config: the model has no weight {name}")
         shape = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
-        if tuple(parameter.shape) != ((site.experts, *shape) if site.experts else shape):
+        if site.experts and tuple(parameter.shape) == (site.experts * shape[0], shape[1]):
+            site = replace(site, shape=tuple(parameter.shape))
+        elif tuple(parameter.shape) != ((site.experts, *shape) if site.experts else shape):
             raise ConfigurationError(
                 f"quantization_config: {name} has shape {tuple(parameter.shape)} in the model, {site} in the file"
             )
@@ -67,13 +71,15 @@ def exchange_modules(model: nn.Module, layouts: Layouts, stored: Mapping[str, Te
         if site.experts:
             delattr(owner, attribute)
             setattr(owner, attribute, PackedExperts(scheme, site, **settings))
-            _select_packed_experts(model)
         elif is_linear:
             model.set_submodule(owner_name, QuantLinear(scheme, site, bias, **settings))
         else:
             assert isinstance(owner, nn.Embedding)
             model.set_submodule(owner_name, QuantEmbedding(scheme, site, owner, **settings))
     tie_heads(model)
+    if any(site.experts for _, site in layouts.values()):
+        _select_packed_experts(model)
+        run_own_experts(model)
 
 
 def why_no_packed_form(owner: nn.Module, attribute: str, site: LinearSite) -> str | None:
@@ -85,7 +91,12 @@ def why_no_packed_form(owner: nn.Module, attribute: str, site: LinearSite) -> st
         site: Its shape and orientation.
     """
     if site.experts:
-        return "holds experts in rows of one matrix, which have no packed form" if site.shape else None
+        known = not site.shape or class_name(owner) in ROWS
+        return (
+            None
+            if known
+            else f"holds experts in rows of one matrix of a {type(owner).__name__}, which has no packed form"
+        )
     if isinstance(owner, LINEAR) and attribute == "weight" and not site.shape:
         other = type(owner) not in LINEAR and not _multiplies(owner, site)
         return f"belongs to a {type(owner).__name__}, which does more than to multiply" if other else None

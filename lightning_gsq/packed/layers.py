@@ -199,9 +199,9 @@ class QuantLinear(PackedWeight):
 class PackedExperts(PackedWeight):
     """A fused expert parameter that is packed; ``parameter[e]`` is expert ``e``'s dense matrix.
 
-    Models whose classes leave a choice how experts are run use :meth:`grouped` (:mod:`expert_products`).
-    Products of all experts at once (``torch.bmm(x, parameter)``, in Llama 4) get all of their matrices, made when they
-    are asked for and gone afterwards.
+    Models whose classes leave a choice how experts are run use :meth:`grouped` (:mod:`expert_products`), and so do the
+    other classes of transformers (:mod:`own_experts`). Code that is not known asks for the matrix of one expert, or
+    gets all of them (``torch.bmm(x, parameter)``), made when they are asked for and gone afterwards.
     """
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
@@ -233,8 +233,23 @@ class PackedExperts(PackedWeight):
     @property
     def shape(self) -> torch.Size:
         """That of the parameter."""
+        if self.site.shape:
+            return torch.Size(self.site.shape)
         matrix = (self.site.out_features, self.site.in_features)
         return torch.Size((self.site.experts, *(matrix[::-1] if self.site.transposed else matrix)))
+
+    @property
+    def mT(self) -> Tensor:
+        """All matrices, dense and transposed."""
+        return self.dequantize(self.cast.dtype).mT
+
+    def transpose(self, first: int, second: int) -> Tensor:
+        """The parameter, dense, with two dimensions exchanged."""
+        return self.dequantize(self.cast.dtype).transpose(first, second)
+
+    def view(self, *sizes: int) -> Tensor:
+        """The parameter, dense, in another shape."""
+        return self.dequantize(self.cast.dtype).view(*sizes)
 
     @classmethod
     def __torch_function__(

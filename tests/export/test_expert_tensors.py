@@ -26,6 +26,7 @@ from lightning_gsq.export.formats.compressed_tensors import CompressedTensorsFor
 from lightning_gsq.export.formats.expert_tensors import patterns
 from lightning_gsq.export.formats.native import NativeFormat
 from lightning_gsq.export.preflight import model_obstacle
+from tests.support.decoders import dbrx_config
 from tests.support.exported import SHAPE, quantize, save_model
 
 FORMAT, NATIVE = CompressedTensorsFormat(), NativeFormat()
@@ -163,10 +164,11 @@ def test_patterns_name_blocks_only_where_they_differ() -> None:
             num_experts_per_tok=2,
         ),
         Llama4TextConfig(**MOE, intermediate_size_mlp=96, num_local_experts=4, num_experts_per_tok=1),
+        dbrx_config(272),
     ],
     ids=lambda config: config.model_type,
 )
-def test_native_holds_classes_derived_from_linear_layers_and_products_of_all_experts(
+def test_native_holds_classes_derived_from_linear_layers_and_experts_outside_of_transformers_interface(
     config: PretrainedConfig, tmp_path: Path
 ) -> None:
     run = run_of(config, tmp_path)

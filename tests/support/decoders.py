@@ -38,26 +38,25 @@ def _gemma3n(reusing: int) -> PreTrainedModel:
     return random_model(config)
 
 
-def _dbrx() -> PreTrainedModel:
+def dbrx_config(vocabulary: int = VOCABULARY) -> DbrxConfig:
+    """Experts in rows of one matrix."""
     attention = DbrxAttentionConfig(kv_n_heads=2, clip_qkv=8.0)
     attention.rope_theta = 10000.0
     experts = DbrxFFNConfig(hidden_size=32, ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)
-    return random_model(
-        DbrxConfig(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            n_layers=2,
-            n_heads=4,
-            max_seq_len=128,
-            attn_config=attention,
-            ffn_config=experts,
-        )
+    return DbrxConfig(
+        vocab_size=vocabulary,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        max_seq_len=128,
+        attn_config=attention,
+        ffn_config=experts,
     )
 
 
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "bloom": lambda: random_model(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
-    "dbrx": _dbrx,
+    "dbrx": lambda: random_model(dbrx_config()),
     "gemma3n": lambda: _gemma3n(reusing=2),
     "gemma3n_alone": lambda: _gemma3n(reusing=0),
     "gemma4": lambda: random_model(
