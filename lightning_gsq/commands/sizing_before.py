@@ -18,6 +18,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.estimate import assigned, make_skeleton
 from lightning_gsq.export import format_of
 from lightning_gsq.models import loading
+from lightning_gsq.models.computed_weights import for_a_while
 from lightning_gsq.run.block_plan import BlockPlan, make_plan
 from lightning_gsq.run.claim import claimed
 from lightning_gsq.run.recipe import make_recipe
@@ -54,7 +55,8 @@ def choose_before(
     data.check(None)
     evaluation.check(None)
     with claimed(trainer.default_root_dir, 0, source, say) as folder:
-        model.load(source)
+        with for_a_while(folder.root) as scratch:
+            model.load(source, scratch=scratch)
         menu = make_menu(model, make_plan(model), exports, settings["model"])
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.folders import MARK
 from lightning_gsq.export.source import FinishedRun
+from lightning_gsq.models.computed_weights import for_a_while
 from lightning_gsq.quantizers import FromFile
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import FORMAT, is_whole, model_fingerprint, recipe_digest
-from lightning_gsq.system.files import hidden_name
 from lightning_gsq.system.owned_folders import read_mark
 from lightning_gsq.system.yaml_files import read_yaml
 from lightning_gsq.training import ModelQuantization
@@ -58,11 +57,8 @@ def open_run(folder: str | Path, trust_remote_code: bool = False) -> FinishedRun
     if choice is not None:
         model.take(Choice.of_plain(choice).widths, f"mixed widths within {choice['size']}")
     try:
-        scratch = hidden_name(root / "weights")
-        try:
+        with for_a_while(root) as scratch:
             model.load(model.address.source(), scratch=scratch)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)  # what is mapped stays readable when its files are gone
     except ConfigurationError as error:
         if trust_remote_code or not recipe["settings"]["model"].get("trust_remote_code"):
             raise

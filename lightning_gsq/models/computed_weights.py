@@ -3,15 +3,18 @@
 A safetensors file is mapped: the system drops its pages where it needs room. But transformers computes what a file
 does not hold as the model has it: it stacks the matrices of experts into one tensor, and makes plain numbers of FP8,
 INT4 and MXFP4. What it computes is written to a file here, one parameter after another, and mapped from there, so that
-no more than one of them is in memory. The files stay for the next start of the same run and for its other processes,
-which find them by a name that stands for the checkpoint.
+no more than one of them is in memory. In a run folder the files stay for the next start of the same run and for its
+other processes, which find them by a name that stands for the checkpoint. Elsewhere they have no name once they are
+mapped, and their room on the disk is free when the process ends.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +31,7 @@ from lightning_gsq.models.address import ModelSource
 from lightning_gsq.models.empty import empty_model
 from lightning_gsq.models.replaced import replaced
 from lightning_gsq.system import memory
+from lightning_gsq.system.files import hidden_name
 from lightning_gsq.system.locking import waiting_for
 from lightning_gsq.system.safetensors_headers import read_headers
 from lightning_gsq.system.shards import SINGLE, Shards
@@ -36,6 +40,7 @@ FOLDER = "weights"
 """Where they are in a run folder, while the run goes on."""
 PART_OF_MEMORY = 0.5
 """Of the host's free memory, what a model may take that is to be quantized there."""
+_log = logging.getLogger(__name__)
 
 
 def short_of_memory(size: int, room: int) -> bool:
@@ -68,13 +73,24 @@ def computed_bytes(source: ModelSource, model: PreTrainedModel, dequantized: boo
 
 
 @contextmanager
+def for_a_while(root: Path) -> Iterator[Path]:
+    """A folder beside :data:`FOLDER` of a run that is gone after the context; what is mapped stays readable."""
+    folder = hidden_name(root / FOLDER)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def in_files(
     folder: Path | None, source: ModelSource, config: PretrainedConfig, dtype: torch.dtype | None
 ) -> Iterator[None]:
     """Keeps what transformers computes inside the context in files, where the model would fill half of the memory.
 
     Args:
-        folder: Where to; None keeps everything in memory.
+        folder: Where to; None for a temporary folder (``TMPDIR``) that is gone after the context: what is mapped stays
+            readable. Without room there, everything stays in memory, and a line says so.
         source: The model.
         config: Its configuration.
         dtype: Dtype of its parameters; None for that of its files.
@@ -82,7 +98,7 @@ def in_files(
     Raises:
         ConfigurationError: the folder's disk has no room.
     """
-    if folder is None or source.gguf_file is not None:
+    if source.gguf_file is not None:
         yield
         return
     parameters = empty_model(source, config, dtype).parameters()
@@ -90,6 +106,25 @@ def in_files(
     if not short_of_memory(size, memory.host_bytes()):
         yield
         return
+    if folder is not None:
+        with _written(_claimed(folder, source, dtype, size)):
+            yield
+        return
+    with tempfile.TemporaryDirectory(prefix="lightning-gsq-", ignore_cleanup_errors=True) as temporary:
+        if (free := shutil.disk_usage(temporary).free) < size:
+            _log.warning(
+                "%s takes %.1f GB, more than half of the memory, and what of it is computed on loading does not fit "
+                "into the %.1f GB that are free in %s: it is held in memory; set TMPDIR to a folder on another disk",
+                *(source.shown, size / 1e9, free / 1e9, tempfile.gettempdir()),
+            )
+            yield
+            return
+        with _written(Path(temporary)):
+            yield
+
+
+def _claimed(folder: Path, source: ModelSource, dtype: torch.dtype | None, size: int) -> Path:
+    """The part of a run's folder that is for this checkpoint, those of others removed; refused without room."""
     own = folder / _digest(source, dtype)
     try:
         own.mkdir(parents=True, exist_ok=True)
@@ -105,6 +140,12 @@ def in_files(
             f"is computed on loading does not fit into the {free / 1e9:.1f} GB that are free in {folder}; use a "
             "--trainer.default_root_dir on another disk"
         )
+    return own
+
+
+@contextmanager
+def _written(own: Path) -> Iterator[None]:
+    """Has transformers' converters write into a folder, where it is not written yet, and map from there."""
     convert = core_model_loading.WeightConverter.convert
 
     def converted(self: Any, layer_name: str, *args: Any, **more: Any) -> dict[str, Tensor]:

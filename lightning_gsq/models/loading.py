@@ -66,7 +66,8 @@ def load_model(
         source: The model.
         dtype: Dtype of its parameters; "auto" for that of its files.
         quantized: Whether one that is quantized already will do; its weights stay as they are stored.
-        scratch: Folder for weights that are computed on loading, where memory is short; None keeps them there.
+        scratch: Folder for weights that are computed on loading, where memory is short; None for a temporary one that
+            is gone when the model is there.
 
     Raises:
         ConfigurationError: it cannot be loaded as a causal decoder, a weight is not in its files, or is not finite.
