@@ -199,10 +199,10 @@ def _options(
     """What a matrix may take, by its name; where a type does not hold its rows, what presets take instead."""
     fitting = [fit_rows({name: choice}, {name: columns}, model.selection.fallback)[name] for choice in choices]
     for scheme in fitting:
-        if not runtime.holds_exactly(scheme, columns):
+        reason = runtime.why_no_choice(scheme, columns)
+        if reason is not None:
             raise ConfigurationError(
-                f"model.choices: {runtime.name} has no type that holds {scheme_name(scheme)} in rows of {columns} "
-                f"({name}); choose among ggml's own types, such as {', '.join(DEFAULT_CHOICES[runtime.name])}"
+                f"model.choices: {reason}. That is of {name}; --model.overrides gives a matrix what it has alone"
             )
     return named(fitting)
 

@@ -194,9 +194,12 @@ class ExportFormat(ABC):
         """How large the weight files of a run become with other schemes; None for a format that does not say."""
         return None
 
-    def holds_exactly(self, scheme: QuantScheme, in_features: int) -> bool:
-        """Whether a file has a form for rows of a scheme that rounds nothing; asked where :meth:`sizes` are known."""
-        return True
+    def why_no_choice(self, scheme: QuantScheme, in_features: int) -> str | None:
+        """Why rows of a scheme are none to choose for a size, naming others; asked where :meth:`sizes` are known.
+
+        A file may have no form for them that rounds nothing, or one alone that takes more bits than the scheme itself.
+        """
+        return None
 
     def remarks(self, run: PlannedRun) -> list[str]:
         """What a user should know before a run is trained for this format."""

@@ -69,12 +69,15 @@ class ExportedWeight:
         """True bits a weight, codes and scales; about, where the salient part is still to be chosen."""
         if self.scheme.budget is not None:
             return self.scheme.budget
-        columns = self.site.in_features
-        bits = (self.scheme.grid.row_bits(columns) + stored_scale_bits(self.scheme, 1, columns, scale_bits)) / columns
-        salient = self.scheme.salient
+        bits, salient = plain_bits(self.scheme, self.site.in_features, scale_bits), self.scheme.salient
         if salient is None:
             return bits
         return bits + (salient.ratio or USUAL_RATIO) * (salient.bits - self.scheme.storage_bits)
+
+
+def plain_bits(scheme: QuantScheme, columns: int, scale_bits: int) -> float:
+    """Bits a weight of codes and scales in rows of so many columns, none of them salient."""
+    return (scheme.grid.row_bits(columns) + stored_scale_bits(scheme, 1, columns, scale_bits)) / columns
 
 
 class PlannedRun:

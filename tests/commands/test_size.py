@@ -158,7 +158,12 @@ def test_what_cannot_be_is_refused_before_any_work(
 def test_choices_that_the_runtime_lacks_and_exports_without_a_size_are_refused(
     model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes: dict[str, object] = {"model__size": "200kB", "model__choices": ["q4_0", "mlx6g64"]}
+    changes: dict[str, object] = {"model__size": "200kB", "model__choices": ["q4_0", "w3g64"]}
+    assert _fit(tmp_path, model, corpus, "--export", "[gguf]", **changes) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "model.choices: gguf holds w3g64 as Q4_0, 4.5 bits a weight instead of 3.25; choose among " in error
+    assert "w1g128, w2g64, w4g32, w5g32, w8g32 and ggml's own types" in error
+    changes["model__choices"] = ["q4_0", "mlx6g64"]
     assert _fit(tmp_path, model, corpus, "--export", "[gguf]", **changes) == 2
     assert "gguf has no type that holds mlx6g64" in capsys.readouterr().err
     assert _fit(tmp_path, model, corpus, "--export", "[dequantized]", **changes) == 2

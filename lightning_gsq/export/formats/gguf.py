@@ -37,7 +37,7 @@ from lightning_gsq.export.formats.gguf_storage import (
     source_file,
 )
 from lightning_gsq.export.formats.gguf_tensors import from_file, from_folder, ledger_of, quantized
-from lightning_gsq.export.planned import ExportedWeight, PlannedRun
+from lightning_gsq.export.planned import ExportedWeight, PlannedRun, plain_bits
 from lightning_gsq.export.readers import llama_cpp
 from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
@@ -47,6 +47,7 @@ from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, storage
 from lightning_gsq.gguf.write import NewTensor, file_size, write_gguf
 from lightning_gsq.weights.ledger import Ledger
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.widths.groups import scheme_name
 
 WORTH_SAYING = 0.6
 """Bits a weight that a block type wastes before that is said."""
@@ -103,9 +104,19 @@ class GGUFFormat(ExportFormat):
 
         return FileSizes(weight, total)
 
-    def holds_exactly(self, scheme: QuantScheme, in_features: int) -> bool:
-        """Whether it has a block type for that."""
-        return Storage.of(scheme, in_features, "Q8_0").exact
+    def why_no_choice(self, scheme: QuantScheme, in_features: int) -> str | None:
+        """There is no block type for that, or none that is as small: a wider choice would cost the same bytes."""
+        storage, name = Storage.of(scheme, in_features, "Q8_0"), scheme_name(scheme)
+        own = plain_bits(scheme, in_features, 8 * torch.float16.itemsize)
+        if storage.exact and storage.bits <= own:
+            return None
+        reason = (
+            f"gguf holds {name} as {storage.name}, {storage.bits:.4g} bits a weight instead of {own:.4g}"
+            if storage.exact
+            else f"gguf has no type that holds {name} in rows of {in_features}"
+        )
+        fitting = ", ".join(scheme_name(other) for other, *_ in fitting_schemes(in_features))
+        return f"{reason}; choose among {f'{fitting} and ' if fitting else ''}ggml's own types, such as q4_0 and q4_k"
 
     def _fields(self, run: PlannedRun, layout: Layout) -> dict[str, Field]:
         """Key-values, but for those that say how weights are stored."""
