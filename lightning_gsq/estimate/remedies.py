@@ -141,9 +141,6 @@ class Remedies:
             case = change(case) or case
         return None if case is self._case else case.phases()
 
-    def _bytes(self, phase: Phase, device: bool) -> int:
-        return phase.total(self._on_host)[1] if device else phase.needed(self._on_host) + self._own
-
     def of(self, phase: Phase, room: int, device: bool) -> str:
         """What makes a phase fit, the end of a sentence; what comes closest where nothing does; empty without any.
 
@@ -164,18 +161,21 @@ class Remedies:
             phases = self._changed(tuple(change for _, change in options))
             if phases is None:
                 continue
-            size, names = self._bytes(phases[index], device), " ".join(name for name, _ in options)
+            size, names = _needed(phases[index], self._on_host, device), " ".join(name for name, _ in options)
+            size += 0 if device else self._own
             if size <= room:
                 return f"; with {names} {_gb(size)}, which fits"
-            if size < (least[0] if least else self._needed(phase, device)):
+            if size < (least[0] if least else _needed(phase, self._on_host, device)):
                 least = size, names
         said = f"; no option makes it fit, with {least[1]} it takes {_gb(least[0])}" if least else "; no option helps"
         if phase.name == "end to end":
             said += f"; {WITHOUT} leaves it out"
         return said
 
-    def _needed(self, phase: Phase, device: bool) -> int:
-        return phase.total(self._on_host)[1] if device else phase.needed(self._on_host)
+
+def _needed(phase: Phase, on_host: bool, device: bool) -> int:
+    """Bytes that a phase takes of the device, or of the host."""
+    return phase.total(on_host)[1] if device else phase.needed(on_host)
 
 
 def memory_problems(case: Case, phases: Sequence[Phase], on_host: bool, host: int, device: int | None) -> list[str]:
@@ -188,17 +188,15 @@ def memory_problems(case: Case, phases: Sequence[Phase], on_host: bool, host: in
         host: Bytes of the host.
         device: Bytes of the device; None where it is the host, or does not say.
     """
-    too_large = [(phase, False) for phase in phases if phase.needed(on_host) > host]
-    if device is not None:
-        too_large += [(phase, True) for phase in phases if phase.total(on_host)[1] > device]
+    rooms = {False: host} if device is None else {False: host, True: device}
+    too_large = [(phase, own) for own, room in rooms.items() for phase in phases if _needed(phase, on_host, own) > room]
     if not too_large:
         return []
     remedies = Remedies(case, phases, on_host)
     names: dict[tuple[str, str], list[str]] = {}
     for phase, on_device in too_large:
-        needed = phase.total(on_host)[1] if on_device else phase.needed(on_host)
+        needed, room = _needed(phase, on_host, on_device), rooms[on_device]
         start = f"{'device' if on_device else 'host'} memory: {_gb(needed)} are needed"
-        room = device if on_device and device is not None else host
         there = f", {_gb(room)} are {'free' if on_device else 'available'}{remedies.of(phase, room, on_device)}"
         names.setdefault((start, there), []).append(phase.name)
     return [f"{start} ({'; '.join(who)}){there}" for (start, there), who in names.items()]

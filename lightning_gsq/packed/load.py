@@ -1,10 +1,9 @@
 """Loading a folder in the native format, whose weights stay packed.
 
-    model = lightning_gsq.load("runs/x/export/native")  # takes a run folder as well
-
-or, because importing ``lightning_gsq`` registers the format with transformers,
-
     model = AutoModelForCausalLM.from_pretrained("runs/x/export/native")
+
+works because importing ``lightning_gsq`` registers the format with transformers; :func:`load` is what
+``lightning_gsq.load`` does with such a folder.
 
 The model is built without weights, its quantized modules are exchanged for packed ones, and the files are then loaded
 into those. Everything that the files say is checked against the model before a number of them is used.
@@ -30,18 +29,12 @@ __all__ = ["GSQQuantizer", "load"]
 
 
 def load(
-    folder: str | Path,
+    root: Path,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model with packed weights, in evaluation mode.
-
-    Args:
-        folder: A folder in the native format.
-        dtype: Dtype of what is not quantized, and of the arithmetic; "auto" for that of the file.
-        device: Where to put it; the CPU by default.
-        trust_remote_code: Run Python code that comes with the folder.
+    """The model of a native folder; arguments as of :func:`lightning_gsq.load`.
 
     Raises:
         ConfigurationError: it is no native folder, or a damaged one.
@@ -50,7 +43,6 @@ def load(
 
     from lightning_gsq.models.classes import auto_class
 
-    root = Path(folder).expanduser()
     _refuse_other_kinds(root)
     config = read_json(root / "config.json")
     quantization = config.get("quantization_config")

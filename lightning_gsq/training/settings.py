@@ -187,18 +187,12 @@ class StartOptions:
             )
         if self.hessian_sequences <= 0:
             raise ConfigurationError(f"model.hessian_sequences must be positive, got {self.hessian_sequences}")
-        if self.end_loss_weights and not self.watches_inputs:
+        asking = ("model.end_loss_weights" if self.end_loss_weights else None, self.experts.option)
+        for option in filter(None, () if self.watches_inputs else asking):
             what = f"--model.imatrix {self.imatrix}" if self.imatrix is not None else "--model.warm_start"
             raise ConfigurationError(
-                f"model.end_loss_weights: {what} looks at no calibration inputs, so that this would do nothing; leave "
-                "it out, or use a start that weighs errors by them: LeastSquares, GPTQ, or RTN or LlamaCpp with "
-                "weighted: true"
-            )
-        if self.experts.option is not None and not self.watches_inputs:
-            what = f"--model.imatrix {self.imatrix}" if self.imatrix is not None else "--model.warm_start"
-            raise ConfigurationError(
-                f"{self.experts.option}: {what} looks at no calibration inputs, so that this would do nothing; leave "
-                "it out, or use one that weighs errors by the inputs: RTN or LlamaCpp with weighted: true, or GPTQ"
+                f"{option}: {what} looks at no calibration inputs, so that this would do nothing; leave it out, or use "
+                "a start that weighs errors by them: LeastSquares, GPTQ, or RTN or LlamaCpp with weighted: true"
             )
 
 
