@@ -6,8 +6,8 @@ For each type two GGUF files with the same types, of the same size to the byte, 
 
 * ``llama.cpp``: what ``llama-quantize --imatrix`` makes of every linear weight, with the importance matrix of the
   full-precision model on the calibration text;
-* ``gsq``: training of blocks and end to end from the start ``LlamaCpp``, on the same text; ``--start LeastSquares
-  --phases init`` takes another start and leaves the blocks as it makes them.
+* ``gsq``: codes by ``LeastSquares`` and the end-to-end phase, on the same text; ``--start LlamaCpp --phases blocks``
+  takes another start and trains the blocks.
 
 Rows that a type does not hold get the one that llama.cpp takes for them, in both files; embedding and everything else
 are the original's. A row of the result is a line of JSON in ``results.jsonl``: KL divergence to the full-precision
@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="the first so many blocks; all if left out")
     parser.add_argument("--sequences", type=int, default=48, help="calibration sequences of 512 tokens")
     parser.add_argument("--steps", type=int, default=12, help="end-to-end steps of 4 sequences; 0 for none")
-    parser.add_argument("--start", default=LLAMA_CPP, help="the warm start of gsq")
-    parser.add_argument("--phases", nargs="+", default=["blocks"], help="of gsq, before its end-to-end steps")
+    parser.add_argument("--start", default="LeastSquares", help="the warm start of gsq")
+    parser.add_argument("--phases", nargs="+", default=["init"], help="of gsq, before its end-to-end steps")
     parser.add_argument("--windows", type=int, default=12, help="evaluation windows of 1,024 tokens")
     options, further = parser.parse_known_args()
     folder = Path(options.folder)
@@ -74,6 +74,7 @@ def arguments(options: argparse.Namespace) -> list[str]:
         f"--model.pretrained={options.model}",
         "--model.fallback=true",
         f"--data.num_sequences={options.sequences}",
+        f"--model.hessian_sequences={min(options.sequences, 64)}",
         "--evaluation.num_windows=1",  # the files are measured here
         *blocks,
     ]

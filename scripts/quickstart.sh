@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 ensure_environment
-exec .venv/bin/python -m lightning_gsq fit --config cli.yaml "$@"
+exec .venv/bin/python -m lightning_gsq fit --config quickstart "$@"
