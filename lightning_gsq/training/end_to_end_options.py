@@ -144,8 +144,8 @@ class EndToEndOptions:
             language-model head; a head tied to the embedding gets a matrix of its own), "codes" (those of the blocks
             phase to start from; straight-through gradient), "embedding" (the scales of a quantized embedding or head).
         optimizer: Optimizer of all of them; lr is the learning rate of the scales, relative to each scale. Above 3
-            bits a weight, each further bit halves it; where the divergence D from the original begins below 0.25
-            nats, they take at most the share D / 0.25.
+            bits a weight, each further bit halves it; where the divergence D from the original begins below 0.18
+            nats, they take at most the share D / 0.18.
         norm_learning_rate: Learning rate of the norms; halved as that of the scales, on average over the weights.
         head_learning_rate: Learning rate of the head.
         code_learning_rate: Learning rate of the positions between codes, in codes.

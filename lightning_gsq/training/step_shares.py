@@ -19,7 +19,7 @@ from lightning_gsq.weights.scheme import QuantScheme
 
 COARSE_BITS = 3
 """Width up to which scales take the whole learning rate."""
-FAR = 0.25
+FAR = 0.18
 """Divergence from the full-precision model, in nats a token, from which on scales take the whole learning rate."""
 
 
