@@ -33,7 +33,8 @@ while True:
     "in C": "import ctypes; c, lock = ctypes.CDLL(None), bytes(64); [c.pthread_mutex_lock(lock) for _ in range(2)]",
 }
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite that runs under nohup hands on that it is ignored
 from lightning_gsq.system import signals
 signals.GRACE = 0.5
 try:
