@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -47,7 +49,9 @@ except signals.Stopped as stopped:
 """
 
 
-def _run(work: str, **environment: str) -> subprocess.Popen[str]:
+@contextmanager
+def _run(work: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The program, which is ready; it does not outlive the context, whatever a test finds."""
     indented = work.replace("\n", "\n        ")
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(work=indented)],
@@ -56,19 +60,23 @@ def _run(work: str, **environment: str) -> subprocess.Popen[str]:
         text=True,
         env=clean_environment() | environment,
     )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(0.1)
-    return process
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("place", list(WORK))
 def test_ends_with_the_code_of_the_signal(place: str, number: signal.Signals) -> None:
-    process = _run(WORK[place])
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=10)
-    assert process.returncode == 128 + number
-    assert output == ("farewell\n" if place in ("swallowed", "in C") else "unwound\n")
+    with _run(WORK[place]) as process:
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=10)
+        assert process.returncode == 128 + number
+        assert output == ("farewell\n" if place in ("swallowed", "in C") else "unwound\n")
 
 
 def test_in_a_terminal_the_last_line_takes_the_place_of_a_bar() -> None:
@@ -91,13 +99,13 @@ def test_in_a_terminal_the_last_line_takes_the_place_of_a_bar() -> None:
 
 
 def test_a_second_signal_does_not_disturb_the_first() -> None:
-    process = _run("try: time.sleep(60)\nfinally: time.sleep(0.3); print('cleaned', flush=True)")
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=10)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert output == "cleaned\nunwound\n"
+    with _run("try: time.sleep(60)\nfinally: time.sleep(0.3); print('cleaned', flush=True)") as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=10)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert output == "cleaned\nunwound\n"
 
 
 def test_ignored_signals_stay_ignored() -> None:
