@@ -58,4 +58,5 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 def test_another_name(capsys: Any) -> None:
     assert main(["fit", "a/model", "--config", "quickstar"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "there is no file quickstar; those of the package are 10min, 20min, 5min, default, experts-only" in said
+    names = "10min, 20min, 5min, default, experts-only, moe, quickstart, ternary, trial"
+    assert f"there is no file quickstar; those of the package are {names}" in said
