@@ -1,9 +1,12 @@
 """The key-values of a GGUF file: from the file that the run started from, or from a Hugging Face folder.
 
-A file's own key-values are copied as they are, except those that say how its weights are stored.
+A file's own key-values are copied as they are, in their order; those that say how its weights are stored are
+replaced where they no longer hold.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from gguf import LlamaFileType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -13,22 +16,28 @@ from lightning_gsq.gguf.fields import text, uint
 from lightning_gsq.gguf.file import Field, GGUFFile
 from lightning_gsq.gguf.tokenizers.derive import tokenizer_fields
 
-STORAGE_KEYS = {"general.file_type", "general.quantization_version", "general.alignment"}
+FILE_TYPE = "general.file_type"
+ALIGNMENT = "general.alignment"
 QUANTIZATION_VERSION = 2
 
 
-def storage_fields(type_name: str) -> dict[str, Field]:
-    """What says how weights are stored: the most common type, where the ``gguf`` package has a number for it."""
-    fields = {"general.quantization_version": uint(QUANTIZATION_VERSION)}
+def with_storage(fields: Mapping[str, Field], type_name: str) -> dict[str, Field]:
+    """Key-values with how weights are stored: the most common type, where the ``gguf`` package has a number for it.
+
+    What they say of it already is replaced where it stands.
+    """
+    fields = {**fields, "general.quantization_version": uint(QUANTIZATION_VERSION)}
     file_type = getattr(LlamaFileType, f"MOSTLY_{type_name}", None)
-    if file_type is not None:
-        fields["general.file_type"] = uint(int(file_type))
+    if file_type is None:
+        fields.pop(FILE_TYPE, None)
+    else:
+        fields[FILE_TYPE] = uint(int(file_type))
     return fields
 
 
 def fields_of_file(file: GGUFFile) -> dict[str, Field]:
-    """A file's own key-values, without what says how its weights are stored or that it was one of several files."""
-    return {k: v for k, v in file.fields.items() if k not in STORAGE_KEYS and not k.startswith("split.")}
+    """A file's own key-values, without its alignment and that it was one of several files."""
+    return {k: v for k, v in file.fields.items() if k != ALIGNMENT and not k.startswith("split.")}
 
 
 def fields_of_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Field]:

@@ -1,5 +1,6 @@
 """GGUF files of tiny models: exact bytes, and llama.cpp and transformers load them."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from lightning_gsq.export.readers import packages
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.architectures.table import architecture_of
 from lightning_gsq.gguf.blocks import BLOCK_TYPES
+from lightning_gsq.gguf.fields import uint
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.gguf.metadata import fields_of_model
+from lightning_gsq.gguf.metadata import FILE_TYPE, fields_of_model
+from lightning_gsq.gguf.write import NewTensor, write_gguf
 from tests.support.exported import SHAPE, bpe_tokenizer, quantize, save_model
 from tests.support.tiny import byte_tokenizer
 
@@ -109,6 +112,22 @@ def test_families(tmp_path: Path, config, options) -> None:  # type: ignore[no-u
     assert report.weights == (14, 14)
 
 
+def test_a_run_in_the_types_of_its_file_keeps_the_name_of_their_mixture(mixed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run, _, _ = mixed
+    first = quantize(Path(run.address), tmp_path / "first", 8, 32)
+    FORMAT.write(first, tmp_path, ExportOptions(gguf_embedding="Q8_0"))
+    plain, start = GGUFFile(tmp_path / FILE), tmp_path / "start.gguf"
+    tensors = [
+        NewTensor(name, tensor.shape, tensor.number, functools.partial(plain.raw, name))
+        for name, tensor in plain.tensors.items()
+    ]
+    write_gguf(start, {FILE_TYPE: uint(15)} | {k: v for k, v in plain.fields.items() if k != FILE_TYPE}, tensors)
+    again = quantize(start, tmp_path / "again", 8, 32)
+    FORMAT.write(again, tmp_path, ExportOptions())
+    new, length = (tmp_path / FILE).read_bytes(), GGUFFile(start).tensors["blk.0.attn_q.weight"].offset
+    assert new[:length] == start.read_bytes()[:length]
+
+
 def test_a_run_from_a_gguf_file_keeps_what_it_did_not_quantize(mixed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run, _, _ = mixed
     first = quantize(Path(run.address), tmp_path / "first", 8, 32, exclude=["*.1.*"])
@@ -120,10 +139,11 @@ def test_a_run_from_a_gguf_file_keeps_what_it_did_not_quantize(mixed, tmp_path: 
     (tmp_path / "out").mkdir()
     FORMAT.write(again, tmp_path / "out", ExportOptions())
     old, new = GGUFFile(start), GGUFFile(tmp_path / "out" / FILE)
-    storage = {"general.file_type", "general.quantization_version"}
-    assert {k: v for k, v in new.fields.items() if k not in storage} == {
-        k: v for k, v in old.fields.items() if k not in storage
+    assert [k for k in new.fields if k != FILE_TYPE] == [k for k in old.fields if k != FILE_TYPE]
+    assert {k: v for k, v in new.fields.items() if k != FILE_TYPE} == {
+        k: v for k, v in old.fields.items() if k != FILE_TYPE
     }
+    assert old.fields[FILE_TYPE] != new.fields.get(FILE_TYPE)
     assert list(new.tensors) == list(old.tensors)
     for name in ("token_embd.weight", "blk.1.ffn_down.weight", "output_norm.weight"):
         assert new.raw(name).tobytes() == old.raw(name).tobytes()

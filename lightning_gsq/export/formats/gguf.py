@@ -43,7 +43,7 @@ from lightning_gsq.export.registry import register
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import Field
 from lightning_gsq.gguf.layout import names_in_file
-from lightning_gsq.gguf.metadata import fields_of_file, fields_of_model, storage_fields
+from lightning_gsq.gguf.metadata import FILE_TYPE, fields_of_file, fields_of_model, with_storage
 from lightning_gsq.gguf.write import NewTensor, file_size, write_gguf
 from lightning_gsq.weights.ledger import Ledger
 from lightning_gsq.weights.scheme import QuantScheme
@@ -81,9 +81,8 @@ class GGUFFormat(ExportFormat):
         """Writes ``model.gguf``."""
         refuse_asked_for(run, options)
         layout = layout_of(run)
-        fields = self._fields(run, layout)
-        fields |= storage_fields(self._most_common(run, options))
         planned = list(self._tensors(run, layout, options))
+        fields = self._with_storage(run, layout, planned, options)
         write_gguf(folder / FILE, fields, planned)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(run.recipe, sort_keys=False), encoding="utf-8")
         return ledger_of(folder / FILE, planned, layout.parameters, set(run.weights))
@@ -91,7 +90,6 @@ class GGUFFormat(ExportFormat):
     def sizes(self, run: PlannedRun) -> FileSizes:
         """Those of the file that :meth:`write` writes."""
         layout, options = layout_of(run), ExportOptions()
-        fields = self._fields(run, layout)
 
         def weight(name: str, scheme: QuantScheme) -> int:
             weight = replace(run.weights[name], scheme=scheme)
@@ -99,8 +97,8 @@ class GGUFFormat(ExportFormat):
 
         def total(schemes: Mapping[str, QuantScheme]) -> int:
             other = run.with_schemes(schemes)
-            storage = storage_fields(self._most_common(other, options))
-            return file_size(fields | storage, self._tensors(other, layout, options))
+            planned = list(self._tensors(other, layout, options))
+            return file_size(self._with_storage(other, layout, planned, options), planned)
 
         return FileSizes(weight, total)
 
@@ -123,6 +121,17 @@ class GGUFFormat(ExportFormat):
         if layout.source is not None:
             return fields_of_file(layout.source)
         return fields_of_model(run.config, run.tokenizer, Path(run.address).name)
+
+    def _with_storage(
+        self, run: PlannedRun, layout: Layout, planned: Sequence[NewTensor], options: ExportOptions
+    ) -> dict[str, Field]:
+        """All key-values. Where all types stay the file's it says so as before: ``Q4_K_M`` is a mixture, no type."""
+        fields, source = self._fields(run, layout), layout.source
+        if source is not None and FILE_TYPE in fields:
+            before = {name: tensor.number for name, tensor in source.tensors.items()}
+            if before == {tensor.name: tensor.number for tensor in planned}:
+                return fields
+        return with_storage(fields, self._most_common(run, options))
 
     def _tensors(self, run: PlannedRun, layout: Layout, options: ExportOptions) -> Iterator[NewTensor]:
         """What the file holds; the values are those of a finished run."""
