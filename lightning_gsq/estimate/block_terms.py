@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from lightning_gsq.estimate.experts import exchanged_bytes, one_share
 from lightning_gsq.estimate.quantities import Surroundings, Weights, candidate_bytes, num_logits, scale_numbers
 from lightning_gsq.estimate.simulate import PassBytes, activation_bytes
 from lightning_gsq.estimate.skeleton import BlockSkeleton, Skeleton
+from lightning_gsq.models.experts import all_take
+from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import GPTQ, LeastSquares
 from lightning_gsq.run.forward_passes import sequences_at_once
 from lightning_gsq.run.perplexity import FP32
@@ -86,7 +88,8 @@ def block_terms(
     share = f", its experts over {devices} devices" if devices > 1 else ""
     copy = {f"block in fp32{share}": FP32 * block.parameters}
     working = {"codes and positions of the starts": 5 * count}
-    working |= _rounding_terms(model, weights, forward, sequences * tokens)
+    following = all_take(block.module, weights) if model.follows else []
+    working |= _rounding_terms(model, weights, following, forward, sequences * tokens)
     starts = {"start: codes (int8) and scales": count + FP32 * groups}
     training = _training_terms(model, weights, around, forward, step)
     gradients: dict[str, int] = {}
@@ -96,8 +99,21 @@ def block_terms(
     return BlockTerms(copy | working, copy | starts | training, gradients)
 
 
-def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, tokens: int) -> dict[str, int]:
-    """The Hessians, and the larger of what gathers them and what rounds with them; ``tokens`` of a forward pass."""
+def _rounding_terms(
+    model: ModelQuantization, weights: Weights, following: Sequence[LinearSite], forward: int, tokens: int
+) -> dict[str, int]:
+    """The Hessians, and the larger of what gathers them and what rounds with them.
+
+    Weights that follow are taken stage by stage. Those of a stage read the same tensor, so that it has at most all of
+    one width.
+
+    Args:
+        model: The settings.
+        weights: The block's weights.
+        following: Those that follow the full-precision model.
+        forward: Bytes of a forward pass.
+        tokens: How many tokens it has.
+    """
     needs_hessian = model.start.warm_start.needs_hessian
     squares = {site: max(site.experts, 1) * site.in_features**2 * FP32 for site in weights}
     matrices = {site: site.out_features * site.in_features * FP32 for site in weights}
@@ -110,8 +126,16 @@ def _rounding_terms(model: ModelQuantization, weights: Weights, forward: int, to
     terms: dict[str, int] = {}
     gathering = 0
     if needs_hessian:
-        terms["Hessians"] = sum(squares.values())
         gathering = forward + max(site.in_features for site in weights) * tokens * FP32
+        if not following:
+            terms["Hessians"] = sum(squares.values())
+        else:
+            widths = {site.in_features for site in following}
+            stage = max(2 * sum(squares[site] for site in following if site.in_features == width) for width in widths)
+            apart = sum(squares[site] for site in weights if site not in following)
+            terms["Hessians and drifts of a stage"] = max(stage + max(matrices[site] for site in following), apart)
+            terms["weights of the stages before"] = sum(matrices[site] for site in following)
+            gathering += max(site.in_features + 2 * site.out_features for site in following) * tokens * FP32
     if gathering > rounding:
         return terms | {"activations of a forward pass": gathering}
     return terms | {"largest matrix: factors and rounding": rounding}

@@ -94,7 +94,8 @@ def phases_of(
         states = _at_all_blocks(data, options, skeleton, hessian)
         phases.append(Phase("gradients of the end loss", held | states, worst.gradients))
     if "init" in model.phases:
-        states = {"hidden states": stream * hessian // data.wanted} | more
+        streams = 1 + model.follows
+        states = {"hidden states": streams * stream * hessian // data.wanted} | more
         phases.append(Phase("warm start", held | states, worst.start))
         phases.append(Phase(f"perplexity of the warm start{way}", held | installed | windows, evaluate))
     if "blocks" in model.phases:

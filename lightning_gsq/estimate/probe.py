@@ -24,6 +24,8 @@ from lightning_gsq.training import BlockQuantization, ModelQuantization
 from lightning_gsq.weights.layout import SCALES
 
 STEPS = 3
+FOLLOWING = 2 * 4 * 0.5
+"""Passes through a block whose stages follow the full-precision model."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Timing:
     def block(self, model: ModelQuantization, data: CalibrationDataModule, steps: int) -> float:
         """Seconds of a block in the blocks phase."""
         batches = data.wanted / data.batch_size
-        hessian = model.start.hessian_sequences / data.batch_size if model.start.watches_inputs else 0
+        hessian = _watched(model) / data.batch_size
         hessian += 2 * model.start.experts.extra_sequences / data.batch_size
         # Both streams (or the target alone, for "local") and the inputs of the Hessians; validation: two passes at the
         # end of every epoch, two more over the finished block.
@@ -56,9 +58,20 @@ class Timing:
 
     def warm_start(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the warm-start phase."""
-        hessian = model.start.hessian_sequences / data.batch_size if model.start.watches_inputs else 0
-        hessian += model.start.experts.extra_sequences / data.batch_size
-        return 2 * hessian * self.forward + self.rounding
+        spare = 2 * model.start.experts.extra_sequences
+        sequences = (
+            _watched(model) + (1 + model.follows) * (_watched(model) > 0) * model.start.hessian_sequences + spare
+        )
+        return sequences / data.batch_size * self.forward + self.rounding
+
+
+def _watched(model: ModelQuantization) -> float:
+    """Sequences that pass through a block for the statistics of its inputs.
+
+    A start that follows makes two passes for each of some four stages, which end half way through the block on average.
+    """
+    passes = FOLLOWING if model.follows else 1
+    return passes * model.start.hessian_sequences if model.start.watches_inputs else 0
 
 
 def probe(

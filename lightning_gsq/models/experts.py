@@ -46,6 +46,13 @@ def find_experts(block: nn.Module, sites: Iterable[LinearSite]) -> list[Experts]
     return [*_fused(sites), *_listed(block, [site for site in sites if not site.experts])]
 
 
+def all_take(block: nn.Module, sites: Iterable[LinearSite]) -> list[LinearSite]:
+    """Those of some weights that every token takes: no fused experts, and none of a list that may be one of experts."""
+    sites = list(sites)
+    routed = {name for place in find_experts(block, sites) for parts in place.parts for name, _ in parts}
+    return [site for site in sites if site.name not in routed]
+
+
 def part_of(site: LinearSite, number: int) -> Part:
     """The matrix that a product was with; a plain weight may be used a few rows at a time."""
     return site.name, number if site.experts else 0

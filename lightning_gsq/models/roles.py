@@ -48,14 +48,14 @@ class Roles:
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, products: list[Product]
     ) -> None:
         """Takes one function call."""
-        tensors = list(_tensors((args, tuple(kwargs.values()))))
+        tensors = list(tensors_in((args, tuple(kwargs.values()))))
         for tensor in tensors:
             self._note(self._positions.get(tensor, ()), ROUTER)
         behind: frozenset[str] = frozenset().union(*(self._behind.get(tensor, frozenset()) for tensor in tensors))
         if func in _CHOICES and behind:
             self._note(behind, ROUTER if len(behind) == 1 else INDEXER)
         elif func in _LARGEST and len(behind) == 1:
-            for tensor in _tensors((output,)):
+            for tensor in tensors_in((output,)):
                 if not tensor.is_floating_point():
                     self._positions[tensor] = behind
         elif func in _TIME_STEPS and tensors:
@@ -63,7 +63,7 @@ class Roles:
         if products:
             behind = self._after_products(products, behind, output)
         if behind:
-            for tensor in _tensors((output,)):
+            for tensor in tensors_in((output,)):
                 self._behind[tensor] = behind
 
     def _after_products(self, products: list[Product], behind: frozenset[str], output: Any) -> frozenset[str]:
@@ -84,9 +84,10 @@ class Roles:
                 self.of.setdefault(other, STATE)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among some values, and in tuples and lists of these."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -121,6 +123,22 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
     Raises:
         ConfigurationError: the Hessian is not finite, or not positive definite even with a hundred times the damping.
     """
+    for lower_II in _factors(hessian_II, damping):
+        upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+        if not failed:
+            return upper_II
+    raise _indefinite(damping)
+
+
+def factor(hessian_II: Tensor, damping: float) -> Tensor:
+    """Lower Cholesky factor of the damped Hessian; inputs that were always zero, and errors, as above."""
+    for lower_II in _factors(hessian_II, damping):
+        return lower_II
+    raise _indefinite(damping)
+
+
+def _factors(hessian_II: Tensor, damping: float) -> Iterator[Tensor]:
+    """Lower Cholesky factors of the Hessian with that damping, ten and a hundred times that, where there are any."""
     if not bool(torch.isfinite(hessian_II).all()):
         raise ConfigurationError("the Hessian is not finite: the model's activations overflow on the calibration text")
     diagonal_I = hessian_II.diagonal()
@@ -131,9 +149,10 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
             damped_II + attempt * mean * torch.eye(len(diagonal_I), device=hessian_II.device)
         )
         if not failed:
-            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-            if not failed:
-                return upper_II
-    raise ConfigurationError(
+            yield lower_II
+
+
+def _indefinite(damping: float) -> ConfigurationError:
+    return ConfigurationError(
         f"the Hessian is not positive definite with damping up to {100 * damping}: raise warm_start.damping"
     )

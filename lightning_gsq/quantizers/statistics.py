@@ -52,12 +52,7 @@ class InputStatistics:
 
         def seen(name: str, number: int, inputs: Tensor) -> None:
             if name in self.sites and depth == self._depth:  # a context inside of another takes its place
-                part = part_of(self.sites[name], number)
-                x_NI = inputs.detach().reshape(-1, inputs.shape[-1])
-                if parts is None or part in parts:
-                    self._add(part, x_NI, inputs)
-                else:
-                    self._count(self.passed, part, x_NI)
+                self.see(name, number, inputs, parts)
 
         try:
             with watch_inputs(block, seen):
@@ -65,6 +60,22 @@ class InputStatistics:
         finally:
             self._depth -= 1
             self._last, self._weights = None, {}
+
+    def see(self, name: str, number: int, inputs: Tensor, parts: Collection[Part] | None = None) -> None:
+        """Takes in what one matrix was applied to.
+
+        Args:
+            name: The weight.
+            number: The matrix's number in it.
+            inputs: ``... I``.
+            parts: As of :meth:`watching`.
+        """
+        part = part_of(self.sites[name], number)
+        x_NI = inputs.detach().reshape(-1, inputs.shape[-1])
+        if parts is None or part in parts:
+            self._add(part, x_NI, inputs)
+        else:
+            self._count(self.passed, part, x_NI)
 
     def weigh(self, weights: Mapping[str, Tensor]) -> None:
         """Says how much the vectors that come next count, ``N`` of them by a weight's name, until it is called again.

@@ -104,6 +104,9 @@ class WarmStart(ABC):
     """Whether calibration inputs have to be collected at all."""
     diagonal_only: bool = False
     """Whether the Hessian's diagonal is all that counts, so that an importance matrix can take its place."""
+    following: float | None = None
+    """Damping of the weights that follow the full-precision model (:mod:`lightning_gsq.quantizers.following`), which it
+    rounds in place of the model's own; None where it rounds these."""
 
     @abstractmethod
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:

@@ -19,9 +19,11 @@ from lightning_gsq.quantizers.warm_start import start_of
 from lightning_gsq.run.acceptance import accept, own_part, rows_of
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
+from lightning_gsq.run.block_start import Entering, start_block
+from lightning_gsq.run.calibration import Sent
 from lightning_gsq.run.forward_passes import arguments_of
 from lightning_gsq.run.hidden_states import ActivationDataset, Stream, first
-from lightning_gsq.run.matrices import as_stored, choose_salient, watch_inputs_of
+from lightning_gsq.run.matrices import as_stored
 from lightning_gsq.run.run import Run
 from lightning_gsq.saliency import Choice
 from lightning_gsq.saliency.choose import settled_start
@@ -68,8 +70,8 @@ def fit_block(
     training = ActivationDataset(*(stream[:count] for stream in streams))
     held_out = ActivationDataset(*(stream[count:] for stream in streams))
     power = _mean_square(run, *(stream[:count] for stream in (targets.hidden_NTD, *weights)))
-    watched = watch_inputs_of(run, plan, block, inputs, spare, arguments, says=True)
-    module = _module(run, plan, block, watched.matrices, power)
+    entering = Entering(inputs, full if run.model.follows else None, spare, arguments)
+    module, sent = _module(run, plan, block, entering, power)
     module.measured_afterwards = True
     batches = _training_batches(run, plan, training)
     validation: BlockLoader = DataLoader(held_out, batch_size=run.data.batch_size, collate_fn=first)
@@ -100,23 +102,26 @@ def fit_block(
     }
     logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
     experts = {
-        place: ({"tokens": watched.experts[place]} if place in watched.experts else {}) | own
-        for place, own in accepted.experts.items()
+        place: ({"tokens": sent[place]} if place in sent else {}) | own for place, own in accepted.experts.items()
     }
     kept = {"kept_start": accepted.plain_at_start, "experts": experts}
     return tensors, {**measures, **logged, **{name: what for name, what in kept.items() if what}}
 
 
 def _module(
-    run: Run, plan: BlockPlan, block: nn.Module, matrices: dict[str, Matrix], target_power: float
-) -> BlockQuantization:
-    """The block with a quantizer for each of its weights."""
-    choices = choose_salient(run, matrices)
-    with run.watch("warm_start"):
-        quantizers = {
-            site: _quantizer(run, plan, site, matrices[site.name], choices.get(site.name)) for site in plan.weights
-        }
-    return BlockQuantization(
+    run: Run, plan: BlockPlan, block: nn.Module, entering: Entering, target_power: float
+) -> tuple[BlockQuantization, Sent]:
+    """The block with a quantizer for each of its weights, and the tokens that its routers send to each expert."""
+    figures: dict[str, Mapping[str, float]] = {}
+
+    def begin(site: LinearSite, matrix: Matrix, choice: Choice | None) -> WeightQuantizer:
+        if choice is not None:
+            figures[site.name] = choice.figures
+        return _quantizer(run, plan, site, matrix, choice)
+
+    started, sent = start_block(run, plan, block, entering, begin, lambda weight: weight.start_tensor(), says=True)
+    quantizers = {site: started[site.name] for site in plan.weights}
+    module = BlockQuantization(
         block,
         run.calls[plan.index],
         quantizers,
@@ -129,9 +134,10 @@ def _module(
         seed=run.seed,
         position=([planned.index for planned in run.plan].index(plan.index), len(run.plan)),
         run=run.run_block,
-        saliency={name: choice.figures for name, choice in choices.items()},
+        saliency=figures,
         exchange=run.exchange,
     )
+    return module, sent
 
 
 def _quantizer(run: Run, plan: BlockPlan, site: LinearSite, matrix: Matrix, choice: Choice | None) -> WeightQuantizer:

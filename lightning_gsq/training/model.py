@@ -164,6 +164,12 @@ class ModelQuantization(LightningModule):
         self.network: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def follows(self) -> bool:
+        """Whether the warm start follows the full-precision model, whose hidden states it then needs too."""
+        start = self.start
+        return start.watches_inputs and start.warm_start.following is not None and self.block.target.follows_original
+
     def take(self, widths: Mapping[str, str], name: str = "") -> None:
         """Gives matrices the presets that were chosen for them.
 

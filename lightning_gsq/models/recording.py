@@ -1,0 +1,126 @@
+"""What enters some weights of a block in one run of it, and what their outputs are added to.
+
+Attention and MLP end in a product whose result is added to the hidden states that go past them. Which weight that is,
+and which tensor, is seen while the block runs; nothing is matched by name. A product that a norm follows before the
+sum, as in Gemma 3, has no such tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_gsq.models.products import Product, WatchProducts
+from lightning_gsq.models.roles import tensors_in
+
+_SUMS = {Tensor.__add__, Tensor.__radd__, Tensor.add, torch.add}
+_SAME = {Tensor.view, Tensor.reshape, Tensor.contiguous, Tensor.to, nn.functional.dropout}
+"""What leaves the numbers of a result as they are, up to its shape and dtype."""
+
+
+@dataclass
+class Recording:
+    """One run of a block.
+
+    Args:
+        inputs: What each weight was applied to, in the order of the products, ``... I``, by name.
+        beside: What the result of a weight's only product was added to, ``... O``, by name.
+    """
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
+
+
+def together(recordings: Iterable[Recording]) -> Recording:
+    """Those of several weights in one run as one."""
+    inputs, beside = dict[str, list[Tensor]](), dict[str, Tensor]()
+    for one in recordings:
+        inputs |= one.inputs
+        beside |= one.beside
+    return Recording(inputs, beside)
+
+
+class _EnoughSeenError(Exception):
+    """Ends a run of which nothing more is wanted."""
+
+
+def record(
+    block: nn.Module, run: Callable[[], Any], names: Collection[str], until: Recording | None = None
+) -> Recording:
+    """Watches some weights while a block runs.
+
+    Args:
+        block: The block.
+        run: Runs it once.
+        names: The weights.
+        until: A run of the same block: this one ends as soon as everything was seen that was seen there. None runs it
+            to its end.
+    """
+    seen, results, inside = Recording(), _Results(), set[str]()
+
+    def product(p: Product) -> None:
+        if p.name in names:
+            seen.inputs.setdefault(p.name, []).append(p.inputs)
+
+    def ran(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, products: list[Product]) -> None:
+        for name, other in results.summed(func, args, kwargs):
+            if other is None or name in seen.beside:
+                inside.add(name)
+            else:
+                seen.beside[name] = other
+        results.ran(func, args, kwargs, output, [p.name for p in products if p.name in names])
+        if until is not None and _as_much(seen, until):
+            raise _EnoughSeenError
+
+    with contextlib.suppress(_EnoughSeenError), WatchProducts(dict(block.named_parameters()), product, ran):
+        run()
+    wanted = {name for name, inputs in seen.inputs.items() if len(inputs) == 1} - inside
+    if until is not None:
+        wanted = set(until.beside)
+    seen.beside = {name: other for name, other in seen.beside.items() if name in wanted}
+    return seen
+
+
+def _as_much(seen: Recording, wanted: Recording) -> bool:
+    return seen.beside.keys() >= wanted.beside.keys() and all(
+        len(seen.inputs.get(name, ())) >= len(inputs) for name, inputs in wanted.inputs.items()
+    )
+
+
+class _Results:
+    """Results of products, and what was computed from them."""
+
+    def __init__(self) -> None:
+        self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._behind: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: list[str]) -> None:
+        """Takes one function call, and the weights whose product it is."""
+        behind = frozenset(own).union(*(self._behind.get(t, frozenset()) for t in tensors_in((args, *kwargs.values()))))
+        for tensor in tensors_in((output,)) if behind else ():
+            self._behind[tensor] = behind
+        if own and isinstance(output, Tensor):
+            self._of[output] = own[0]
+        elif func in _SAME and isinstance(output, Tensor) and args[0] in self._of:
+            self._of[output] = self._of[args[0]]
+
+    def summed(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """The results among what a call adds up, by the weight, each with the other summand.
+
+        None for one that was computed from the result itself, as some activation functions do.
+        """
+        if func not in _SUMS or kwargs or not all(isinstance(summand, Tensor) for summand in args[:2]):
+            return
+        left, right = args[:2]
+        for result, other in ((left, right), (right, left)) if left.shape == right.shape else ():
+            if result in self._of:
+                name = self._of[result]
+                yield name, None if name in self._behind.get(other, ()) else other

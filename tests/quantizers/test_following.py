@@ -1,0 +1,86 @@
+"""The weights whose outputs come nearest to the full-precision model's, for what enters them in the quantized one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.models.recording import Recording
+from lightning_gsq.quantizers.following import PairedStatistics
+
+NAME, WIDTH, ROWS, TOKENS = "o_proj.weight", 12, 8, 200
+SITE, CPU = LinearSite(NAME, 0, ROWS, WIDTH, False), torch.device("cpu")
+
+
+def _pair(beside: bool) -> tuple[Recording, Recording]:
+    """One run over the same tokens in either model."""
+    full = torch.randn(4, TOKENS // 4, WIDTH)
+    own = full + 0.3 * torch.randn_like(full)
+    added = torch.randn(4, TOKENS // 4, ROWS)
+    off = added + 0.5 * own[..., :ROWS] + 0.1 * torch.randn_like(added)
+    return (
+        Recording({NAME: [full]}, {NAME: added} if beside else {}),
+        Recording({NAME: [own]}, {NAME: off} if beside else {}),
+    )
+
+
+def _wanted_outputs(w_OI: Tensor, full: Recording, own: Recording) -> Tensor:
+    outputs = full.inputs[NAME][0] @ w_OI.T
+    if full.beside:
+        outputs = outputs + full.beside[NAME] - own.beside[NAME]
+    return outputs.flatten(0, 1)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_is_the_regression_of_the_wanted_outputs_on_the_inputs(beside: bool, weighed: bool) -> None:
+    w_OI, (full, own) = torch.randn(ROWS, WIDTH), _pair(beside)
+    weight_N = torch.rand(TOKENS) if weighed else torch.ones(TOKENS)
+    statistics = PairedStatistics([SITE], CPU)
+    statistics.add(full, own, {NAME: weight_N} if weighed else None)
+    root_N1 = weight_N.sqrt()[:, None]
+    x_NI = own.inputs[NAME][0].flatten(0, 1) * root_N1
+    regression = torch.linalg.lstsq(x_NI, _wanted_outputs(w_OI, full, own) * root_N1).solution.T
+    torch.testing.assert_close(statistics.wanted(SITE, w_OI, 1e-6), regression, rtol=1e-3, atol=1e-3)
+    assert (regression - w_OI).abs().max() > 0.1
+    torch.testing.assert_close(statistics.inputs.hessians(SITE)[0], 2 / TOKENS * x_NI.T @ x_NI)
+
+
+def test_damping_stays_near_the_weight() -> None:
+    w_OI, pair = torch.randn(ROWS, WIDTH), _pair(True)
+    statistics = PairedStatistics([SITE], CPU)
+    statistics.add(*pair)
+    moves = [float((statistics.wanted(SITE, w_OI, damping) - w_OI).norm()) for damping in (1e-3, 0.1, 10.0)]
+    assert moves[0] > moves[1] > 3 * moves[2] > 0
+
+
+def test_equal_streams_leave_the_weight_as_it_is() -> None:
+    w_OI, (full, _) = torch.randn(ROWS, WIDTH), _pair(True)
+    statistics = PairedStatistics([SITE], CPU)
+    assert torch.equal(statistics.wanted(SITE, w_OI, 0.01), w_OI), "no token came"
+    statistics.add(full, full)
+    assert torch.equal(statistics.wanted(SITE, w_OI, 0.01), w_OI)
+
+
+def test_inputs_that_were_always_zero_keep_their_weights() -> None:
+    w_OI, (full, own) = torch.randn(ROWS, WIDTH), _pair(False)
+    for recording in (full, own):
+        recording.inputs[NAME][0][..., 3] = 0
+    statistics = PairedStatistics([SITE], CPU)
+    statistics.add(full, own)
+    wanted_OI = statistics.wanted(SITE, w_OI, 0.01)
+    assert torch.equal(wanted_OI[:, 3], w_OI[:, 3]) and not torch.equal(wanted_OI, w_OI)
+
+
+def test_two_processes_see_what_one_does() -> None:
+    w_OI, pairs = torch.randn(ROWS, WIDTH), [_pair(True), _pair(True)]
+    alone, shares = PairedStatistics([SITE], CPU), [PairedStatistics([SITE], CPU) for _ in pairs]
+    for pair, share in zip(pairs, shares, strict=True):
+        alone.add(*pair)
+        share.add(*pair)
+    own: list[list[Tensor]] = [[], []]
+    for seen, share in zip(own, shares, strict=True):
+        share.reduce(lambda value, seen=seen: seen.append(value) or value)  # type: ignore[misc]
+    given = iter([one + two for one, two in zip(*own, strict=True)])
+    shares[0].reduce(lambda _: next(given))
+    torch.testing.assert_close(shares[0].wanted(SITE, w_OI, 0.01), alone.wanted(SITE, w_OI, 0.01))
