@@ -1,8 +1,8 @@
-"""What enters some weights of a block in one run of it, and what their outputs are added to.
+"""What enters some weights of a block in one run of it, and the sums that their outputs become a part of.
 
 Attention and MLP end in a product whose result is added to the hidden states that go past them. Which weight that is,
-and which tensor, is seen while the block runs; nothing is matched by name. A product that a norm follows before the
-sum, as in Gemma 3, has no such tensor.
+and which sum, is seen while the block runs; nothing is matched by name. A product that a norm follows before the sum,
+as in Gemma 3, has none.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Recording:
 
     Args:
         inputs: What each weight was applied to, in the order of the products, ``... I``, by name.
-        beside: What the result of a weight's only product was added to, ``... O``, by name.
+        sums: What the result of a weight's only product and something else added up to, ``... O``, by name.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    beside: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 def together(recordings: Iterable[Recording]) -> Recording:
     """Those of several weights in one run as one."""
-    inputs, beside = dict[str, list[Tensor]](), dict[str, Tensor]()
+    inputs, sums = dict[str, list[Tensor]](), dict[str, Tensor]()
     for one in recordings:
         inputs |= one.inputs
-        beside |= one.beside
-    return Recording(inputs, beside)
+        sums |= one.sums
+    return Recording(inputs, sums)
 
 
 class _EnoughSeenError(Exception):
@@ -69,11 +69,11 @@ def record(
             seen.inputs.setdefault(p.name, []).append(p.inputs)
 
     def ran(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, products: list[Product]) -> None:
-        for name, other in results.summed(func, args, kwargs):
-            if other is None or name in seen.beside:
+        for name, apart in results.summed(func, args, kwargs):
+            if not apart or name in seen.sums:
                 inside.add(name)
             else:
-                seen.beside[name] = other
+                seen.sums[name] = output
         results.ran(func, args, kwargs, output, [p.name for p in products if p.name in names])
         if until is not None and _as_much(seen, until):
             raise _EnoughSeenError
@@ -82,13 +82,13 @@ def record(
         run()
     wanted = {name for name, inputs in seen.inputs.items() if len(inputs) == 1} - inside
     if until is not None:
-        wanted = set(until.beside)
-    seen.beside = {name: other for name, other in seen.beside.items() if name in wanted}
+        wanted = set(until.sums)
+    seen.sums = {name: result for name, result in seen.sums.items() if name in wanted}
     return seen
 
 
 def _as_much(seen: Recording, wanted: Recording) -> bool:
-    return seen.beside.keys() >= wanted.beside.keys() and all(
+    return seen.sums.keys() >= wanted.sums.keys() and all(
         len(seen.inputs.get(name, ())) >= len(inputs) for name, inputs in wanted.inputs.items()
     )
 
@@ -110,12 +110,10 @@ class _Results:
         elif func in _SAME and isinstance(output, Tensor) and args[0] in self._of:
             self._of[output] = self._of[args[0]]
 
-    def summed(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Tensor | None]]:
-        """The results among what a call adds up, by the weight, each with the other summand.
+    def summed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+        """The results among what a call adds up, by the weight, and whether the other summand is one of its own.
 
-        None for one that was computed from the result itself, as some activation functions do.
+        Some activation functions add up what they computed from the same result.
         """
         if func not in _SUMS or kwargs or not all(isinstance(summand, Tensor) for summand in args[:2]):
             return
@@ -123,4 +121,4 @@ class _Results:
         for result, other in ((left, right), (right, left)) if left.shape == right.shape else ():
             if result in self._of:
                 name = self._of[result]
-                yield name, None if name in self._behind.get(other, ()) else other
+                yield name, name not in self._behind.get(other, ())

@@ -1,13 +1,14 @@
 """What a weight should be for what enters it in the quantized model, so that its outputs are those of the original.
 
 When a matrix is quantized, blocks before it are already, and so are matrices before it in its block: what enters it,
-``x``, is no longer what does in the full-precision model, ``f``, and what its outputs are added to, ``r``, is no longer
-``p``. The outputs wanted are ``W f + p - r``, and the weights that come nearest to them,
+``x``, is no longer what does in the full-precision model, ``f``, and nor are the hidden states that its outputs are
+added to. With ``y`` what it leads to in the full-precision model, the sum where there is one, else ``W f``, and ``z``
+the same for ``x``, the weights whose outputs come nearest are
 
-    V = W + L (H + d)^-1,    L = mean of 2 (W (f - x) + p - r) xᵀ,    H = mean of 2 x xᵀ,
+    V = W + L (H + d)^-1,    L = mean of 2 (y - z) xᵀ,    H = mean of 2 x xᵀ,
 
-are what a quantizer that knows ``H`` is then asked to round: errors that came in are made up for, as far as one matrix
-can. Without ``r`` and ``p`` it is the asymmetric calibration of GPTAQ (Li et al., arXiv 2504.02692).
+which a quantizer that knows ``H`` is then asked to round: errors that came in are made up for, as far as one matrix
+can. Without the sums it is the asymmetric calibration of GPTAQ (Li et al., arXiv 2504.02692).
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class PairedStatistics:
         self.sites = list(sites)
         self.inputs = InputStatistics(self.sites, device)
         self._drift: dict[str, Tensor] = {}
-        """Sums of ``(f - x) xᵀ``, ``I I``."""
-        self._beside: dict[str, Tensor] = {}
-        """Sums of ``(p - r) xᵀ``, ``O I``."""
+        """Sums of ``(f - x) xᵀ``, ``I I``, of weights whose outputs are in no sum."""
+        self._lack: dict[str, Tensor] = {}
+        """Sums of ``(y - z) xᵀ``, ``O I``, of the others."""
 
     def add(self, original: Recording, quantized: Recording, weights: Mapping[str, Tensor] | None = None) -> None:
         """Takes in one run of the block in each model, over the same tokens.
@@ -53,19 +54,19 @@ class PairedStatistics:
             weight_N = weights.get(site.name)
             for full, own in zip(original.inputs[site.name], quantized.inputs[site.name], strict=True):
                 self.inputs.see(site.name, 0, own)
+                if site.name in quantized.sums:
+                    off = original.sums[site.name], quantized.sums[site.name]
+                    _sum(self._lack, site.name, _moment(*off, own, weight_N))
+                    continue
                 key = id(own), id(weight_N)
                 if key not in known:
                     known[key] = _moment(full, own, own, weight_N)
                 _sum(self._drift, site.name, known[key])
-            if site.name in quantized.beside:
-                (own,) = quantized.inputs[site.name]
-                pair = original.beside[site.name], quantized.beside[site.name]
-                _sum(self._beside, site.name, _moment(*pair, own, weight_N))
 
     def reduce(self, add: Callable[[Tensor], Tensor]) -> None:
         """Adds up what several processes have seen; ``add`` sums a tensor over them, in the same order everywhere."""
         self.inputs.reduce(add, self.sites)
-        for sums in (self._drift, self._beside):
+        for sums in (self._drift, self._lack):
             for site in self.sites:
                 if site.name in sums:
                     sums[site.name] = add(sums[site.name])
@@ -81,9 +82,7 @@ class PairedStatistics:
         count, (hessian_II,) = self.inputs.counts.get((site.name, 0), 0), self.inputs.hessians(site)
         if not count or not bool(hessian_II.any()):
             return w_OI
-        lack_OI = w_OI @ self._drift[site.name]
-        if site.name in self._beside:
-            lack_OI = lack_OI + self._beside[site.name]
+        lack_OI = self._lack[site.name] if site.name in self._lack else w_OI @ self._drift[site.name]
         return w_OI + torch.cholesky_solve(lack_OI.T * (2 / count), factor(hessian_II, damping)).T
 
 

@@ -135,7 +135,7 @@ def _stages(run: Run, plan: BlockPlan, block: nn.Module, entering: Entering) -> 
     stages: dict[object, dict[LinearSite, Recording]] = {}
     for name, inputs in seen.inputs.items():
         key = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in inputs)
-        own = Recording({name: inputs}, {name: seen.beside[name]} if name in seen.beside else {})
+        own = Recording({name: inputs}, {name: seen.sums[name]} if name in seen.sums else {})
         stages.setdefault(key, {})[plain[name]] = own
     return list(stages.values())
 

@@ -1,4 +1,4 @@
-"""What enters weights, and what their outputs are added to, in blocks of several families."""
+"""What enters weights, and the sums that their outputs become a part of, in blocks of several families."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ def _block(network: PreTrainedModel) -> tuple[torch.nn.Module, Callable[[], Tens
 def test_what_is_added(family: str) -> None:
     block, run = _block(FAMILIES[family]())
     seen = record(block, run, dict(block.named_parameters()))
-    assert sorted(seen.beside) == sorted(f"{name}.weight" for name in ADDED[family])
+    assert sorted(seen.sums) == sorted(f"{name}.weight" for name in ADDED[family])
 
 
 def test_the_numbers() -> None:
@@ -40,11 +40,10 @@ def test_the_numbers() -> None:
     names = ["self_attn.o_proj.weight", "mlp.down_proj.weight"]
     seen = record(block, run, names)
     assert list(seen.inputs) == names
-    entering = survey(network).inputs_BTD[0]
-    torch.testing.assert_close(seen.beside[names[0]], entering)
-    (product,) = seen.inputs[names[1]]
-    whole = seen.beside[names[1]] + product @ block.get_parameter(names[1]).T
-    torch.testing.assert_close(whole, run())
+    attended, gated = (inputs[0] @ block.get_parameter(name).T for name, inputs in seen.inputs.items())
+    torch.testing.assert_close(seen.sums[names[0]], survey(network).inputs_BTD[0] + attended)
+    torch.testing.assert_close(seen.sums[names[1]], seen.sums[names[0]] + gated)
+    torch.testing.assert_close(seen.sums[names[1]], run())
 
 
 def test_a_run_ends_where_everything_was_seen() -> None:
@@ -57,7 +56,7 @@ def test_a_run_ends_where_everything_was_seen() -> None:
     again = record(block, run, names, until=seen)
     assert reached == [True]
     for one, two in ((seen, again),):
-        assert list(one.inputs) == list(two.inputs) and list(one.beside) == list(two.beside)
-    torch.testing.assert_close(again.beside[names[1]], seen.beside[names[1]])
+        assert list(one.inputs) == list(two.inputs) and list(one.sums) == list(two.sums)
+    torch.testing.assert_close(again.sums[names[1]], seen.sums[names[1]])
     record(block, run, names, until=Recording({"mlp.down_proj.weight": [torch.zeros(1)]}))
     assert reached == [True, True], "what is not seen ends nothing"

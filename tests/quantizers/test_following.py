@@ -12,29 +12,30 @@ NAME, WIDTH, ROWS, TOKENS = "o_proj.weight", 12, 8, 200
 SITE, CPU = LinearSite(NAME, 0, ROWS, WIDTH, False), torch.device("cpu")
 
 
-def _pair(beside: bool) -> tuple[Recording, Recording]:
+def _pair(sums: bool, w_OI: Tensor) -> tuple[Recording, Recording]:
     """One run over the same tokens in either model."""
     full = torch.randn(4, TOKENS // 4, WIDTH)
     own = full + 0.3 * torch.randn_like(full)
-    added = torch.randn(4, TOKENS // 4, ROWS)
-    off = added + 0.5 * own[..., :ROWS] + 0.1 * torch.randn_like(added)
+    past = torch.randn(4, TOKENS // 4, ROWS)
+    off = past + 0.5 * own[..., :ROWS] + 0.1 * torch.randn_like(past)
     return (
-        Recording({NAME: [full]}, {NAME: added} if beside else {}),
-        Recording({NAME: [own]}, {NAME: off} if beside else {}),
+        Recording({NAME: [full]}, {NAME: past + full @ w_OI.T} if sums else {}),
+        Recording({NAME: [own]}, {NAME: off + own @ w_OI.T} if sums else {}),
     )
 
 
 def _wanted_outputs(w_OI: Tensor, full: Recording, own: Recording) -> Tensor:
-    outputs = full.inputs[NAME][0] @ w_OI.T
-    if full.beside:
-        outputs = outputs + full.beside[NAME] - own.beside[NAME]
-    return outputs.flatten(0, 1)
+    if not full.sums:
+        return (full.inputs[NAME][0] @ w_OI.T).flatten(0, 1)
+    beside = own.sums[NAME] - own.inputs[NAME][0] @ w_OI.T
+    return (full.sums[NAME] - beside).flatten(0, 1)
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("weighed", [False, True])
-def test_is_the_regression_of_the_wanted_outputs_on_the_inputs(beside: bool, weighed: bool) -> None:
-    w_OI, (full, own) = torch.randn(ROWS, WIDTH), _pair(beside)
+def test_is_the_regression_of_the_wanted_outputs_on_the_inputs(sums: bool, weighed: bool) -> None:
+    w_OI = torch.randn(ROWS, WIDTH)
+    full, own = _pair(sums, w_OI)
     weight_N = torch.rand(TOKENS) if weighed else torch.ones(TOKENS)
     statistics = PairedStatistics([SITE], CPU)
     statistics.add(full, own, {NAME: weight_N} if weighed else None)
@@ -47,7 +48,8 @@ def test_is_the_regression_of_the_wanted_outputs_on_the_inputs(beside: bool, wei
 
 
 def test_damping_stays_near_the_weight() -> None:
-    w_OI, pair = torch.randn(ROWS, WIDTH), _pair(True)
+    w_OI = torch.randn(ROWS, WIDTH)
+    pair = _pair(True, w_OI)
     statistics = PairedStatistics([SITE], CPU)
     statistics.add(*pair)
     moves = [float((statistics.wanted(SITE, w_OI, damping) - w_OI).norm()) for damping in (1e-3, 0.1, 10.0)]
@@ -55,7 +57,8 @@ def test_damping_stays_near_the_weight() -> None:
 
 
 def test_equal_streams_leave_the_weight_as_it_is() -> None:
-    w_OI, (full, _) = torch.randn(ROWS, WIDTH), _pair(True)
+    w_OI = torch.randn(ROWS, WIDTH)
+    full, _ = _pair(True, w_OI)
     statistics = PairedStatistics([SITE], CPU)
     assert torch.equal(statistics.wanted(SITE, w_OI, 0.01), w_OI), "no token came"
     statistics.add(full, full)
@@ -63,7 +66,8 @@ def test_equal_streams_leave_the_weight_as_it_is() -> None:
 
 
 def test_inputs_that_were_always_zero_keep_their_weights() -> None:
-    w_OI, (full, own) = torch.randn(ROWS, WIDTH), _pair(False)
+    w_OI = torch.randn(ROWS, WIDTH)
+    full, own = _pair(False, w_OI)
     for recording in (full, own):
         recording.inputs[NAME][0][..., 3] = 0
     statistics = PairedStatistics([SITE], CPU)
@@ -73,7 +77,8 @@ def test_inputs_that_were_always_zero_keep_their_weights() -> None:
 
 
 def test_two_processes_see_what_one_does() -> None:
-    w_OI, pairs = torch.randn(ROWS, WIDTH), [_pair(True), _pair(True)]
+    w_OI = torch.randn(ROWS, WIDTH)
+    pairs = [_pair(True, w_OI), _pair(True, w_OI)]
     alone, shares = PairedStatistics([SITE], CPU), [PairedStatistics([SITE], CPU) for _ in pairs]
     for pair, share in zip(pairs, shares, strict=True):
         alone.add(*pair)
