@@ -30,6 +30,7 @@ from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.one_block import check_scheme
 from lightning_gsq.system.console import make_console
 from lightning_gsq.system.progress_bars import no_foreign_bars
+from lightning_gsq.weights.presets import OF_FILE
 from lightning_gsq.weights.scheme import QuantScheme
 
 __all__ = ["Quantized", "quantize"]
@@ -122,7 +123,8 @@ def quantize(
 
     Args:
         model: Folder, GGUF file, name on the hub or ``package://module/file.gguf``.
-        scheme: A scheme, the name of one (w3g64, q4_k, iq4_nl ...), or settings: ``{"bits": 2, "group_size": 64}``.
+        scheme: A scheme, the name of one (w3g64, q4_k, iq4_nl ...), settings (``{"bits": 2, "group_size": 64}``), or
+            "file" for the types of the GGUF file that ``model.warm_start.file`` names.
         text: Calibration text: a file, a folder, shards, a name on the hub, a list of documents, or a text source; None
             for Python's documentation.
         evaluation: Text for perplexity, likewise.
@@ -195,6 +197,9 @@ def _path(name: str, value: Any) -> str:
 
 
 def _scheme(scheme: Any) -> Any:
+    named = scheme.get("preset") if isinstance(scheme, Mapping) else scheme
+    if isinstance(named, str) and named.lower() == OF_FILE:  # a scheme of no weight: the command resolves it
+        return scheme
     check_scheme(scheme)
     if isinstance(scheme, QuantScheme):
         # A preset's bits and groups are its own.

@@ -79,6 +79,8 @@ class Numbers(TextSource):
         ({"model": 3}, "model: expected a path or a name, got 3"),
         ({"model": "/no/such/model"}, "there is no file or folder /no/such/model"),
         ({"scheme": "w9g64"}, "there is no preset 'w9g64'"),
+        ({"scheme": "file"}, "model.scheme: file takes every weight's type from a GGUF file"),
+        ({"scheme": {"preset": "file"}}, "model.scheme: file takes every weight's type from a GGUF file"),
         ({"scheme": 3}, "scheme: expected a QuantScheme, a name such as 'w3g64'"),
         ({"scheme": {"bit": 3}}, "bit"),
         ({"text": "a text\nof two lines"}, "text: got a text itself"),

@@ -26,9 +26,11 @@ from lightning_gsq.cli.trainers import check_preset, check_seed, check_settings,
 from lightning_gsq.cli.unusual import unusual
 from lightning_gsq.cli.verbs import SUMMARIES, USAGE
 from lightning_gsq.commands.export import export
+from lightning_gsq.commands.file_types import FileTypes, is_asked_for, types_of_file
 from lightning_gsq.commands.fit import fit
 from lightning_gsq.commands.plan import plan
 from lightning_gsq.commands.predict import predict
+from lightning_gsq.commands.tables import print_types
 from lightning_gsq.commands.test import test
 from lightning_gsq.commands.validate import validate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
@@ -95,6 +97,8 @@ class GSQCLI(LightningCLI):
     """What ``fit`` found."""
     command = ""
     """The command line, for the recipe."""
+    types: FileTypes | None = None
+    """What weights have where their types are those of a file."""
 
     def __init__(self, args: list[str], console: Console | None = None) -> None:
         self.console = console or make_console()
@@ -185,7 +189,12 @@ class GSQCLI(LightningCLI):
             return
         trainer = self.settings.trainer
         check_settings(trainer)
-        check_preset(self.settings.model.scheme)
+        model = self.settings.model
+        if is_asked_for(model.scheme.as_dict()):
+            self.types = None if self.subcommand == "validate" else types_of_file(model.as_dict())
+            for name, value in ({"scheme.preset": None} if self.types is None else self.types.options).items():
+                model[name] = value
+        check_preset(model.scheme)
         trainer.callbacks = latest_of_each_class(trainer.callbacks)
         if sharding.asked_for(trainer.strategy):
             trainer.strategy, self.settings.end_to_end.strategy = "ddp", sharding.FSDP2
@@ -233,6 +242,8 @@ class GSQCLI(LightningCLI):
         """Quantizes the model into the run folder."""
         for line in unusual(self.model, self.objects.trainer.callbacks or []):
             self.console.print(line, soft_wrap=True)
+        if self.types is not None and not self.trainer.global_rank:
+            print_types(self.console, self.types)
         self.summary = fit(
             model=self.model,
             data=self.datamodule,
@@ -268,6 +279,8 @@ class GSQCLI(LightningCLI):
 
     def plan(self) -> None:
         """Prints what ``fit`` would take."""
+        if self.types is not None:
+            print_types(self.console, self.types)
         plan(
             self.model,
             self.datamodule,

@@ -71,7 +71,8 @@ TEXTS = {
     "model.overrides": "Another scheme for the weights that a pattern names: {'*.down_proj': {bits: 4}} or "
     "{'*.down_proj': q6_k}.",
     "model.scheme": "A scheme by name, in place of bits and group size: w3g64 (3 bits, groups of 64), q4_k, iq4_nl, "
-    "mlx4g64 and others; docs/schemes.md lists them.",
+    "mlx4g64 and others; docs/schemes.md lists them. file: every weight as --model.warm_start.file has it, mixed types "
+    "included.",
     "seed_everything": "Seed of everything random.",
     "trainer.default_root_dir": "The run folder. The same command resumes what it holds.",
     "trainer.max_epochs": "Passes over the calibration sequences, for each block.",

@@ -8,6 +8,7 @@ predict        text from prompts
 test           zero-shot tasks
 harness        lm-eval
 addresses      what other verbs wrote
+file_types     what weights have whose types are those of a file
 menu           what a size is divided among
 sizing         a size becomes widths
 sizing_before  the same before there is a run

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_gsq.commands.file_types import FileTypes
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import Estimate
 from lightning_gsq.estimate.phases import Phase
@@ -97,23 +98,43 @@ def print_choice(console: Console, choice: Choice, parts: Mapping[str, tuple[str
         choice: The choice.
         parts: What each matrix takes, its weights and its bytes, by name.
     """
-    table = Table(title=f"Widths for {choice.size} as {choice.runtime}", title_justify="left")
-    kinds: dict[str, list[tuple[str, int, int]]] = {}
-    for name, part in parts.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name).removesuffix(".weight"), []).append(part)
-    for column in ("matrices", "widths", "bits a weight", "size"):
-        table.add_column(column)
-    for kind, shares in kinds.items():
-        counts = Counter(width for width, _, _ in shares)
-        widths = ", ".join(width if count == len(shares) else f"{count} × {width}" for width, count in counts.items())
-        weights, size = sum(part[1] for part in shares), sum(part[2] for part in shares)
-        table.add_row(kind, widths, f"{8 * size / weights:.2f}", _size(size))
-    console.print(table)
+    console.print(_widths_table(f"Widths for {choice.size} as {choice.runtime}", "widths", parts))
     console.print(
         f"file of {choice.num_bytes:,} bytes, {choice.num_bytes / choice.limit:.2%} of {choice.limit:,}; predicted "
         f"divergence {choice.cost:.4g} nats a token before training",
         soft_wrap=True,
     )
+
+
+def print_types(console: Console, types: FileTypes) -> None:
+    """Prints the types of a file's matrices, those of one kind together, and what is left alone."""
+    console.print(_widths_table(f"Types of {types.file}", "types", types.parts))
+    size = sum(part[2] for part in types.parts.values())
+    console.print(f"file of {types.file.stat().st_size:,} bytes, {size:,} of them to refine", soft_wrap=True)
+    if types.left:
+        left = ", ".join(dict.fromkeys(f"{_alike(name)} ({kind})" for name, kind in types.left.items()))
+        console.print(f"not quantized in the file, and left as they are: {left}", soft_wrap=True)
+
+
+def _widths_table(title: str, column: str, parts: Mapping[str, tuple[str, int, int]]) -> Table:
+    """What matrices take, those of one kind together; given each one's width, weights and bytes by its name."""
+    table = Table(title=title, title_justify="left")
+    kinds: dict[str, list[tuple[str, int, int]]] = {}
+    for name, part in parts.items():
+        kinds.setdefault(_alike(name), []).append(part)
+    for name in ("matrices", column, "bits a weight", "size"):
+        table.add_column(name, overflow="fold")
+    for kind, shares in kinds.items():
+        counts = Counter(width for width, _, _ in shares)
+        widths = ", ".join(width if count == len(shares) else f"{count} × {width}" for width, count in counts.items())
+        weights, size = sum(part[1] for part in shares), sum(part[2] for part in shares)
+        table.add_row(kind, widths, f"{8 * size / weights:.2f}", _size(size))
+    return table
+
+
+def _alike(name: str) -> str:
+    """The name of a matrix with a star for its numbers: that of all of its kind."""
+    return re.sub(r"\.\d+\.", ".*.", name).removesuffix(".weight")
 
 
 def print_estimate(

@@ -10,7 +10,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.export.folders import MARK
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.models.computed_weights import for_a_while
-from lightning_gsq.quantizers import FromFile
+from lightning_gsq.quantizers.from_file import start_file
 from lightning_gsq.run.block_plan import make_plan
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.recipe import FORMAT, is_whole, model_fingerprint, recipe_digest
@@ -115,8 +115,7 @@ def _outer(setting: Mapping[str, Any] | str | None) -> QuantScheme | str | None:
 
 def _refines(settings: Mapping[str, Any]) -> bool:
     """Whether a run kept the embedding of the file that it started from, as ``auto`` says then."""
-    start = str((settings.get("warm_start") or {}).get("class_path", "")).rpartition(".")[2]
-    return settings.get("embedding") == AUTO and start == FromFile.__name__
+    return settings.get("embedding") == AUTO and start_file(settings) is not None
 
 
 def _address_of(recipe: Mapping[str, Any]) -> dict[str, str]:

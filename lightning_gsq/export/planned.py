@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.classes import auto_class, is_outside, outside_of_text
 from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.quantizers.from_file import start_file
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.quantized import stored_scale_bits
@@ -214,10 +215,7 @@ class PlannedRun:
     @property
     def start_file(self) -> Path | None:
         """The file whose codes the run started from (``FromFile``); None for a run that rounded."""
-        start = self.settings.get("warm_start")
-        if not isinstance(start, Mapping) or str(start.get("class_path", "")).rpartition(".")[2] != "FromFile":
-            return None
-        return Path(start["init_args"]["file"]).expanduser()
+        return start_file(self.settings)
 
     @property
     def scale_dtype(self) -> torch.dtype:

@@ -42,10 +42,12 @@ class ModelSource:
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that every ``from_pretrained`` takes."""
+        # Of a file by its name alone, transformers takes the weights of one of that name in the current folder.
+        gguf_file = str(self.files[0].absolute()) if self.gguf_file and self.files else self.gguf_file
         return {
             "revision": self.revision or "main",
             "trust_remote_code": self.trust_remote_code,
-            **({"gguf_file": self.gguf_file} if self.gguf_file else {}),
+            **({"gguf_file": gguf_file} if gguf_file else {}),
         }
 
     @property
@@ -95,6 +97,11 @@ def resolve(
     parts = address.split("/")
     on_hub = not address.startswith((PACKAGE_PREFIX, "/", ".", "~")) and len(parts) <= 3
     if on_hub and len(parts) == 3 and address.endswith(".gguf"):
+        if Path(parts[2]).is_file():
+            raise ConfigurationError(
+                f"model.pretrained: transformers reads the weights of {address} from {parts[2]} in the current folder; "
+                f"start elsewhere, or give ./{parts[2]} if it is the same file"
+            )
         return ModelSource("/".join(parts[:2]), parts[2], revision, trust_remote_code)
     if on_hub and len(parts) <= 2:
         return ModelSource(address, None, revision, trust_remote_code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def load_config(source: ModelSource, quantized: bool = False) -> PretrainedConfi
         check_reach(source)
     place = "" if source.files else " (no such folder here, and as a hub name it cannot be read)"
     with as_refusals(f"model.pretrained: cannot find or read {source.shown!r}{place}", source.trust_remote_code):
-        config: PretrainedConfig = AutoConfig.from_pretrained(source.path, **source.arguments)
+        config = _read(source)
     method = method_of(config)
     if not quantized and method is not None and method not in METHODS and source.gguf_file is None:
         raise ConfigurationError(
@@ -40,6 +42,21 @@ def load_config(source: ModelSource, quantized: bool = False) -> PretrainedConfi
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigurationError(f"model.pretrained: {config.model_type} is an encoder-decoder, not a causal decoder")
     _check_kind(source, config)
+    return config
+
+
+def _read(source: ModelSource) -> PretrainedConfig:
+    """The configuration as transformers reads it: of a GGUF file once, which takes seconds for its vocabulary."""
+    if source.gguf_file is None or not source.files:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.path, **source.arguments)
+        return config
+    state = source.files[0].stat()
+    return copy.deepcopy(_of_gguf(source, state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=2)
+def _of_gguf(source: ModelSource, mtime_ns: int, num_bytes: int) -> PretrainedConfig:
+    config: PretrainedConfig = AutoConfig.from_pretrained(source.path, **source.arguments)
     return config
 
 

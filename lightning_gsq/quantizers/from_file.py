@@ -4,15 +4,16 @@ A file that people deploy already has a grid and a layout of scales: Q4_0 is -8 
 with two-level scales and offsets, and so on. With this start, the block phase moves codes to neighbouring levels and
 trains the scales against the full-precision model that ``--model.pretrained`` names; the export then writes the same
 types, with everything else copied from the file. Of an I-type (IQ3_XXS ...), it moves code vectors to near ones.
+``--model.scheme file`` names the types of a file of several (:mod:`lightning_gsq.commands.file_types`).
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import gguf
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
@@ -23,7 +24,7 @@ from lightning_gsq.gguf.names import Names
 from lightning_gsq.gguf.rows import Place, places_in_file, to_model, verify_shapes
 from lightning_gsq.gguf.types.codec import decode, verify_finite
 from lightning_gsq.gguf.types.levels import LevelBlocks
-from lightning_gsq.gguf.types.table import TYPES, GgmlType
+from lightning_gsq.gguf.types.table import BY_NUMBER, TYPES, GgmlType
 from lightning_gsq.gguf.types.vectors import VectorBlocks
 from lightning_gsq.quantizers.warm_start import Start, WarmStart, start_at
 from lightning_gsq.weights.presets import GGML
@@ -38,16 +39,14 @@ SCHEMES = {
     Q8_0.number: QuantScheme(8, 32),
 }
 """The scheme whose grid and groups a block type has, by the type's number; its preset is another."""
-PRESET_TYPES = {TYPES[preset.ggml].number: TYPES[preset.ggml] for preset in GGML.values() if preset.ggml is not None}
-"""Types that have a preset, by number."""
 
 
 class FromFile(WarmStart):
     """Codes and scales of a GGUF file of the same model.
 
     Args:
-        file: A file with the weights in types that have a preset (Q4_K, IQ4_NL, Q8_0 ...), which ``--model.scheme`` and
-            ``--model.overrides`` have to name.
+        file: A file with the weights in types that have a preset (Q4_K, IQ4_NL, Q8_0 ...); ``--model.scheme file``
+            takes them as they are there.
 
     Raises:
         ConfigurationError: there is no such file, or it cannot be read.
@@ -69,14 +68,16 @@ class FromFile(WarmStart):
         Raises:
             ConfigurationError: it does not.
         """
-        kinds = {name: self._kind(name, shape)[1] for name, (_, shape) in weights.items()}
         for name, (scheme, shape) in weights.items():
-            try:
-                self._stored(name, scheme, shape)
-            except ConfigurationError as error:
-                if len(set(kinds.values())) == 1:
-                    raise
-                raise ConfigurationError(f"{error}. All types of the file are {options_of(kinds)}") from None
+            self._stored(name, scheme, shape)
+
+    def types(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+        """ggml's name of the type in which the file has each weight, such as Q4_K, F16 or MXFP4; given its ``(O, I)``.
+
+        Raises:
+            ConfigurationError: the file does not hold a weight of that shape, or its parts in several types.
+        """
+        return {name: self._type(name, shape)[1] for name, shape in shapes.items()}
 
     def start(self, name: str, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """The codes and scales of one weight; its position is where the full-precision weight lies on that grid."""
@@ -118,52 +119,51 @@ class FromFile(WarmStart):
 
     def _stored(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[list[str], GgmlType]:
         """The tensors that hold a weight, and their type, which is the scheme's."""
-        stored_names, kind = self._kind(name, shape)
-        preset, plain = QuantScheme(preset=kind.name.lower()), SCHEMES.get(kind.number)
-        if scheme not in (preset, plain):
-            way = f"--model.scheme {preset.preset}"
-            if plain is not None:
-                way += f" (or --model.scheme.bits {plain.bits} --model.scheme.group_size {plain.group_size})"
+        stored_names, type_name = self._type(name, shape)
+        said = f"model.warm_start.file: {stored_names[0]} is stored as {type_name}"
+        if type_name.lower() not in GGML:
             raise ConfigurationError(
-                f"model.warm_start.file: {stored_names[0]} is stored as {kind.name}, the run's is {scheme}; use {way}, "
-                f'name it for some weights with --model.overrides \'{{"PATTERN": "{preset.preset}"}}\', or leave it '
-                "out with --model.exclude"
+                f"{said}, whose weights cannot be refined; leave it out with --model.exclude. What can be are "
+                f"{', '.join(GGML)}"
+            )
+        kind = TYPES[type_name]
+        if scheme not in (QuantScheme(preset=type_name), SCHEMES.get(kind.number)):
+            raise ConfigurationError(
+                f"{said}, the run's is {scheme}; use --model.scheme file, which takes every weight as the file has it, "
+                "without --model.overrides for this one, or leave it out with --model.exclude"
             )
         return stored_names, kind
 
-    def _kind(self, name: str, shape: tuple[int, int]) -> tuple[list[str], GgmlType]:
-        """The tensors that hold a weight, and their type."""
-        stored_names = self.names.of(name, self.file.tensors)
+    def _type(self, name: str, shape: tuple[int, int]) -> tuple[list[str], str]:
+        """The tensors that hold a weight, and ggml's name of their type."""
+        try:
+            stored_names = self.names.of(name, self.file.tensors)
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"model.warm_start.file: {self.file.path} has no name for the parameter {name}: its architecture is "
+                f"{self.names.architecture}; give a file of this model, or leave the weight out with --model.exclude"
+            ) from None
         try:
             verify_shapes(self.file, stored_names, shape)
         except ConfigurationError as error:
             raise ConfigurationError(f"model.warm_start.file: {error}") from None
-        numbers = {self.file.tensors[stored].number for stored in stored_names}
-        number = numbers.pop()
-        kind = PRESET_TYPES.get(number)
-        if kind is None or numbers:
+        numbers = [self.file.tensors[stored].number for stored in stored_names]
+        kinds = [BY_NUMBER[n].name if n in BY_NUMBER else gguf.GGMLQuantizationType(n).name for n in numbers]
+        if len(set(kinds)) > 1:
             raise ConfigurationError(
-                f"model.warm_start.file: {stored_names[0]} is stored in ggml's type {number}, whose grid is not one of "
-                f"this project's; those are {', '.join(other.name for other in PRESET_TYPES.values())}. Leave it out "
-                "with --model.exclude"
+                f"model.warm_start.file: {' and '.join(stored_names)} are one matrix of the model and stored as "
+                f"{' and '.join(kinds)}; leave {name.removesuffix('.weight')} out with --model.exclude"
             )
-        return stored_names, kind
+        return stored_names, kinds[0]
 
 
-def options_of(kinds: Mapping[str, GgmlType]) -> str:
-    """The options that name the types of weights: the most common one, and the others by patterns."""
-    names = {name: kind.name.lower() for name, kind in kinds.items()}
-    (usual, _), *_ = Counter(names.values()).most_common(1)
-    endings: dict[str, set[str]] = {}
-    for name, type_name in names.items():
-        endings.setdefault(_ending(name), set()).add(type_name)
-    overrides: dict[str, str] = {}
-    for name, type_name in names.items():
-        if type_name != usual:
-            alike = len(endings[_ending(name)]) == 1
-            overrides[f"*.{_ending(name)}" if alike else name.removesuffix(".weight")] = type_name
-    return f"--model.scheme {usual} --model.overrides '{json.dumps(overrides)}'"
+def start_file(settings: Mapping[str, Any]) -> Path | None:
+    """The file of the start :class:`FromFile` in a run's settings of the model; None for a run with another start.
 
-
-def _ending(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]
+    Args:
+        settings: As plain data.
+    """
+    start = settings.get("warm_start")
+    if not isinstance(start, Mapping) or str(start.get("class_path", "")).rpartition(".")[2] != FromFile.__name__:
+        return None
+    return Path(start["init_args"]["file"]).expanduser()

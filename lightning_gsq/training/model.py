@@ -31,7 +31,8 @@ class ModelQuantization(LightningModule):
     Args:
         pretrained: Local folder with config.json and safetensors, GGUF file, name on the Hugging Face hub, or
             package://module/file.gguf; for validate also a run folder or an exported one.
-        scheme: How every weight is quantized: settings, or the name of a preset (w3g64, q4_k, iq4_nl, mlx4g64).
+        scheme: How every weight is quantized: settings, the name of a preset (w3g64, q4_k, iq4_nl, mlx4g64), or file:
+            each as the file of the start FromFile has it.
         include: Patterns of the weights to quantize, matched against names such as model.layers.3.mlp.down_proj.
         exclude: Patterns of weights to leave in full precision.
         overrides: Presets, or single settings, for the weights that a pattern names.

@@ -110,6 +110,8 @@ MLX = {
 """MLX's affine modes: a scale and an offset a group."""
 NAMED = {**GGML, **MLX}
 """Presets that are more than a width and a group size."""
+OF_FILE = "file"
+"""In place of a preset in ``model.scheme``: each weight has the type that the file of the start ``FromFile`` has."""
 _PLAIN = re.compile(r"w([1-8]|t)g([1-9]\d{0,6})")
 
 
@@ -134,6 +136,10 @@ def preset_named(name: str) -> Preset:
         ConfigurationError: there is none; the nearest is named where one is near, and all kinds are.
     """
     preset = NAMED.get(name)
+    if preset is None and name == OF_FILE:
+        raise ConfigurationError(
+            "file stands for the types of --model.warm_start.file in --model.scheme alone; give the name of a preset"
+        )
     if preset is None:
         plain = [f"w{bits}g{group}" for bits in (*range(1, 9), "t") for group in (32, 64, 128)]
         near = difflib.get_close_matches(name.lower(), [*NAMED, *plain], n=1, cutoff=0.6)

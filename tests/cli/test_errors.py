@@ -44,6 +44,23 @@ def refused(capsys: pytest.CaptureFixture[str]):
             "fit m --model.warm_start FromFile --model.warm_start.file no.gguf",
             "model.warm_start.file: no.gguf cannot be read",
         ),
+        (
+            "fit m --model.scheme file",
+            "model.scheme: file takes every weight's type from a GGUF file, which --model.warm_",
+        ),
+        ("plan m --model.scheme file --model.warm_start GPTQ", "names; the warm start is GPTQ. Or name a type"),
+        (
+            "fit m --model.scheme.preset File --model.size 80MB",
+            "model.size: 80MB and --model.scheme file both say what",
+        ),
+        (
+            "fit m --model.scheme file --model.scheme.bits 4",
+            "model.scheme.bits: 4 and --model.scheme file both say what",
+        ),
+        (
+            "fit m --model.embedding file",
+            "file stands for the types of --model.warm_start.file in --model.scheme alone",
+        ),
         ("fit m --model.scheme.bits abc", "model.scheme.bits: expected a whole number or ternary, got 'abc'"),
         ("fit m --data.num_sequences ten", "data.num_sequences: expected a whole number, got 'ten'"),
         ("fit m --model.gumbel.backend x", "model.gumbel.backend: expected auto, triton, compile, eager, got 'x'"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gguf import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES, GGUFWriter
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -79,6 +80,41 @@ def test_a_whole_file_loads_without_a_word(family: str, tmp_path: Path) -> None:
         again = loading.load_model(loading.resolve(str(path)))
     ids = torch.arange(8)[None]
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_of_the_same_name_in_the_current_folder_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers takes its weights where it gets a name alone."""
+    model = FAMILIES["llama"]()
+    arrays = tensors_of(model)
+    others = {"there": arrays, "here": arrays | {"output.weight": 0 * arrays["output.weight"]}}
+    for name, own in others.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "model.gguf", model, own)
+    monkeypatch.chdir(tmp_path / "here")
+    loaded = loading.load_model(loading.resolve("../there/model.gguf"))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert str(tmp_path) not in str(loaded.config.to_dict())
+    with pytest.raises(
+        ConfigurationError, match=r"from model.gguf in the current folder; start elsewhere, or give \./m"
+    ):
+        loading.resolve("organisation/name/model.gguf")
+
+
+def test_a_configuration_is_read_once_and_anew_from_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAMILIES["llama"]()
+    source = loading.resolve(str(write(tmp_path / "a.gguf", model, tensors_of(model))))
+    first = loading.load_config(source)
+    first.num_hidden_layers = 9
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("read again"))
+        assert loading.load_config(source).num_hidden_layers == 2
+    model.config.max_position_embeddings = 4096
+    write(tmp_path / "a.gguf", model, tensors_of(model))
+    assert loading.load_config(source).max_position_embeddings == 4096
 
 
 def test_a_file_without_a_head_has_a_tied_one(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def note_of_transformers(run: FinishedRun, network: PreTrainedModel, file: GGUFF
     name = f"transformers {version('transformers')}"
     if not {stored.number for stored in file.tensors.values()} <= SUPPORTED_BY_TRANSFORMERS:
         return "transformers cannot read these block types"
+    whole_path = str(file.path.absolute())  # see ModelSource.arguments
     try:
-        config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(file.path.parent, gguf_file=whole_path, local_files_only=True)
     except ValueError as error:
         if "not supported yet" not in str(error):
             raise CheckFailedError(f"{name} cannot read {file.path}: {error}") from error
@@ -84,7 +85,7 @@ def _compare(run: FinishedRun, network: PreTrainedModel, file: GGUFFile) -> floa
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             file.path.parent,
-            gguf_file=file.path.name,
+            gguf_file=str(file.path.absolute()),
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             local_files_only=True,
