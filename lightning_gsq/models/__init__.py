@@ -18,6 +18,7 @@ calls           what a block is called with beside the hidden states
 survey          what passes between blocks, and whether that is all
 passing         the model's own code without its blocks
 products        matrix products with a parameter, however they are written
+recording  what enters weights, and the sums that their outputs become a part of
 linear_weights  which parameters of a block are linear weights
 output_gradients  gradients at what these give
 roles           which of them choose, gate, or feed states

@@ -16,6 +16,7 @@ near_vectors   which of these are near
 salient_start  warm start of a matrix with salient columns
 salient        both parts of such a matrix as trainable choices
 statistics     second moments of the inputs of linear weights
+following      weights that make up for what is off already where they are
 """
 
 from lightning_gsq.quantizers.dual_mode import DualMode

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from lightning_gsq.models.experts import Part, part_of
 from lightning_gsq.models.linear_weights import LinearSite, watch_inputs
+from lightning_gsq.system.slices import slices
+
+MOMENT_COLUMNS = 256
+"""Columns of a second moment that are computed at once: few enough to leave out most of what mirrors another part."""
 
 
 class InputStatistics:
@@ -125,7 +129,7 @@ class InputStatistics:
 
     def moment(self, x_NI: Tensor, weight_N: Tensor | None) -> Tensor:
         """What is summed up over inputs: ``I I``."""
-        return (x_NI if weight_N is None else x_NI * weight_N[:, None]).T @ x_NI
+        return second_moment(x_NI, x_NI if weight_N is None else x_NI * weight_N[:, None])
 
     def empty(self, site: LinearSite) -> Tensor:
         """That of no inputs."""
@@ -148,6 +152,15 @@ class InputStatistics:
         fused = self.sites[part[0]].experts
         number = (x_NI != 0).any(-1).sum() if fused else torch.tensor(len(x_NI), device=x_NI.device)
         counts[part] = counts[part] + number if part in counts else number
+
+
+def second_moment(x_NI: Tensor, weighed_NI: Tensor) -> Tensor:
+    """``weighedᵀ x``, fp32 ``I I``, of vectors and the same vectors weighed: symmetric, so half of it is computed."""
+    moment_II = x_NI.new_empty(x_NI.shape[1], x_NI.shape[1])
+    for rows in slices(x_NI.shape[1], MOMENT_COLUMNS):
+        moment_II[rows, rows.start :] = weighed_NI[:, rows].T @ x_NI[:, rows.start :]
+        moment_II[rows.stop :, rows] = moment_II[rows, rows.stop :].T
+    return moment_II
 
 
 class InputSquareSums(InputStatistics):
