@@ -148,13 +148,20 @@ class DualMode(GPTQ):
         weighted: Weigh squared errors by the inputs' second moments.
         damping: Added to the Hessian's diagonal, as a share of its mean.
         block_columns: Columns handled before the rest of the matrix is updated; affects speed only.
+        follow: As of :class:`~lightning_gsq.quantizers.gptq.GPTQ`.
     """
 
     def __init__(
-        self, feedback: bool = True, weighted: bool = True, damping: float = 0.01, block_columns: int = 128
+        self,
+        feedback: bool = True,
+        weighted: bool = True,
+        damping: float = 0.01,
+        block_columns: int = 128,
+        follow: bool = False,
     ) -> None:
-        super().__init__(damping, block_columns, weighted, activation_order=False)
-        self.feedback, self.needs_hessian, self.diagonal_only = feedback, feedback or weighted, not feedback
+        super().__init__(damping, block_columns, weighted, activation_order=False, follow=follow)
+        self.feedback = feedback
+        self.needs_hessian, self.diagonal_only = feedback or weighted or follow, not (feedback or follow)
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""

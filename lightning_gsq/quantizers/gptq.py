@@ -26,6 +26,9 @@ class GPTQ(WarmStart):
         activation_order: Round the columns of the largest second moments first, so that others can make up for their
             errors. All scales are then chosen before the first column is rounded, since the columns of a group no
             longer follow each other; what is stored keeps its order.
+        follow: Round the weights whose outputs come nearest to the full-precision model's for what enters them in the
+            quantized one (:mod:`lightning_gsq.quantizers.following`), where ``model.target`` is ``stream``; false for
+            the model's own weights, as published.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class GPTQ(WarmStart):
         block_columns: int = 128,
         weighted: bool = True,
         activation_order: bool = True,
+        follow: bool = False,
     ) -> None:
         if not 0 < damping < 1:
             raise ConfigurationError(
@@ -43,6 +47,7 @@ class GPTQ(WarmStart):
             raise ConfigurationError(f"warm_start.block_columns must be positive, got {block_columns}")
         self.damping, self.block_columns, self.weighted = damping, block_columns, weighted
         self.activation_order = activation_order
+        self.following = damping if follow else None
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""

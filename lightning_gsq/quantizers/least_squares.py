@@ -37,8 +37,7 @@ class LeastSquares(GPTQ):
         block_columns: As there.
         weighted: As there.
         activation_order: As there.
-        follow: Round the weights whose outputs come nearest to the full-precision model's for what enters them in the
-            quantized one, where ``model.target`` is ``stream``; false for the model's own weights.
+        follow: As there, but it does unless told otherwise.
     """
 
     def __init__(
@@ -50,8 +49,7 @@ class LeastSquares(GPTQ):
         activation_order: bool = True,
         follow: bool = True,
     ) -> None:
-        super().__init__(damping, block_columns, weighted, activation_order)
-        self.following = damping if follow else None
+        super().__init__(damping, block_columns, weighted, activation_order, follow)
         if sweeps < 1:
             raise ConfigurationError(f"warm_start.sweeps must be positive, got {sweeps}; without sweeps it is GPTQ")
         self.sweeps = sweeps

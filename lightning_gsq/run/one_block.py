@@ -85,7 +85,8 @@ def prepare_block(
         index: Number of the block, from 0.
         ids_NT: Token ids of the calibration sequences, int64, on the CPU.
         scheme: How each linear weight is quantized: a scheme, a preset's name or settings.
-        warm_start: Codes and scales to start from; None for RTN with scales weighted by the inputs.
+        warm_start: Codes and scales to start from; None for RTN with scales weighted by the inputs. With nothing before
+            the block quantized, none follows the full-precision model.
         optimizer: Makes the optimizer from parameter groups.
         gumbel: How the logits start and how noisy their samples are.
         scale_learning_rate: Learning rate of the scales' logarithms.
