@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lightning_gsq.models.address import ModelSource, finished_model, num_bytes, resolve
+from lightning_gsq.models.address import ModelSource, finished_model, num_bytes, reaching, resolve
 from lightning_gsq.models.classes import auto_class
 from lightning_gsq.models.computed_weights import in_files
 from lightning_gsq.models.config import load_config, max_length
@@ -49,7 +49,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     if not source.files:
         load_config(source, quantized=True)  # a hub name that nobody has is no model without a tokenizer
     what = f"model.pretrained: {source.shown} has no readable tokenizer (tokenizer.json and what else the original has)"
-    with as_refusals(what, source.trust_remote_code):
+    with reaching(source), as_refusals(what, source.trust_remote_code):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     return tokenizer
 
@@ -93,6 +93,7 @@ def load_model(
     info: dict[str, Any]
     chosen = None if dtype == "auto" else getattr(torch, dtype)
     with (
+        reaching(source),
         as_refusals(f"model.pretrained: cannot load {source.shown}", source.trust_remote_code),
         quiet,
         ragged_blocks(config if plain else None),
