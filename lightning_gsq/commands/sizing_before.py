@@ -58,6 +58,8 @@ def choose_before(
         with for_a_while(folder.root) as scratch:
             model.load(source, scratch=scratch)
         menu = make_menu(model, make_plan(model), exports, settings["model"])
+        for note in menu.notes:
+            say(f"note: {note}")
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
@@ -97,6 +99,8 @@ def assume(model: ModelQuantization, settings: dict[str, Any], formats: Sequence
     blocks = assigned(model, skeleton).items()
     plan = [BlockPlan(index, f"{skeleton.prefix}.{index}", weights) for index, weights in blocks]
     menu = make_menu(model, plan, exports, settings["model"])
+    for note in menu.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     options, total = menu.widest_for_all()
     model.take(menu.widths(options), mixture_name(model))
     names = ", ".join(dict.fromkeys(menu.widths(options).values()))
