@@ -26,6 +26,8 @@ DEFAULT_CHOICES = {
     "native": ("w2g64", "w3g64", "w3g32", "w4g64", "w4g32", "w5g64", "w6g64", "w8g64"),
 }
 """Of the formats whose files are counted."""
+Free = dict[str, dict[str, QuantScheme]]
+"""What each matrix may take that is not pinned, by its full name and that of the choice."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,15 @@ class Menu:
         }
 
     @property
-    def most_choices(self) -> int:
-        """How many presets a matrix may take at most."""
-        return max(len(group.schemes) for group in self.groups)
+    def free(self) -> Free:
+        """What there is to choose."""
+        return {name: dict(group.schemes) for group in self.groups if not group.pinned for name in group.members}
 
     def widest_for_all(self) -> tuple[dict[str, str], int]:
         """The option of every group if all take the same step up from their smallest, as far as it fits; its bytes."""
         ordered = {group.name: sorted(self.sizes(group), key=self.sizes(group).__getitem__) for group in self.groups}
         best = self.extreme(), self.file.total(self.schemes(self.extreme()))
-        for step in range(1, self.most_choices):
+        for step in range(1, max(map(len, ordered.values()))):
             options = {name: steps[min(step, len(steps) - 1)] for name, steps in ordered.items()}
             total = self.file.total(self.schemes(options))
             if best[1] < total <= self.limit:

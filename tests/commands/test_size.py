@@ -116,7 +116,8 @@ def test_plan_chooses_what_fit_then_takes(
     }  # fmt: skip
     config = write_config(tiny_llama, corpus, tmp_path, **changes)
     assert main(["plan", "--config", str(config), "--probe", "false"]) == 0
-    assert "Widths for 8.5bpw as native" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Widths for 8.5bpw as native" in told and "not estimated: --probe false" in told
     planned = yaml.safe_load((tmp_path / "run" / "choice.yaml").read_text())
     assert not any("v_proj" in name or "lm_head" in name for name in planned)
     monkeypatch.setattr(sizing, "measure_worth", None)  # kept in worth.json
