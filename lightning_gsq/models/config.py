@@ -10,6 +10,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.address import ModelSource, gguf_header, reaching
 from lightning_gsq.models.classes import auto_class
 from lightning_gsq.models.dequantizing import METHODS, method_of
+from lightning_gsq.models.gguf_reader import quick_reader
 from lightning_gsq.models.loader_errors import as_refusals
 
 
@@ -28,7 +29,7 @@ def load_config(source: ModelSource, quantized: bool = False) -> PretrainedConfi
         gguf_header(source)  # one on the hub; a local one has been looked at
     place = "" if source.files else " (no such folder here, and as a hub name it cannot be read)"
     what = f"model.pretrained: cannot find or read {source.shown!r}{place}"
-    with reaching(source), as_refusals(what, source.trust_remote_code):
+    with reaching(source), as_refusals(what, source.trust_remote_code), quick_reader():
         config: PretrainedConfig = AutoConfig.from_pretrained(source.path, **source.arguments)
     method = method_of(config)
     if not quantized and method is not None and method not in METHODS and source.gguf_file is None:

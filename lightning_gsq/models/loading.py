@@ -21,6 +21,7 @@ from lightning_gsq.models.computed_weights import in_files
 from lightning_gsq.models.config import load_config, max_length
 from lightning_gsq.models.dequantizing import forget_quantization, method_of, ragged_blocks, to_plain_numbers
 from lightning_gsq.models.finite import check_finite
+from lightning_gsq.models.gguf_reader import quick_reader
 from lightning_gsq.models.loader_errors import as_refusals
 from lightning_gsq.models.weight_names import check_headers, refuse_info, warn_unused
 
@@ -49,7 +50,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     if not source.files:
         load_config(source, quantized=True)  # a hub name that nobody has is no model without a tokenizer
     what = f"model.pretrained: {source.shown} has no readable tokenizer (tokenizer.json and what else the original has)"
-    with reaching(source), as_refusals(what, source.trust_remote_code):
+    with reaching(source), as_refusals(what, source.trust_remote_code), quick_reader():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     return tokenizer
 
@@ -96,6 +97,7 @@ def load_model(
         reaching(source),
         as_refusals(f"model.pretrained: cannot load {source.shown}", source.trust_remote_code),
         quiet,
+        quick_reader(),
         ragged_blocks(config if plain else None),
         in_files(scratch, source, config, chosen),
     ):
