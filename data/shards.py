@@ -9,6 +9,7 @@ buffer held.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import zlib
 from abc import abstractmethod
@@ -23,7 +24,7 @@ from lightning_gsq.data.files import file_identity, local_path
 from lightning_gsq.data.sources import END, DocumentReader, Position, TextSource
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.system.hub import WAYS_OUT, why_out_of_reach
+from lightning_gsq.system.hub import WAYS_OUT, say_cached, without_waiting
 from lightning_gsq.system.seeding import generator_of
 
 
@@ -227,18 +228,21 @@ class HuggingFaceDataset(ShardedSource):
         from datasets.exceptions import DatasetsError
 
         name = f"the dataset {self.path!r}"
-        # One that was downloaded as a whole may be in the cache of ``datasets``, which knows it without the hub.
-        if self.streaming and not self.is_local:
-            reason = why_out_of_reach(self.path, "README.md", "dataset", self.revision)
-            if reason is not None:
-                raise ConfigurationError(f"path: {name} is out of reach of this machine ({reason}); {WAYS_OUT}")
-        try:
-            with damaged_files(name, DatasetsError, local=self.is_local):
-                dataset = load_dataset(
-                    self.path, self.name, split=self.split, streaming=self.streaming, revision=self.revision
-                )
-        except FileNotFoundError as error:
-            raise ConfigurationError(f"path: cannot read {name}: {error}") from error
+        with contextlib.nullcontext() if self.is_local else without_waiting() as reason:
+            try:
+                with damaged_files(name, DatasetsError, local=self.is_local):
+                    dataset = load_dataset(
+                        self.path, self.name, split=self.split, streaming=self.streaming, revision=self.revision
+                    )
+            except (ConfigurationError, OSError) as error:
+                if reason is not None:  # and the cache of ``datasets`` does not hold it
+                    out_of_reach = f"path: {name} is out of reach of this machine ({reason}); {WAYS_OUT}"
+                    raise ConfigurationError(out_of_reach) from error
+                if isinstance(error, FileNotFoundError):
+                    raise ConfigurationError(f"path: cannot read {name}: {error}") from error
+                raise
+        if reason is not None:
+            say_cached(name, reason)
         return dataset if self.streaming else dataset.to_iterable_dataset()
 
 

@@ -123,6 +123,8 @@ def fit(
         for line in [*not_quantized(model, plan), *filter(None, [model.outer.left(model.network)])]:
             say(line)
         menu = None if model.size is None else make_menu(model, plan, exports, settings["model"])
+        for note in () if menu is None else menu.notes:
+            say(f"note: {note}")
         plan = plan if menu is None else menu.plan
         check_expert_parallel(model, plan, trainer)
         importance = _check_plan(model, plan, end_to_end)

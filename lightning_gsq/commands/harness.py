@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models import loading
 from lightning_gsq.run.zero_shot import Measured, TaskResult
+from lightning_gsq.system.hub import REACH, say_cached, without_waiting
 
 SPLITS = ("training_split", "validation_split", "test_split")
 """Where a task says what its splits are called; the last of them that it has is asked."""
@@ -84,22 +85,37 @@ def _manager(defaults: bool) -> Any:
 
 
 def _load(manager: Any, name: str, spec: Any, task_data: str | None) -> Any:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            loaded = manager.load([spec])
-    except Exception as error:  # datasets and lm-eval raise a dozen unrelated types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        entry = manager.task_index.get(name)
-        path = (entry.cfg or {}).get("dataset_path") if entry is not None else None
-        if path is None:
-            raise ConfigurationError(f"tasks: {name} cannot be used: {reason}") from error
-        folder = task_data or "DATA"
-        splits = ", ".join(f"{folder}/{name}/{split}.jsonl" for split in _splits(entry.cfg))
-        raise ConfigurationError(
-            f"tasks: the data set of {name}, {path}, cannot be reached ({reason}); write its splits to {splits} (or "
-            f".parquet) and give --task_data {folder}"
-        ) from error
+    """A task with its data, taken from the cache of ``datasets`` where the hub does not answer."""
+    local = not isinstance(spec, str) and "data_files" in (spec.get("dataset_kwargs") or {})
+    with contextlib.nullcontext() if local else without_waiting() as silence:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                loaded = manager.load([spec])
+        except Exception as error:  # datasets and lm-eval raise a dozen unrelated types
+            reason = silence or " ".join(str(error).split())[:200] or type(error).__name__
+            entry = manager.task_index.get(name)  # one of lm-eval's, also where its data is another's
+            content = spec if entry is None else entry.cfg or {}
+            raise _refusal(name, content, reason, silence is not None, task_data) from error
+    if silence is not None:
+        say_cached(f"the data of {name}", silence)
     return next(iter(loaded["groups"].values()), None) or next(iter(loaded["tasks"].values()))
+
+
+def _refusal(
+    name: str, config: Mapping[str, Any], reason: str, out_of_reach: bool, task_data: str | None
+) -> ConfigurationError:
+    """What is said of a task that cannot be loaded, with the way out."""
+    path, by_name = config.get("dataset_path"), Path(name).suffix not in (".yaml", ".yml")
+    what = f"tasks: the data set of {name}" + (f", {path}," if path else "")
+    folder = task_data or "DATA"
+    splits = ", ".join(f"{folder}/{name}/{split}.jsonl" for split in _splits(config))
+    files = f"write its splits to {splits} (or .parquet) and give --task_data {folder}" if by_name and splits else ""
+    if out_of_reach:
+        ways = ", or ".join(way for way in (files, REACH) if way)
+        return ConfigurationError(f"{what} is out of reach of this machine ({reason}); {ways}")
+    if files:
+        return ConfigurationError(f"{what} cannot be reached ({reason}); {files}")
+    return ConfigurationError(f"tasks: {name} cannot be used: {reason}")
 
 
 def _splits(config: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,8 @@ DEFAULT_CHOICES = {
     "native": ("w2g64", "w3g64", "w3g32", "w4g64", "w4g32", "w5g64", "w6g64", "w8g64"),
 }
 """Of the formats whose files are counted."""
+Free = dict[str, dict[str, QuantScheme]]
+"""What each matrix may take that is not pinned, by its full name and that of the choice."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Menu:
         file: The sizes of that file.
         groups: Matrices that choose together.
         limit: Bytes that the file may have.
+        notes: Lines about pinned matrices that the file holds otherwise than they are pinned.
     """
 
     model: ModelQuantization
@@ -47,6 +50,7 @@ class Menu:
     file: FileSizes
     groups: list[Group]
     limit: int
+    notes: tuple[str, ...]
 
     def schemes(self, options: Mapping[str, str]) -> dict[str, QuantScheme]:
         """The scheme of every matrix, by the option of its group."""
@@ -79,15 +83,15 @@ class Menu:
         }
 
     @property
-    def most_choices(self) -> int:
-        """How many presets a matrix may take at most."""
-        return max(len(group.schemes) for group in self.groups)
+    def free(self) -> Free:
+        """What there is to choose."""
+        return {name: dict(group.schemes) for group in self.groups if not group.pinned for name in group.members}
 
     def widest_for_all(self) -> tuple[dict[str, str], int]:
         """The option of every group if all take the same step up from their smallest, as far as it fits; its bytes."""
         ordered = {group.name: sorted(self.sizes(group), key=self.sizes(group).__getitem__) for group in self.groups}
         best = self.extreme(), self.file.total(self.schemes(self.extreme()))
-        for step in range(1, self.most_choices):
+        for step in range(1, max(map(len, ordered.values()))):
             options = {name: steps[min(step, len(steps) - 1)] for name, steps in ordered.items()}
             total = self.file.total(self.schemes(options))
             if best[1] < total <= self.limit:
@@ -151,7 +155,8 @@ def offered(
     planned = runtime.view(PlannedRun(model, start, settings))
     sizes = runtime.sizes(planned)
     assert sizes is not None
-    return Menu(model, start, runtime, sizes, groups, model.size.size.num_bytes(parameters))
+    limit, notes = model.size.size.num_bytes(parameters), _notes(runtime, pinned, columns)
+    return Menu(model, start, runtime, sizes, groups, limit, notes)
 
 
 def _choices(model: ModelQuantization, runtime: ExportFormat) -> Sequence[str]:
@@ -193,6 +198,20 @@ def _pins(model: ModelQuantization, plan: list[BlockPlan]) -> tuple[dict[str, Qu
     return pinned, columns
 
 
+def _notes(runtime: ExportFormat, pinned: Mapping[str, QuantScheme], columns: Mapping[str, int]) -> tuple[str, ...]:
+    """Says of pins what refuses a choice: a pin is a wish, which stays; its bytes are those that the file holds."""
+    told: dict[str, list[str]] = {}
+    for name, scheme in pinned.items():
+        reason = runtime.why_no_choice(scheme, columns[name])
+        if reason is not None:
+            told.setdefault(reason, []).append(name)
+    return tuple(
+        f"{reason}. {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} stay as pinned, and count in "
+        "the size as they are held"
+        for reason, names in told.items()
+    )
+
+
 def _options(
     model: ModelQuantization, runtime: ExportFormat, choices: Sequence[QuantScheme], name: str, columns: int
 ) -> dict[str, QuantScheme]:
@@ -224,11 +243,12 @@ def _refuse(menu: Menu) -> None:
     taken = sum(sum(sizes.values()) for sizes in pins.values())
     said = f"model.size: {asked} are {menu.limit:,} bytes, and the narrowest of {names} take {least:,}"
     if pins:
+        held = "".join(f"; {note}" for note in menu.notes)
         largest = max(pins, key=lambda name: sum(pins[name].values()))
         raise ConfigurationError(
             f"{said}, {taken:,} of them for {len(pins)} pinned matrices, such as {largest} "
             f"({', '.join(pins[largest])}); give at least {_megabytes(least)}, or pin less with --model.overrides, "
-            "--model.embedding and --model.head"
+            f"--model.embedding and --model.head{held}"
         )
     raise ConfigurationError(f"{said}; give at least {_megabytes(least)}, or a narrower choice")
 

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from rich.console import Console
 
+from lightning_gsq.commands.menu import Free
 from lightning_gsq.commands.sizing_before import assume, choose_before, has_weights
 from lightning_gsq.commands.tables import print_estimate
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
@@ -61,7 +62,8 @@ def plan(
     Raises:
         ConfigurationError: it does not fit.
     """
-    settings, loaded, choices = {name: value for name, value in settings.items() if name not in OWN}, False, 0
+    settings, loaded = {name: value for name, value in settings.items() if name not in OWN}, False
+    choices: Free = {}
     if model.size is not None and has_weights(model):
         loaded, choices = True, choose_before(model, data, evaluation, trainer, settings, seed, formats, console)
     elif model.size is not None:

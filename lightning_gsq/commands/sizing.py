@@ -138,7 +138,7 @@ def worth_of(
     say: Callable[[str], None],
 ) -> Worth:
     """The worth of every choice, from ``worth.json`` where it is that of this model, text and choices."""
-    free = {name: dict(group.schemes) for group in menu.groups if not group.pinned for name in group.members}
+    free = menu.free
     ids_NT = samples(ids_NT)
     scale_dtype = menu.model.storage.scale_dtype
     prints, offered = recipe["fingerprints"], {name: sorted(schemes) for name, schemes in free.items()}

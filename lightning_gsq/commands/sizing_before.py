@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from lightning_gsq.commands.menu import make_menu, mixture_name
+from lightning_gsq.commands.menu import Free, make_menu, mixture_name
 from lightning_gsq.commands.sizing import choose
 from lightning_gsq.commands.tables import print_choice
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
@@ -35,14 +35,14 @@ def choose_before(
     seed: int,
     formats: Sequence[str],
     console: Console,
-) -> int:
+) -> Free:
     """Makes the choice of a run before the run, for :func:`~lightning_gsq.commands.plan.plan`.
 
     The run folder gets what the choice was made by and the choice; a run in it goes on from there. Arguments as of
     :func:`~lightning_gsq.commands.fit.fit`. The model takes the choice and is not loaded afterwards.
 
     Returns:
-        How many presets a matrix may take at most.
+        What there was to choose.
 
     Raises:
         ConfigurationError: as of :func:`~lightning_gsq.commands.sizing.choose` and
@@ -58,6 +58,8 @@ def choose_before(
         with for_a_while(folder.root) as scratch:
             model.load(source, scratch=scratch)
         menu = make_menu(model, make_plan(model), exports, settings["model"])
+        for note in menu.notes:
+            say(f"note: {note}")
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
@@ -65,7 +67,7 @@ def choose_before(
         print_choice(console, choice, menu.parts(choice))
         say(f"{folder.root / FILE} keeps it; fit with the same options takes it as it is")
     del model.network
-    return menu.most_choices
+    return menu.free
 
 
 def has_weights(model: ModelQuantization) -> bool:
@@ -74,7 +76,7 @@ def has_weights(model: ModelQuantization) -> bool:
     return bool(source.files) or not Path(source.path).is_dir()
 
 
-def assume(model: ModelQuantization, settings: dict[str, Any], formats: Sequence[str], console: Console) -> int:
+def assume(model: ModelQuantization, settings: dict[str, Any], formats: Sequence[str], console: Console) -> Free:
     """Takes the widest choice that fits for all matrices, where there are no weights to choose by.
 
     The size is refused as a run refuses it. Arguments and result as of :func:`choose_before`.
@@ -97,6 +99,8 @@ def assume(model: ModelQuantization, settings: dict[str, Any], formats: Sequence
     blocks = assigned(model, skeleton).items()
     plan = [BlockPlan(index, f"{skeleton.prefix}.{index}", weights) for index, weights in blocks]
     menu = make_menu(model, plan, exports, settings["model"])
+    for note in menu.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     options, total = menu.widest_for_all()
     model.take(menu.widths(options), mixture_name(model))
     names = ", ".join(dict.fromkeys(menu.widths(options).values()))
@@ -106,4 +110,4 @@ def assume(model: ModelQuantization, settings: dict[str, Any], formats: Sequence
         soft_wrap=True,
     )
     del model.network
-    return menu.most_choices
+    return menu.free

@@ -177,6 +177,11 @@ def print_estimate(
     tokens = plan.steps * data.batch_size * data.sequence_length
     table.add_row("steps", f"{plan.steps:,} a block, {plan.steps * len(plan.plan):,} in all")
     table.add_row("tokens that train a block", f"{tokens:,}")
+    if plan.choosing is not None:
+        done = "; done, fit takes the choice as it is" if loaded else ""
+        table.add_row("choosing the widths", f"about {duration(plan.choosing)}{done}")
+    elif plan.choosing_unknown:
+        table.add_row("choosing the widths", f"not estimated: {plan.choosing_unknown}")
     if plan.timing is None or plan.seconds is None:
         table.add_row("time", f"not estimated: {plan.probed}")
     else:
@@ -186,7 +191,11 @@ def print_estimate(
             f"{timing.step * 1e3:,.0f} ms a step, {timing.forward * 1e3:,.0f} ms a forward pass, warm start about "
             f"{timing.rounding:,.1f} s",
         )
-        table.add_row("time", f"about {duration(plan.seconds)} without measuring perplexity")
+        seconds, without = plan.seconds, "measuring perplexity"
+        if not loaded:
+            seconds += plan.choosing or 0
+            without += " and choosing the widths" if plan.choosing_unknown else ""
+        table.add_row("time", f"about {duration(seconds)} without {without}")
     console.print(table)
     if not plan.problems:
         console.print("fits")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lightning_gsq.estimate.quantities import (
 from lightning_gsq.estimate.remedies import Case, memory_problems
 from lightning_gsq.estimate.skeleton import Skeleton, make_skeleton
 from lightning_gsq.estimate.surroundings import surroundings
+from lightning_gsq.estimate.width_probe import Schemes, width_seconds
 from lightning_gsq.models import loading
 from lightning_gsq.models.chain import compiled_run_block, run_block
 from lightning_gsq.models.computed_weights import computed_bytes, short_of_memory
@@ -63,6 +65,9 @@ class Estimate:
         timing: Seconds of one block's parts; None without a probe.
         seconds: Seconds in all, without measuring perplexity; None without a probe.
         probed: Why there was no probe; empty if there was one.
+        choosing: Seconds of choosing the widths of a size, which are not among ``seconds``; None without one, or where
+            they are not known.
+        choosing_unknown: Why they are not known; empty if they are, or without a size.
         problems: What does not fit.
     """
 
@@ -80,6 +85,8 @@ class Estimate:
     timing: Timing | None
     seconds: float | None
     probed: str
+    choosing: float | None
+    choosing_unknown: str
     problems: list[str]
 
     @property
@@ -99,7 +106,7 @@ def estimate(
     with_probe: bool = True,
     host_memory: float | None = None,
     device_memory: float | None = None,
-    choices: int = 0,
+    choices: Mapping[str, Schemes] = {},
 ) -> Estimate:
     """Plans the run that ``fit`` would do with these settings; loads no weight and reads no text.
 
@@ -113,7 +120,8 @@ def estimate(
         with_probe: Measure one block's steps.
         host_memory: Bytes of another machine's host; None for this one's.
         device_memory: Bytes of another machine's accelerator; None for what this one has.
-        choices: Presets that a matrix may take where a size is given; 0 without one.
+        choices: What each matrix may take that is not pinned where a size is given, by its name and that of the choice;
+            empty without one.
 
     Raises:
         ConfigurationError: the model cannot be quantized, a pattern matches nothing, or a range is empty.
@@ -130,7 +138,8 @@ def estimate(
     computed = computed_bytes(source, skeleton.model, method_of(config) is not None)
     in_files = computed > 0 and short_of_memory(size, host_room)
     around = surroundings(model, end_to_end, trainer, source, computed == 0 or in_files, device_memory)
-    around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype, choices=choices)
+    most = max(map(len, choices.values()), default=0)
+    around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype, choices=most)
     case = Case(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     phases = case.phases()
     scale_bytes = model.storage.scale_dtype.itemsize
@@ -148,10 +157,14 @@ def estimate(
         run_folder["weights computed on loading"] = computed
     steps = _steps(trainer, data)
     timing, reason = None, "--probe false"
+    choosing, choosing_unknown = None, "--probe false" if choices else ""
     if around.experts_over > 1:
         reason = "the experts of a block are spread over devices, and this is one"
     elif with_probe:
         timing, reason = _probe(model, data, skeleton, plan, phases, trainer)
+    if with_probe and choices:
+        device, scale_dtype = trainer.strategy.root_device, model.storage.scale_dtype
+        choosing, choosing_unknown = width_seconds(data, skeleton, plan, choices, device, scale_dtype)
     compiled = timing is not None and _compiles(model, trainer)
     baseline = {"Python, libraries" + (", compiled code" if compiled else ""): _baseline(source)}
     for phase in phases:
@@ -181,6 +194,8 @@ def estimate(
         timing,
         None if timing is None else _seconds(model, data, timing, len(plan), steps),
         reason,
+        choosing,
+        choosing_unknown,
         misfits,
     )
 

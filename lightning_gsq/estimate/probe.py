@@ -101,10 +101,23 @@ def probe(
             run(module.block, batch[0], module._call)
 
     return Timing(
-        step=_seconds(step, device),
-        forward=_seconds(forward, device),
+        step=median_seconds(step, device),
+        forward=median_seconds(forward, device),
         rounding=_rounding(model, weights, device),
     )
+
+
+def random_block(block: BlockSkeleton, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A block with random weights."""
+
+    def random(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros_like(tensor, device=device)
+        made = torch.empty(tensor.shape, device=device, dtype=dtype)
+        return made.normal_(std=0.02) if made.ndim > 1 else made.fill_(1.0)
+
+    made: nn.Module = copy.deepcopy(block.module)._apply(random)
+    return made
 
 
 def _block(
@@ -115,14 +128,7 @@ def _block(
     tokens: int,
     run: BlockRunner,
 ) -> tuple[BlockQuantization, torch.optim.Optimizer]:
-    def random(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return torch.zeros_like(tensor, device=device)
-        made = torch.empty(tensor.shape, device=device)
-        return made.normal_(std=0.02) if made.ndim > 1 else made.fill_(1.0)
-
-    full: nn.Module = copy.deepcopy(block.module)._apply(random)
-    quantizers = {}
+    full, quantizers = random_block(block, device), {}
     for site, scheme in weights.items():
         low, high, dtype = scheme.grid.low, scheme.grid.high, scheme.grid.code_dtype
         codes = torch.randint(low, high + 1, (site.rows, site.in_features), dtype=dtype, device=device)
@@ -144,7 +150,7 @@ def _rounding(model: ModelQuantization, weights: Weights, device: torch.device) 
     w_OI = torch.randn(site.out_features, site.in_features, device=device)
     x_NI = torch.randn(2 * site.in_features, site.in_features, device=device)
     hessian_II = x_NI.T @ x_NI / len(x_NI) if model.start.warm_start.needs_hessian else None
-    seconds = _seconds(lambda _: model.start.warm_start(w_OI, hessian_II, scheme), device, repeats=1)
+    seconds = median_seconds(lambda _: model.start.warm_start(w_OI, hessian_II, scheme), device, repeats=1)
     return seconds * sum(_size(weight) for weight in weights) / (site.out_features * site.in_features)
 
 
@@ -152,7 +158,7 @@ def _size(site: LinearSite) -> int:
     return site.rows * site.in_features
 
 
-def _seconds(action: Callable[[int], object], device: torch.device, repeats: int = STEPS) -> float:
+def median_seconds(action: Callable[[int], object], device: torch.device, repeats: int = STEPS) -> float:
     """Median seconds after one call that is not counted: it compiles, allocates, and fills caches."""
     seconds = []
     for number in range(repeats + 1):

@@ -38,12 +38,17 @@ class WidthTerms:
     block: dict[str, int]
 
 
+def pieces_of(data: CalibrationDataModule) -> tuple[int, int]:
+    """How many pieces of the calibration text are looked at, and how long they are, in tokens."""
+    tokens = min(TOKENS, data.sequence_length)
+    return min(SEQUENCES, data.num_sequences * (data.sequence_length // tokens)), tokens
+
+
 def width_terms(
     data: CalibrationDataModule, skeleton: Skeleton, plan: dict[int, Weights], around: Surroundings
 ) -> WidthTerms:
     """Terms of a model whose matrices choose among ``around.choices`` presets."""
-    tokens = min(TOKENS, data.sequence_length)
-    pieces = min(SEQUENCES, data.num_sequences * (data.sequence_length // tokens))
+    pieces, tokens = pieces_of(data)
     states = (len(skeleton.blocks) + 1) * pieces * tokens * skeleton.width * skeleton.dtype.itemsize
     matrix, logits = skeleton.vocabulary * skeleton.width, tokens * skeleton.vocabulary
     rows = min(ROWS, skeleton.vocabulary)

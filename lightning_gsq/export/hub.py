@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.system.hub import is_no_answer
 
 
 def check_name(name: str, formats: int) -> None:
@@ -51,8 +52,10 @@ def push(folder: Path, name: str, private: bool) -> str:
         api.upload_folder(
             repo_id=repository.repo_id, folder_path=folder, commit_message="Upload a model quantized with lightning-gsq"
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:
+        if not isinstance(error, HfHubHTTPError | LocalTokenNotFoundError) and not is_no_answer(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigurationError(
             f"push_to_hub: the hub did not take {name}: {reason}; the files are in {folder}. Log in with "
             "`hf auth login` or set HF_TOKEN, and try again with `hf upload`"

@@ -6,10 +6,11 @@ config          its configuration, and what that says of a model that cannot be 
 classes         the class of transformers that loads it, and what is no part of its text decoder
 dequantizing    files whose weights are quantized, read as plain numbers
 computed_weights  those that are computed on loading, in files where memory is short
-replaced        another function in the place of one of transformers', for a while
+replaced        another function in the place of a library's own, for a while
 empty           the model without its weights
 weight_names    are its weights all in its files, and nothing beside them?
 gguf_weights    the same for a GGUF file
+gguf_reader     the reader of such files that transformers uses, without its slowness
 finite          numbers that are not finite
 saving          as an ordinary folder
 loader_errors   what other libraries raise meanwhile, as one line

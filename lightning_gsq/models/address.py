@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from transformers.utils import cached_file
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.gguf.file import GGUFFile
 from lightning_gsq.models.loader_errors import as_refusals
-from lightning_gsq.system.hub import WAYS_OUT, why_out_of_reach
+from lightning_gsq.system.hub import WAYS_OUT, is_cached, say_cached, without_waiting
 from lightning_gsq.system.safetensors_headers import INDEX, read_headers, read_json, weight_files
 
 PACKAGE_PREFIX = "package://"
@@ -138,8 +140,8 @@ def gguf_header(source: ModelSource) -> GGUFFile:
     assert source.gguf_file is not None
     file = next(iter(source.files), None)
     if file is None:
-        check_reach(source)
-        with as_refusals(f"model.pretrained: cannot find {source.shown!r}", source.trust_remote_code):
+        what = f"model.pretrained: cannot find {source.shown!r}"
+        with reaching(source), as_refusals(what, source.trust_remote_code):
             file = Path(str(cached_file(source.path, source.gguf_file, revision=source.revision)))
     try:
         header = GGUFFile(file)
@@ -156,18 +158,34 @@ def gguf_header(source: ModelSource) -> GGUFFile:
     return header
 
 
-def check_reach(source: ModelSource) -> None:
-    """Refuses a name on the hub where the hub does not answer, and the cache has nothing of that name.
+@contextmanager
+def reaching(source: ModelSource) -> Iterator[None]:
+    """Loads a model of the hub from the cache inside where the hub does not answer, instead of waiting for minutes.
 
     Raises:
-        ConfigurationError: that is so.
+        ConfigurationError: the hub does not answer, and the cache has nothing of that name, or not all that is needed.
     """
-    reason = why_out_of_reach(source.path, source.gguf_file or "config.json", "model", source.revision)
-    if reason is not None:
-        raise ConfigurationError(
-            f"model.pretrained: there is no file or folder {source.shown}, and as a name on the hub it is out of reach "
-            f"({reason}); {WAYS_OUT}"
-        )
+    if Path(source.path).is_dir():
+        yield
+        return
+    with without_waiting() as reason:
+        if reason is None:
+            yield
+            return
+        if not is_cached(source.path, source.gguf_file or "config.json", "model", source.revision):
+            raise ConfigurationError(
+                f"model.pretrained: there is no file or folder {source.shown}, and as a name on the hub it is out of "
+                f"reach of this machine ({reason}); {WAYS_OUT}"
+            )
+        say_cached(source.shown, reason)
+        try:
+            yield
+        except ConfigurationError as error:
+            if error.__cause__ is None:  # no library's error
+                raise
+            raise ConfigurationError(
+                f"{error}; the hub is out of reach of this machine ({reason}), its cache may lack a file; {WAYS_OUT}"
+            ) from error
 
 
 def _check_architecture(file: Path, header: GGUFFile) -> None:

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, core_model_loading
 from transformers import __version__ as transformers_version
+from transformers.utils import cached_file
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.address import ModelSource
+from lightning_gsq.models.dequantizing import METHODS, method_of
 from lightning_gsq.models.empty import empty_model
 from lightning_gsq.models.replaced import replaced
 from lightning_gsq.system import memory
 from lightning_gsq.system.files import hidden_name
 from lightning_gsq.system.locking import waiting_for
-from lightning_gsq.system.safetensors_headers import read_headers
+from lightning_gsq.system.safetensors_headers import INDEX, read_headers, read_json
 from lightning_gsq.system.shards import SINGLE, Shards
 
 FOLDER = "weights"
@@ -63,13 +65,30 @@ def computed_bytes(source: ModelSource, model: PreTrainedModel, dequantized: boo
     """
     if source.gguf_file is not None or not source.files:
         return 0
+    return _bytes_beside(read_headers(source.files), model, dequantized)
+
+
+def _bytes_beside(names: Collection[str], model: PreTrainedModel, dequantized: bool) -> int:
+    """Bytes of the weights that are computed from files with tensors of these names."""
     prefix = f"{model.base_model_prefix}."
-    stored = {name.removeprefix(prefix) for name in read_headers(source.files)}
+    stored = {name.removeprefix(prefix) for name in names}
+    stored |= {name.rpartition(".")[0] for name in stored}  # a packed weight is a module of several tensors
     return sum(
         parameter.nbytes
         for name, parameter in model.named_parameters()
         if parameter.ndim > 1 and (dequantized or (parameter.ndim > 2 and name.removeprefix(prefix) not in stored))
     )
+
+
+def _stored_names(source: ModelSource) -> Collection[str]:
+    """Names of the tensors in a model's files; of one on the hub, its index or its one file is downloaded for it."""
+    if source.files:
+        return read_headers(source.files)
+    for name in (INDEX, SINGLE):
+        found = cached_file(source.path, name, revision=source.revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            return read_json(Path(found)).get("weight_map", {}) if name == INDEX else read_headers([Path(found)])
+    return ()  # from_pretrained then refuses it
 
 
 @contextmanager
@@ -90,7 +109,7 @@ def in_files(
 
     Args:
         folder: Where to; None for a temporary folder (``TMPDIR``) that is gone after the context: what is mapped stays
-            readable. Without room there, everything stays in memory, and a line says so.
+            readable. Without room there, what is computed stays in memory, and a line says so.
         source: The model.
         config: Its configuration.
         dtype: Dtype of its parameters; None for that of its files.
@@ -101,21 +120,26 @@ def in_files(
     if source.gguf_file is not None:
         yield
         return
-    parameters = empty_model(source, config, dtype).parameters()
-    size = sum(parameter.nbytes for parameter in parameters)
-    if not short_of_memory(size, memory.host_bytes()):
+    model = empty_model(source, config, dtype)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    short = short_of_memory(size, memory.host_bytes())
+    # Where one of these is to stay as it is stored, its loader still makes plain numbers of it on a CPU.
+    dequantized = method_of(config) in METHODS
+    computed = _bytes_beside(_stored_names(source), model, dequantized) if short else 0
+    if not computed:
         yield
         return
     if folder is not None:
-        with _written(_claimed(folder, source, dtype, size)):
+        with _written(_claimed(folder, source, dtype, size, computed)):
             yield
         return
     with tempfile.TemporaryDirectory(prefix="lightning-gsq-", ignore_cleanup_errors=True) as temporary:
-        if (free := shutil.disk_usage(temporary).free) < size:
+        if (free := shutil.disk_usage(temporary).free) < computed:
             _log.warning(
-                "%s takes %.1f GB, more than half of the memory, and what of it is computed on loading does not fit "
-                "into the %.1f GB that are free in %s: it is held in memory; set TMPDIR to a folder on another disk",
-                *(source.shown, size / 1e9, free / 1e9, tempfile.gettempdir()),
+                "%s takes %.1f GB, more than half of the memory, and the %.1f GB of it that are computed on loading do "
+                "not fit into the %.1f GB that are free in %s: they are held in memory; set TMPDIR to a folder on "
+                "another disk",
+                *(source.shown, size / 1e9, computed / 1e9, free / 1e9, tempfile.gettempdir()),
             )
             yield
             return
@@ -123,7 +147,7 @@ def in_files(
             yield
 
 
-def _claimed(folder: Path, source: ModelSource, dtype: torch.dtype | None, size: int) -> Path:
+def _claimed(folder: Path, source: ModelSource, dtype: torch.dtype | None, size: int, computed: int) -> Path:
     """The part of a run's folder that is for this checkpoint, those of others removed; refused without room."""
     own = folder / _digest(source, dtype)
     try:
@@ -134,11 +158,11 @@ def _claimed(folder: Path, source: ModelSource, dtype: torch.dtype | None, size:
         if other != own:  # of another checkpoint
             shutil.rmtree(other)
     present = sum(file.stat().st_size for file in own.rglob("*.safetensors"))
-    if (free := shutil.disk_usage(own).free) < size - present:
+    if (free := shutil.disk_usage(own).free) < computed - present:
         raise ConfigurationError(
-            f"model.pretrained: {source.shown} takes {size / 1e9:.1f} GB, more than half of the memory, and what of it "
-            f"is computed on loading does not fit into the {free / 1e9:.1f} GB that are free in {folder}; use a "
-            "--trainer.default_root_dir on another disk"
+            f"model.pretrained: {source.shown} takes {size / 1e9:.1f} GB, more than half of the memory, and the "
+            f"{computed / 1e9:.1f} GB of it that are computed on loading do not fit into the {free / 1e9:.1f} GB that "
+            f"are free in {folder}; use a --trainer.default_root_dir on another disk"
         )
     return own
 

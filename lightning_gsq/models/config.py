@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.models.address import ModelSource, check_reach, gguf_header
+from lightning_gsq.models.address import ModelSource, gguf_header, reaching
 from lightning_gsq.models.classes import auto_class
 from lightning_gsq.models.dequantizing import METHODS, method_of
+from lightning_gsq.models.gguf_reader import quick_reader
 from lightning_gsq.models.loader_errors import as_refusals
 
 
@@ -29,10 +29,9 @@ def load_config(source: ModelSource, quantized: bool = False) -> PretrainedConfi
     """
     if source.gguf_file is not None and not source.files:
         gguf_header(source)  # one on the hub; a local one has been looked at
-    elif not Path(source.path).is_dir():
-        check_reach(source)
     place = "" if source.files else " (no such folder here, and as a hub name it cannot be read)"
-    with as_refusals(f"model.pretrained: cannot find or read {source.shown!r}{place}", source.trust_remote_code):
+    what = f"model.pretrained: cannot find or read {source.shown!r}{place}"
+    with reaching(source), as_refusals(what, source.trust_remote_code), quick_reader():
         config = _read(source)
     method = method_of(config)
     if not quantized and method is not None and method not in METHODS and source.gguf_file is None:

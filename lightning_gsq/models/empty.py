@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lightning_gsq.models.address import ModelSource
 from lightning_gsq.models.classes import auto_class
 from lightning_gsq.models.loader_errors import as_refusals
+from lightning_gsq.system.hub import without_waiting
 
 
 def empty_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -26,7 +27,8 @@ def empty_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtyp
     """
     quiet = contextlib.redirect_stderr(io.StringIO())
     what = f"model.pretrained: cannot build a model from {source.shown}"
-    with as_refusals(what, source.trust_remote_code), torch.device("meta"), quiet:
+    own_code = without_waiting() if source.trust_remote_code else contextlib.nullcontext()
+    with own_code, as_refusals(what, source.trust_remote_code), torch.device("meta"), quiet:
         model: PreTrainedModel = auto_class(config, source.trust_remote_code).from_config(
             config, trust_remote_code=source.trust_remote_code, **({} if dtype is None else {"dtype": dtype})
         )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.models.gguf_reader import quick_reader
 
 IN_A_BLOCK = re.compile(r"blk\.\d+\.")
 EXPERTS = "_exps"
@@ -51,7 +52,8 @@ def _names(header: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
     """The parameter of each tensor that the reader would use."""
     field = header.fields.get("general.architecture")
     processor = TENSOR_PROCESSORS.get(field.value if field else "", TensorProcessor)
-    names: dict[str, str] = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))
+    with quick_reader():
+        names: dict[str, str] = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))
     return names
 
 

@@ -15,12 +15,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lightning_gsq.models.address import ModelSource, finished_model, num_bytes, resolve
+from lightning_gsq.models.address import ModelSource, finished_model, num_bytes, reaching, resolve
 from lightning_gsq.models.classes import auto_class
 from lightning_gsq.models.computed_weights import in_files
 from lightning_gsq.models.config import load_config, max_length
 from lightning_gsq.models.dequantizing import forget_quantization, method_of, ragged_blocks, to_plain_numbers
 from lightning_gsq.models.finite import check_finite
+from lightning_gsq.models.gguf_reader import quick_reader
 from lightning_gsq.models.loader_errors import as_refusals
 from lightning_gsq.models.weight_names import check_headers, refuse_info, warn_unused
 
@@ -49,7 +50,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     if not source.files:
         load_config(source, quantized=True)  # a hub name that nobody has is no model without a tokenizer
     what = f"model.pretrained: {source.shown} has no readable tokenizer (tokenizer.json and what else the original has)"
-    with as_refusals(what, source.trust_remote_code):
+    with reaching(source), as_refusals(what, source.trust_remote_code), quick_reader():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     return tokenizer
 
@@ -93,8 +94,10 @@ def load_model(
     info: dict[str, Any]
     chosen = None if dtype == "auto" else getattr(torch, dtype)
     with (
+        reaching(source),
         as_refusals(f"model.pretrained: cannot load {source.shown}", source.trust_remote_code),
         quiet,
+        quick_reader(),
         ragged_blocks(config if plain else None),
         in_files(scratch, source, config, chosen),
     ):

@@ -1,4 +1,4 @@
-"""Another function in the place of one of transformers' own, for a while."""
+"""Another function in the place of a library's own, for a while."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
-    """Has a class's function be another one inside the context.
+    """Has a class's or module's function be another one inside the context.
 
     Args:
-        owner: The class.
+        owner: The class or module.
         name: The function's name in it.
         function: What is called instead.
 
     Raises:
-        AttributeError: this version of transformers has no such function.
+        AttributeError: this version of the library has no such function.
     """
     before = getattr(owner, name)
     setattr(owner, name, function)

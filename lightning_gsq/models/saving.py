@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from lightning_gsq.models.address import ModelSource
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.classes import is_outside, outside_of_text
+from lightning_gsq.system.hub import without_waiting
 from lightning_gsq.system.shards import SINGLE, Shards
 
 PROCESSOR_FILES = (
@@ -90,15 +91,16 @@ def _stored_names(model: PreTrainedModel) -> tuple[list[str], list[list[str]]]:
 
 def copy_processor(source: ModelSource, folder: Path) -> None:
     """Copies what makes the input of a model for more than text, as far as it is there and not written yet."""
-    for name in PROCESSOR_FILES:
-        if Path(source.path).is_dir():
-            file: str | None = str(Path(source.path) / name)
-        else:
-            file = cached_file(
-                source.path, name, revision=source.revision or "main", _raise_exceptions_for_missing_entries=False
-            )
-        if file is not None and Path(file).is_file() and not (folder / name).exists():
-            shutil.copyfile(file, folder / name)
+    with without_waiting():
+        for name in PROCESSOR_FILES:
+            if Path(source.path).is_dir():
+                file: str | None = str(Path(source.path) / name)
+            else:
+                file = cached_file(
+                    source.path, name, revision=source.revision or "main", _raise_exceptions_for_missing_entries=False
+                )
+            if file is not None and Path(file).is_file() and not (folder / name).exists():
+                shutil.copyfile(file, folder / name)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

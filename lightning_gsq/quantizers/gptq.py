@@ -119,6 +119,12 @@ def _current(w_OI: Tensor, start: int, stop: int, error_OC: Tensor, factor_II: T
     return torch.cat([w_OI[:, start:end], w_OI[:, end:stop] - late_OC], dim=1)
 
 
+def damped(hessian_II: Tensor, share: float) -> Tensor:
+    """The Hessian with a share of its mean diagonal added to the diagonal."""
+    diagonal_I = hessian_II.diagonal()
+    return hessian_II + torch.diag(torch.full_like(diagonal_I, share * float(diagonal_I.mean())))
+
+
 def inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian.
 
@@ -146,13 +152,9 @@ def _factors(hessian_II: Tensor, damping: float) -> Iterator[Tensor]:
     """Lower Cholesky factors of the Hessian with that damping, ten and a hundred times that, where there are any."""
     if not bool(torch.isfinite(hessian_II).all()):
         raise ConfigurationError("the Hessian is not finite: the model's activations overflow on the calibration text")
-    diagonal_I = hessian_II.diagonal()
-    damped_II = hessian_II + torch.diag((diagonal_I == 0).to(hessian_II.dtype))
-    mean = damped_II.diagonal().mean()
-    for attempt in (damping, 10 * damping, 100 * damping):
-        lower_II, failed = torch.linalg.cholesky_ex(
-            damped_II + attempt * mean * torch.eye(len(diagonal_I), device=hessian_II.device)
-        )
+    alive_II = hessian_II + torch.diag((hessian_II.diagonal() == 0).to(hessian_II.dtype))
+    for share in hessian_II.new_tensor([damping, 10 * damping, 100 * damping]).tolist():  # as precise as the Hessian
+        lower_II, failed = torch.linalg.cholesky_ex(damped(alive_II, share))
         if not failed:
             yield lower_II
 

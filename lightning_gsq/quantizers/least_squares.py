@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.quantizers.gptq import GPTQ
+from lightning_gsq.quantizers.gptq import GPTQ, damped
 from lightning_gsq.quantizers.warm_start import Start
 from lightning_gsq.weights.layout import FLOATS, OFFSETS, SCALES, SUB_OFFSETS, SUB_SCALES, ScaleLayout
 from lightning_gsq.weights.quantized import expand_groups
@@ -59,9 +59,7 @@ class LeastSquares(GPTQ):
         start = super().__call__(w_OI, hessian_II, scheme)
         if hessian_II is None or not bool(hessian_II.any()):
             return start
-        diagonal_I = hessian_II.diagonal()
-        damped_II = hessian_II + torch.diag(torch.full_like(diagonal_I, self.damping * float(diagonal_I.mean())))
-        return descend(start, w_OI.float(), damped_II, scheme, self.sweeps)
+        return descend(start, w_OI.float(), damped(hessian_II, self.damping), scheme, self.sweeps)
 
 
 def descend(start: Start, w_OI: Tensor, hessian_II: Tensor, scheme: QuantScheme, sweeps: int) -> Start:

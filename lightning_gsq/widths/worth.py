@@ -106,7 +106,7 @@ def measure_worth(
         for candidate in chosen:
             block.get_parameter(candidate.site.name).requires_grad_(True)
         for n, (hidden_BTD, call) in enumerate(batches):
-            gradients[n], along = _backward(block, chosen, changes, hidden_BTD.to(device), call, gradients[n])
+            gradients[n], along = back_through(block, chosen, changes, hidden_BTD.to(device), call, gradients[n])
             for key, product in along.items():
                 products[key].append(product)
         for (name, choice), values in products.items():
@@ -167,7 +167,7 @@ def changes_of(
     return changes
 
 
-def _backward(
+def back_through(
     block: nn.Module,
     candidates: Sequence[Candidate],
     changes: Mapping[tuple[str, str], Tensor],
@@ -175,7 +175,19 @@ def _backward(
     call: BlockCall,
     gradient_BTD: Tensor,
 ) -> tuple[Tensor, dict[tuple[str, str], float]]:
-    """The gradient at a block's input, and along each change of its matrices."""
+    """The gradient at a block's input, and along each change of its matrices.
+
+    Args:
+        block: The block, in fp32; the candidates' parameters want gradients.
+        candidates: Its matrices.
+        changes: Of :func:`changes_of`.
+        hidden_BTD: What enters the block.
+        call: Its call.
+        gradient_BTD: The gradient at its output.
+
+    Returns:
+        The gradient, fp32 ``B T D``, and its product with each change, by the keys of ``changes``.
+    """
     hidden_BTD = hidden_BTD.float().requires_grad_(True)
     parameters = [block.get_parameter(candidate.site.name) for candidate in candidates]
     with torch.enable_grad():

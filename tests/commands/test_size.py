@@ -116,7 +116,8 @@ def test_plan_chooses_what_fit_then_takes(
     }  # fmt: skip
     config = write_config(tiny_llama, corpus, tmp_path, **changes)
     assert main(["plan", "--config", str(config), "--probe", "false"]) == 0
-    assert "Widths for 8.5bpw as native" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Widths for 8.5bpw as native" in told and "not estimated: --probe false" in told
     planned = yaml.safe_load((tmp_path / "run" / "choice.yaml").read_text())
     assert not any("v_proj" in name or "lm_head" in name for name in planned)
     monkeypatch.setattr(sizing, "measure_worth", None)  # kept in worth.json
@@ -168,6 +169,35 @@ def test_choices_that_the_runtime_lacks_and_exports_without_a_size_are_refused(
     assert "gguf has no type that holds mlx6g64" in capsys.readouterr().err
     assert _fit(tmp_path, model, corpus, "--export", "[dequantized]", **changes) == 2
     assert "counts the bytes of a gguf or a native file" in capsys.readouterr().err
+
+
+PINS: dict[str, object] = {"overrides": {"*.v_proj": "w3g64"}, "embedding": "w4g64", "head": "mlx6g64"}
+"""One of each kind, none of which a GGUF file holds in as many bits."""
+
+
+def test_pins_that_the_file_holds_in_more_bits_are_counted_so_and_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = ["q2_0", "q4_0", "q5_0", "q8_0"]
+    run = quantize(model, tmp_path / "run", 3, 64, size="230kB", choices=choices, export=["gguf"], **PINS)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "note: gguf holds w3g64 as Q4_0, 4.5 bits a weight instead of 3.25; choose among " in told
+    assert "model.layers.0.self_attn.v_proj.weight and 1 more stay as pinned, and count in the size as they are" in told
+    assert "note: gguf holds w4g64 as Q4_0, 4.5 bits a weight instead of 4.25; choose among " in told
+    assert "rounded anew, gguf holds mlx6g64 as Q8_0, 8.5 bits a weight instead of 6.5" in told
+    choice = run.recipe["choice"]
+    assert _bytes(tmp_path / "run", "gguf") == choice["num_bytes"] <= choice["limit"]
+    assert not any("v_proj" in name or "embed" in name or "head" in name for name in choice["widths"])
+
+
+def test_pins_that_leave_too_little_are_said_to_take_what_the_file_takes(
+    model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pins = {f"model__{name}": value for name, value in PINS.items()}
+    changes: dict[str, object] = {"model__size": "100kB", "model__choices": ["q4_0", "q8_0"], **pins}
+    assert _fit(tmp_path, model, corpus, "--export", "[gguf]", **changes) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"for 4 pinned matrices, such as .* pin less .*; gguf holds w3g64 as Q4_0, 4.5 bits", error), error
 
 
 def test_rows_that_a_type_does_not_hold_take_the_fallback(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:

@@ -91,6 +91,13 @@ def test_a_refusal_is_explained(stub: str, tmp_path: Path) -> None:
         hub.push(tmp_path, "me/tiny", private=True)
 
 
+def test_no_answer_is_explained(stub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "*")
+    with pytest.raises(ConfigurationError, match=r"the hub did not take me/tiny: .*refused; the files are in"):
+        hub.push(tmp_path, "me/tiny", private=True)
+
+
 def test_names() -> None:
     hub.check_name("me/model-{format}", 2)
     hub.check_name("model", 1)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_gsq.errors import ConfigurationError
+from lightning_gsq.export import ExportOptions, open_run
+from lightning_gsq.export.formats.native import NativeFormat
 from lightning_gsq.models import computed_weights, loading
 from lightning_gsq.models.computed_weights import computed_bytes
 from lightning_gsq.models.dequantizing import method_of
 from lightning_gsq.models.empty import empty_model
+from tests.support.finished import MakeRun
 from tests.support.host_memory import GIVEN_BACK, large_experts
 
 CHILD = """
@@ -109,12 +115,53 @@ def test_processes_that_load_at_the_same_time_share_the_files(tmp_path: Path) ->
     assert not list((tmp_path / "scratch").rglob("*.partial"))
 
 
-def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _disk(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is short, and the disk has so many bytes."""
     monkeypatch.setattr(computed_weights, "PART_OF_MEMORY", 0)
-    monkeypatch.setattr(computed_weights.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1})())
-    large_experts(tmp_path / "model", 1, 64, 4, fp8=False)
-    with pytest.raises(ConfigurationError, match=r"is computed on loading does not fit into the 0\.0 GB"):
-        loading.load_model(loading.resolve(str(tmp_path / "model")), scratch=tmp_path / "scratch")
+    monkeypatch.setattr(computed_weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+@pytest.mark.parametrize("folder", [None, "scratch"])
+@pytest.mark.parametrize("where", ["here", "hub"])
+def test_the_disk_is_weighed_by_what_is_computed(
+    folder: str | None,
+    where: str,
+    tmp_path: Path,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without a word, of a model that is merely mapped, and where the disk holds what is computed and no byte more."""
+    scratch = None if folder is None else tmp_path / folder
+    _, total = large_experts(tmp_path / "model", 1, 64, 4, fp8=False)
+    computed = 2 * 3 * 4 * 64 * 64
+    assert computed < total
+    plain, experts = (loading.resolve(str(path)) for path in (tiny_llama, tmp_path / "model"))
+    if where == "hub":  # a folder of the cache, which is not looked at before
+        monkeypatch.setattr(loading.ModelSource, "files", property(lambda _: []))
+    with caplog.at_level(logging.WARNING):
+        _disk(0, monkeypatch)
+        loading.load_model(plain, scratch=scratch)
+        assert scratch is None or not scratch.exists()
+        _disk(computed, monkeypatch)
+        loading.load_model(experts, scratch=scratch)
+        assert not caplog.records
+        _disk(computed - 1, monkeypatch)
+        if scratch is None:
+            loading.load_model(experts)
+            assert "are computed on loading do not fit into" in caplog.text
+            return
+    shutil.rmtree(scratch)
+    with pytest.raises(ConfigurationError, match=r"are computed on loading do not fit into"):
+        loading.load_model(experts, scratch=scratch)
+
+
+def test_packed_experts_are_not_computed(new_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "native").mkdir()
+    NativeFormat().write(open_run(new_run(family="qwen3_moe")), tmp_path / "native", ExportOptions())
+    _disk(0, monkeypatch)
+    loading.load_model(loading.resolve(str(tmp_path / "native")), quantized=True, scratch=tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
 
 
 def test_what_is_computed(tmp_path: Path, tiny_llama: Path) -> None:

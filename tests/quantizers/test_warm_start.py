@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import GPTQ, RTN, DualMode, Matrix, WarmStart
-from lightning_gsq.quantizers.gptq import inverse_cholesky
+from lightning_gsq.quantizers.gptq import damped, inverse_cholesky
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import Start, quantized, start_of
 from lightning_gsq.weights.scheme import QuantScheme
@@ -161,6 +161,18 @@ def test_inverse_cholesky_is_the_factor_of_the_inverse() -> None:
     hessian = (hessian + hessian.T).double()
     upper = inverse_cholesky(hessian, 1e-13)
     torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(hessian), rtol=1e-6, atol=1e-6)
+
+
+def test_damping_is_a_share_of_the_mean_diagonal_also_of_dead_inputs() -> None:
+    x_TI = torch.randn(64, 8)
+    x_TI[:, 3] = 0  # an input that was always zero
+    hessian = (x_TI.T @ x_TI).double()
+    more = damped(hessian, 0.01) - hessian
+    torch.testing.assert_close(more, 0.01 * hessian.diagonal().mean() * torch.eye(8, dtype=torch.float64))
+    upper = inverse_cholesky(hessian, 0.01)
+    alive = hessian.clone()
+    alive[3, 3] = 1
+    torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(damped(alive, 0.01)))
 
 
 def test_scale_search_finds_an_exact_grid_with_either_sign() -> None:

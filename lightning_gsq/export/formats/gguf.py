@@ -108,11 +108,8 @@ class GGUFFormat(ExportFormat):
         own = plain_bits(scheme, in_features, 8 * torch.float16.itemsize)
         if storage.exact and storage.bits <= own:
             return None
-        reason = (
-            f"gguf holds {name} as {storage.name}, {storage.bits:.4g} bits a weight instead of {own:.4g}"
-            if storage.exact
-            else f"gguf has no type that holds {name} in rows of {in_features}"
-        )
+        reason = "" if storage.exact else f"gguf has no type that holds {name} in rows of {in_features}: rounded anew, "
+        reason += f"gguf holds {name} as {storage.name}, {storage.bits:.4g} bits a weight instead of {own:.4g}"
         fitting = ", ".join(scheme_name(other) for other, *_ in fitting_schemes(in_features))
         return f"{reason}; choose among {f'{fitting} and ' if fitting else ''}ggml's own types, such as q4_0 and q4_k"
 

@@ -18,6 +18,7 @@ from lightning_gsq.export.contract import CheckFailedError
 from lightning_gsq.export.formats.gguf_storage import SUPPORTED_BY_TRANSFORMERS
 from lightning_gsq.export.source import FinishedRun
 from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.models.gguf_reader import quick_reader
 
 COMPUTES = (
     "attention_bias",
@@ -55,7 +56,8 @@ def note_of_transformers(run: FinishedRun, network: PreTrainedModel, file: GGUFF
         return "transformers cannot read these block types"
     whole_path = str(file.path.absolute())  # see ModelSource.arguments
     try:
-        config = AutoConfig.from_pretrained(file.path.parent, gguf_file=whole_path, local_files_only=True)
+        with quick_reader():
+            config = AutoConfig.from_pretrained(file.path.parent, gguf_file=whole_path, local_files_only=True)
     except ValueError as error:
         if "not supported yet" not in str(error):
             raise CheckFailedError(f"{name} cannot read {file.path}: {error}") from error
@@ -83,14 +85,15 @@ def _same(ours: Any, theirs: Any) -> bool:
 def _compare(run: FinishedRun, network: PreTrainedModel, file: GGUFFile) -> float:
     """Largest difference of a logit between transformers' reading of the file and the network with its values."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            file.path.parent,
-            gguf_file=str(file.path.absolute()),
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            local_files_only=True,
-            trust_remote_code=False,
-        ).eval()
+        with quick_reader():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                file.path.parent,
+                gguf_file=str(file.path.absolute()),
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                local_files_only=True,
+                trust_remote_code=False,
+            ).eval()
     except Exception as error:  # whatever the package raises, the file is not what it should be
         raise CheckFailedError(f"transformers cannot load {file.path}: {error}") from error
     return compare_logits("transformers", network, loaded, run.tokenizer)[0]
