@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gsq.quantizers.gptq import GPTQ
+from lightning_gsq.quantizers.gptq import FOLLOW_DAMPING, GPTQ
 from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.quantizers.scale_search import TINY, search_scale
 from lightning_gsq.quantizers.warm_start import Start
@@ -149,6 +149,7 @@ class DualMode(GPTQ):
         damping: Added to the Hessian's diagonal, as a share of its mean.
         block_columns: Columns handled before the rest of the matrix is updated; affects speed only.
         follow: As of :class:`~lightning_gsq.quantizers.gptq.GPTQ`.
+        follow_damping: As there.
     """
 
     def __init__(
@@ -158,8 +159,9 @@ class DualMode(GPTQ):
         damping: float = 0.01,
         block_columns: int = 128,
         follow: bool = False,
+        follow_damping: float = FOLLOW_DAMPING,
     ) -> None:
-        super().__init__(damping, block_columns, weighted, activation_order=False, follow=follow)
+        super().__init__(damping, block_columns, weighted, False, follow, follow_damping)
         self.feedback = feedback
         self.needs_hessian, self.diagonal_only = feedback or weighted or follow, not (feedback or follow)
 

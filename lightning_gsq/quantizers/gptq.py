@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,9 @@ from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import Start, WarmStart, check_inputs
 from lightning_gsq.weights.scheme import QuantScheme
+
+FOLLOW_DAMPING = 0.1
+"""Ten times that of the rounding: less is nearer on the text it was found on, and further off on other text."""
 
 
 class GPTQ(WarmStart):
@@ -29,6 +33,8 @@ class GPTQ(WarmStart):
         follow: Round the weights whose outputs come nearest to the full-precision model's for what enters them in the
             quantized one (:mod:`lightning_gsq.quantizers.following`), where ``model.target`` is ``stream``; false for
             the model's own weights, as published.
+        follow_damping: Added to the Hessian's diagonal, as a share of its mean, where these weights are found; the more,
+            the nearer they stay to the model's own.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class GPTQ(WarmStart):
         weighted: bool = True,
         activation_order: bool = True,
         follow: bool = False,
+        follow_damping: float = FOLLOW_DAMPING,
     ) -> None:
         if not 0 < damping < 1:
             raise ConfigurationError(
@@ -47,7 +54,11 @@ class GPTQ(WarmStart):
             raise ConfigurationError(f"warm_start.block_columns must be positive, got {block_columns}")
         self.damping, self.block_columns, self.weighted = damping, block_columns, weighted
         self.activation_order = activation_order
-        self.following = damping if follow else None
+        if not 0 < follow_damping < math.inf:
+            raise ConfigurationError(
+                f"warm_start.follow_damping must be positive (a share of the mean diagonal), got {follow_damping}"
+            )
+        self.following = follow_damping if follow else None
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """See :meth:`WarmStart.__call__`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.quantizers.gptq import GPTQ, damped
+from lightning_gsq.quantizers.gptq import FOLLOW_DAMPING, GPTQ, damped
 from lightning_gsq.quantizers.warm_start import Start
 from lightning_gsq.weights.layout import FLOATS, OFFSETS, SCALES, SUB_OFFSETS, SUB_SCALES, ScaleLayout
 from lightning_gsq.weights.quantized import expand_groups
@@ -38,6 +38,7 @@ class LeastSquares(GPTQ):
         weighted: As there.
         activation_order: As there.
         follow: As there, but it does unless told otherwise.
+        follow_damping: As there.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class LeastSquares(GPTQ):
         weighted: bool = True,
         activation_order: bool = True,
         follow: bool = True,
+        follow_damping: float = FOLLOW_DAMPING,
     ) -> None:
-        super().__init__(damping, block_columns, weighted, activation_order, follow)
+        super().__init__(damping, block_columns, weighted, activation_order, follow, follow_damping)
         if sweeps < 1:
             raise ConfigurationError(f"warm_start.sweeps must be positive, got {sweeps}; without sweeps it is GPTQ")
         self.sweeps = sweeps
