@@ -33,8 +33,8 @@ class GPTQ(WarmStart):
         follow: Round the weights whose outputs come nearest to the full-precision model's for what enters them in the
             quantized one (:mod:`lightning_gsq.quantizers.following`), where ``model.target`` is ``stream``; false for
             the model's own weights, as published.
-        follow_damping: Added to the Hessian's diagonal, as a share of its mean, where these weights are found; the more,
-            the nearer they stay to the model's own.
+        follow_damping: Added to the Hessian's diagonal, as a share of its mean, where these weights are found; more
+            of it keeps them nearer to the model's own.
     """
 
     def __init__(
