@@ -1,6 +1,7 @@
 """Scale search, RTN and GPTQ on small matrices."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.quantizers import GPTQ, RTN, DualMode, Matrix, WarmStart
+from lightning_gsq.quantizers import GPTQ, RTN, DualMode, LeastSquares, Matrix, WarmStart
 from lightning_gsq.quantizers.gptq import damped, inverse_cholesky
 from lightning_gsq.quantizers.scale_search import search_scale
 from lightning_gsq.quantizers.warm_start import Start, quantized, start_of
@@ -242,3 +243,29 @@ def test_what_a_warm_start_of_ones_own_gives_is_checked(changes: dict[str, Any],
     matrix = Matrix(W_OI, None, QuantScheme(2, 4))
     with pytest.raises(ConfigurationError, match=f"model.warm_start: Wrong: {message}"):
         start_of(matrix, Wrong(**changes))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPTQ(damping=0),
+        lambda: GPTQ(damping=1),
+        lambda: GPTQ(block_columns=0),
+        lambda: GPTQ(follow_damping=0),
+        lambda: LeastSquares(follow_damping=float("nan")),
+        lambda: DualMode(follow_damping=float("inf")),
+        lambda: LeastSquares(sweeps=0),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make: Callable[[], WarmStart]) -> None:
+    with pytest.raises(ConfigurationError, match=r"warm_start\.\w+ must .*, got (0|1|nan|inf)"):
+        make()
+
+
+def test_a_start_that_follows_needs_whole_hessians() -> None:
+    assert (GPTQ().following, LeastSquares(follow=False).following) == (None, None)
+    assert (GPTQ(follow=True).following, LeastSquares(follow_damping=0.3).following) == (0.1, 0.3)
+    rounding = DualMode(feedback=False, weighted=False)
+    following = DualMode(feedback=False, weighted=False, follow=True)
+    assert (rounding.needs_hessian, rounding.diagonal_only) == (False, True)
+    assert (following.needs_hessian, following.diagonal_only) == (True, False)
