@@ -23,10 +23,10 @@ def test_two_blocks_of_smollm2_beat_gptq(tmp_path: Path) -> None:
         "--model.gumbel.backend": "eager",
         "--model.compile_blocks": "false",
         "--data.sequence_length": "256",
-        "--data.num_sequences": "96",
+        "--data.num_sequences": "64",
         "--data.batch_size": "2",
         "--data.num_validation_sequences": "8",
-        "--evaluation.sequence_length": "512",
+        "--evaluation.sequence_length": "256",
         "--evaluation.num_windows": "3",
     }
     given = [part for pair in arguments.items() for part in pair]
