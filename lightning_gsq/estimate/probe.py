@@ -58,11 +58,13 @@ class Timing:
 
     def warm_start(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the warm-start phase."""
-        spare = 2 * model.start.experts.extra_sequences
-        sequences = (
-            _watched(model) + (1 + model.follows) * (_watched(model) > 0) * model.start.hessian_sequences + spare
-        )
-        return sequences / data.batch_size * self.forward + self.rounding
+        propagated = (1 + model.follows) * _looked_at(model) + 2 * model.start.experts.extra_sequences
+        return (_watched(model) + propagated) / data.batch_size * self.forward + self.rounding
+
+
+def _looked_at(model: ModelQuantization) -> int:
+    """Sequences that the start sees."""
+    return model.start.hessian_sequences if model.start.watches_inputs else 0
 
 
 def _watched(model: ModelQuantization) -> float:
@@ -70,8 +72,7 @@ def _watched(model: ModelQuantization) -> float:
 
     A start that follows makes two passes for each of some four stages, which end half way through the block on average.
     """
-    passes = FOLLOWING if model.follows else 1
-    return passes * model.start.hessian_sequences if model.start.watches_inputs else 0
+    return (FOLLOWING if model.follows else 1) * _looked_at(model)
 
 
 def probe(
