@@ -6,6 +6,7 @@ layout_fit     scales as a layout stores them, found from left to right
 rtn            round to nearest
 gptq           column by column, with error feedback
 least_squares  codes and scales in turn, each the best for the others
+sweeps         how they take turns, and which code vectors are the best
 dual_mode      least-squares scales; the published quantizer of the element layout
 from_file      codes and scales of a GGUF file
 llama_cpp      codes and scales that llama.cpp's own quantizers find

@@ -132,7 +132,8 @@ class WarmStart(ABC):
             if isinstance(scheme.grid, VectorGrid):
                 raise ConfigurationError(
                     f"model.warm_start: {type(self).__name__} rounds weights one by one, and {name} is {scheme}, whose "
-                    "weights are code vectors; use --model.warm_start LlamaCpp, or FromFile with a GGUF file of them"
+                    "weights are code vectors; use --model.warm_start LeastSquares, LlamaCpp, or FromFile with a GGUF "
+                    "file of them"
                 )
 
 

@@ -111,10 +111,18 @@ class ScaleLayout:
 
     def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
         """``s``, fp32 ``O G``; differentiable."""
+        return _product(parts[SCALES], self.factors(parts))
+
+    def factors(self, parts: Mapping[str, Tensor]) -> Tensor | None:
+        """What each group multiplies the float of its block by, ``O G``; None where groups have floats of their own."""
         integers = parts.get(SUB_SCALES)
         if self.odd_unit and integers is not None:
-            integers = (2 * integers.float() + 1) * self.odd_unit
-        return _product(parts[SCALES], integers)
+            return (2 * integers.float() + 1) * self.odd_unit
+        return integers
+
+    def integers(self, factors: Tensor) -> Tensor:
+        """The real-valued ``sub_scales`` that would make these :meth:`factors`."""
+        return (factors / self.odd_unit - 1) / 2 if self.odd_unit else factors
 
     def offsets(self, parts: Mapping[str, Tensor]) -> Tensor | None:
         """``o``, fp32 ``O G``; differentiable; None in a layout without."""
