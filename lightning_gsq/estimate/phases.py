@@ -25,6 +25,7 @@ from lightning_gsq.estimate.quantities import (
 )
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.estimate.width_terms import width_terms
+from lightning_gsq.models.experts import all_take
 from lightning_gsq.run.end_loss import BESIDE, sequences_together
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.perplexity import FP32
@@ -79,6 +80,7 @@ def phases_of(
     spare = stream * model.start.experts.extra_sequences // data.wanted
     more = {"hidden states of sequences for rare experts": spare} if spare else {}
     worst = worst_block(model, data, skeleton, plan, around)
+    shown = _shown(data, options, skeleton, plan, hessian) if model.follows else {}
     way, windows, evaluate = perplexity_terms(evaluation, options, skeleton, plan, around)
 
     phases = [_loading(held, skeleton, around)]
@@ -95,14 +97,14 @@ def phases_of(
         phases.append(Phase("gradients of the end loss", held | states, worst.gradients))
     if "init" in model.phases:
         streams = 1 + model.follows
-        states = {"hidden states": streams * stream * hessian // data.wanted} | more
+        states = {"hidden states": streams * stream * hessian // data.wanted} | more | shown
         phases.append(Phase("warm start", held | states, worst.start))
         phases.append(Phase(f"perplexity of the warm start{way}", held | installed | windows, evaluate))
     if "blocks" in model.phases:
         streams = num_streams(model) * stream
         mapped = streams > options.memory_limit_gb * 1e9
         states = ({} if mapped else {f"hidden states, {num_streams(model)} streams": streams}) | more
-        phases.append(Phase("blocks: warm start of a block", held | states, worst.start))
+        phases.append(Phase("blocks: warm start of a block", held | states | shown, worst.start))
         phases.append(Phase("blocks: training of a block", held | states, worst.training))
         phases.append(Phase(f"perplexity of the blocks{way}", held | installed | windows, evaluate))
     if "end_to_end" in model.phases:
@@ -112,6 +114,21 @@ def phases_of(
         phases.append(Phase("end to end", held | (back if whole else {}), terms))
         phases.append(Phase(f"perplexity after it{way}", held | installed | windows, evaluate))
     return [*phases, Phase("save", held | _saving(model, skeleton, plan))]
+
+
+def _shown(
+    data: CalibrationDataModule, options: ActivationOptions, skeleton: Skeleton, plan: dict[int, Weights], hessian: int
+) -> dict[str, int]:
+    """What a full-precision block shows of the weights that follow it: their inputs, and sums of their results.
+
+    Kept while it is within the limit. Counted for each weight, though some read the same tensor.
+    """
+    shown = [
+        sum(site.in_features for site in all_take(skeleton.blocks[index].module, weights)) + 2 * skeleton.width
+        for index, weights in plan.items()
+    ]
+    kept = FP32 * hessian * data.sequence_length * max(shown, default=0)
+    return {} if kept > options.memory_limit_gb * 1e9 else {"what the full-precision block shows": kept}
 
 
 def _token_weights(data: CalibrationDataModule, plan: dict[int, Weights], sequences: int) -> dict[str, int]:

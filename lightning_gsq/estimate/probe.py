@@ -24,8 +24,9 @@ from lightning_gsq.training import BlockQuantization, ModelQuantization
 from lightning_gsq.weights.layout import SCALES
 
 STEPS = 3
-FOLLOWING = 2 * 4 * 0.5
-"""Passes through a block whose stages follow the full-precision model."""
+FOLLOWING = 1 + 4 * 0.5
+"""Passes through a block that follows the full-precision model: one there, and one for each of some four stages, which
+end half way through the block on average."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,7 @@ def _looked_at(model: ModelQuantization) -> int:
 
 
 def _watched(model: ModelQuantization) -> float:
-    """Sequences that pass through a block for the statistics of its inputs.
-
-    A start that follows makes two passes for each of some four stages, which end half way through the block on average.
-    """
+    """Sequences that pass through a block for the statistics of its inputs."""
     return (FOLLOWING if model.follows else 1) * _looked_at(model)
 
 

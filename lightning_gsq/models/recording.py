@@ -8,7 +8,7 @@ as in Gemma 3, has none.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,14 +36,28 @@ class Recording:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
 
+    def of(self, names: Collection[str]) -> Recording:
+        """What was seen of some of the weights."""
+        return Recording(
+            {name: inputs for name, inputs in self.inputs.items() if name in names},
+            {name: result for name, result in self.sums.items() if name in names},
+        )
 
-def together(recordings: Iterable[Recording]) -> Recording:
-    """Those of several weights in one run as one."""
-    inputs, sums = dict[str, list[Tensor]](), dict[str, Tensor]()
-    for one in recordings:
-        inputs |= one.inputs
-        sums |= one.sums
-    return Recording(inputs, sums)
+    def to(self, device: torch.device) -> Recording:
+        """The same on a device; what several weights share stays one tensor."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            return moved.setdefault(id(tensor), tensor.to(device))
+
+        inputs = {name: [move(tensor) for tensor in tensors] for name, tensors in self.inputs.items()}
+        return Recording(inputs, {name: move(result) for name, result in self.sums.items()})
+
+    @property
+    def bytes(self) -> int:
+        """What its tensors take."""
+        tensors = [*(tensor for inputs in self.inputs.values() for tensor in inputs), *self.sums.values()]
+        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 class _EnoughSeenError(Exception):

@@ -81,28 +81,31 @@ class GPTQ(WarmStart):
             w_OI, hessian_II = w_OI[:, order_I], hessian_II[order_I][:, order_I]
         group_of = (order_I // length).tolist()
         factor_II = inverse_cholesky(hessian_II, self.damping)
-        codes_OI, position_OI = torch.empty_like(w_OI), torch.empty_like(w_OI)
+        pivots = factor_II.diagonal().tolist()
+        w_IO = w_OI.T.contiguous()  # a column in one piece
+        codes_IO, position_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
         for start in range(0, columns, self.block_columns):
             end = min(start + self.block_columns, columns)
-            error_OC = w_OI.new_empty(rows, end - start)
+            error_CO = w_IO.new_empty(end - start, rows)
             for c in range(start, end):
                 if fixed is not None:
                     scale = fixed[group_of[c]]
                 elif c % length == 0:
-                    late = (error_OC[:, : c - start], factor_II, end)
+                    late = (error_CO[: c - start].T, factor_II, end)
                     if fit.begins_block(c):
-                        fit.open_block(_current(w_OI, c, c + scheme.layout.block, *late), c)
-                    scale = fit.groups(_current(w_OI, c, min(c + length, columns), *late), c)
-                position_O = scale.position(w_OI[:, c])
+                        fit.open_block(_current(w_IO.T, c, c + scheme.layout.block, *late), c)
+                    scale = fit.groups(_current(w_IO.T, c, min(c + length, columns), *late), c)
+                position_O = scale.position(w_IO[c])
                 code_O = grid.nearest(position_O)
-                position_OI[:, c], codes_OI[:, c] = grid.coordinate(position_O), code_O
-                error_O = (w_OI[:, c] - scale.weight(grid.value_of(code_O))) / factor_II[c, c]
-                w_OI[:, c + 1 : end] -= error_O[:, None] * factor_II[c, c + 1 : end]
-                error_OC[:, c - start] = error_O
-            w_OI[:, end:] -= error_OC @ factor_II[start:end, end:]
+                position_IO[c], codes_IO[c] = grid.coordinate(position_O), code_O
+                error_CO[c - start] = (w_IO[c] - scale.weight(grid.value_of(code_O))) / pivots[c]
+                w_IO[c + 1 : end].addr_(factor_II[c, c + 1 : end], error_CO[c - start], alpha=-1)
+            w_IO[end:].addmm_(factor_II[start:end, end:].T, error_CO, alpha=-1)
         scales_OG, others = fit.parts()
         back_I = order_I.argsort()
-        return Start(codes_OI[:, back_I].to(grid.code_dtype), scales_OG, position_OI[:, back_I], others)
+        return Start(
+            codes_IO[back_I].T.to(grid.code_dtype).contiguous(), scales_OG, position_IO[back_I].T.contiguous(), others
+        )
 
     def scale(self, w_OC: Tensor, scheme: QuantScheme, importance_C: Tensor | None) -> Tensor:
         """The scale of one group a row, ``O``."""

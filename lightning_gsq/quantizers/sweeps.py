@@ -197,18 +197,27 @@ class _Span:
         """Takes the best codes for these scales; returns positions ``L O``."""
         if isinstance(scheme.grid, VectorGrid):
             return self._improve_vectors(s_O, scheme.grid)
-        grid, position_LO = scheme.grid, torch.empty_like(self.codes_LO)
-        # Each column in turn, the largest second moment first.
-        for c in self.h_LL.diagonal().argsort(descending=True, stable=True).tolist():
-            wanted_O = self.value_LO[c] + self.slope_LO[c] / self.h_LL[c, c]
-            lifted_O = wanted_O if o_O is None else wanted_O - o_O
-            position_O = torch.where(s_O == 0, 0, lifted_O / s_O)
-            self.codes_LO[c] = grid.nearest(position_O)
-            value_O = grid.value_of(self.codes_LO[c]) * s_O
+        grid, position_LO, vanished_O = scheme.grid, torch.empty_like(self.codes_LO), s_O == 0
+        vanish, moments = bool(vanished_O.any()), self.h_LL.diagonal()
+        columns = zip(
+            *(x_LO.unbind() for x_LO in (self.codes_LO, self.value_LO, self.slope_LO, self.h_LL)), strict=True
+        )
+        of = list(zip(columns, position_LO.unbind(), moments.tolist(), strict=True))
+        for c in moments.argsort(descending=True, stable=True).tolist():  # the largest second moment first
+            (code_O, value_O, slope_O, h_L), at_O, moment = of[c]
+            lifted_O = torch.add(value_O, slope_O, alpha=1 / moment)
             if o_O is not None:
-                value_O += o_O
-            self.slope_LO -= self.h_LL[c][:, None] * (value_O - self.value_LO[c])
-            self.value_LO[c], position_LO[c] = value_O, grid.coordinate(position_O)
+                lifted_O -= o_O
+            position_O = lifted_O / s_O
+            if vanish:
+                position_O.masked_fill_(vanished_O, 0)
+            code_O.copy_(grid.nearest(position_O))
+            new_O = grid.value_of(code_O) * s_O
+            if o_O is not None:
+                new_O += o_O
+            self.slope_LO.addr_(h_L, new_O - value_O, alpha=-1)
+            value_O.copy_(new_O)
+            at_O.copy_(grid.coordinate(position_O))
         return position_LO
 
     def _improve_vectors(self, s_O: Tensor, grid: VectorGrid) -> Tensor:

@@ -16,7 +16,8 @@ imatrix_file    the one that a run leaves
 calibration     what they see while their inputs are watched, experts above all
 end_loss        how much each token counts there, by the gradients of the end loss
 matrices        its weights as a quantizer sees them, and as they are stored
-block_start     the warm start of a block's weights, stage by stage where it follows the full-precision model
+block_start     the warm start of a block's weights, in stages where it follows the full-precision model
+following       these stages
 end_to_end      the third phase
 end_to_end_files  what it leaves, and whether it is whole
 saving          the quantized model as an ordinary folder

@@ -19,8 +19,9 @@ from lightning_gsq.quantizers.warm_start import start_of
 from lightning_gsq.run.acceptance import accept, own_part, rows_of
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.block_start import Entering, start_block
+from lightning_gsq.run.block_start import start_block
 from lightning_gsq.run.calibration import Sent
+from lightning_gsq.run.following import Entering
 from lightning_gsq.run.forward_passes import arguments_of
 from lightning_gsq.run.hidden_states import ActivationDataset, Stream, first
 from lightning_gsq.run.matrices import as_stored

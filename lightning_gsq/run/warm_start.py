@@ -10,9 +10,10 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.quantizers import Matrix
 from lightning_gsq.run.block_files import Blocks
 from lightning_gsq.run.block_plan import BlockPlan
-from lightning_gsq.run.block_start import Entering, start_block
+from lightning_gsq.run.block_start import start_block
 from lightning_gsq.run.calibration import hessian_sequences, spare_stream
 from lightning_gsq.run.finished import Finished
+from lightning_gsq.run.following import Entering
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
 from lightning_gsq.run.matrices import as_stored
 from lightning_gsq.run.run import Run

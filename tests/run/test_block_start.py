@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 from lightning_gsq.cli import main
 from lightning_gsq.quantizers import LeastSquares
 from lightning_gsq.quantizers.warm_start import quantized, start_of
-from lightning_gsq.run.block_start import Entering, start_block
+from lightning_gsq.run.block_start import start_block
+from lightning_gsq.run.following import Entering
 from lightning_gsq.run.forward_passes import embedded, hidden_store, propagate, working_copy
-from lightning_gsq.run.hidden_states import Stream
+from lightning_gsq.run.hidden_states import ActivationOptions, Stream
 from lightning_gsq.run.run import Run
 from lightning_gsq.run.substitution import install
 from tests.run.test_forward_passes import made_run
@@ -35,10 +37,11 @@ def _streams(family: str, folder: Path, start: LeastSquares) -> Iterator[tuple[R
         yield run, embedded(run.model.network, ids_NT, store), embedded(run.model.network, ids_NT, store)
 
 
-def _errors(family: str, folder: Path, follow: bool) -> Tensor:
+def _errors(family: str, folder: Path, follow: bool, activations: ActivationOptions | None = None) -> Tensor:
     """Mean squared distance of the two streams after each block, over the energy of the first."""
     errors, start = [], LeastSquares(follow=follow)
     with _streams(family, folder, start) as (run, full, own):
+        run = replace(run, activations=activations or run.activations)
         for plan in run.plan:
             block = working_copy(run, plan.index)
             before = {name: parameter.clone() for name, parameter in block.named_parameters()}
@@ -65,6 +68,13 @@ def _errors(family: str, folder: Path, follow: bool) -> Tensor:
 def test_errors_that_came_in_are_made_up_for(family: str, tmp_path: Path) -> None:
     followed, apart = (_errors(family, tmp_path / str(follow), follow) for follow in (True, False))
     assert followed[-1] < 0.9 * apart[-1], (followed, apart)
+
+
+def test_what_is_not_kept_is_computed_again(tmp_path: Path) -> None:
+    """Without room for what the full-precision blocks show, the result is the same to the bit."""
+    limited = ActivationOptions(memory_limit_gb=0.0)
+    kept, again = (_errors("llama", tmp_path / name, True, *o) for name, o in (("kept", ()), ("again", (limited,))))
+    assert torch.equal(kept, again)
 
 
 def test_a_whole_run(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
