@@ -39,6 +39,7 @@ from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system import sharding
 from lightning_gsq.system.console import make_console
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
+from lightning_gsq.weights.presets import is_name
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -139,7 +140,7 @@ class GSQCLI(LightningCLI):
             options.common = () if self.all_help else COMMON.get(name, ())
             if verb.trains:
                 self._add_arguments(options)
-                options.accept_name("model.scheme", dataclasses.asdict(QuantScheme()), "preset")
+                options.accept_name("model.scheme", dataclasses.asdict(QuantScheme()), "preset", is_name)
             if verb.run is not None:
                 options.add_signature(verb.run, set(verb.given), verb.repeated, verb.flags)
             self._subcommand_parsers[name] = options

@@ -83,19 +83,21 @@ class GSQArgumentParser(LightningArgumentParser):
         for name in flags:
             self.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=explained[name])
 
-    def accept_name(self, option: str, settings: Mapping[str, Any], name: str) -> None:
+    def accept_name(self, option: str, settings: Mapping[str, Any], name: str, is_known: Callable[[str], bool]) -> None:
         """Lets a group of settings be given as one name as well, on the command line and in configurations.
 
         Args:
             option: The group.
             settings: All of its settings with their defaults, which a name sets back.
             name: The setting that takes the name.
+            is_known: Whether a name is one of the setting's; another may be that of a file.
         """
         group: Any = self._option_string_actions[f"--{option}"]
         otherwise = group.resolve_subclass_spec
 
         def resolve(value: Any) -> Any:
-            if isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value) and not Path(value).is_file():
+            a_name = isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value)
+            if a_name and (is_known(value.lower()) or not Path(value).is_file()):
                 return {**settings, name: value}
             return otherwise(value)
 

@@ -16,7 +16,7 @@ from lightning_gsq.estimate.advice import LION, SHORTER
 from lightning_gsq.estimate.phases import Phase, phases_of
 from lightning_gsq.estimate.quantities import Surroundings, Weights, optimizer_state
 from lightning_gsq.estimate.skeleton import Skeleton
-from lightning_gsq.quantizers import RTN
+from lightning_gsq.quantizers import RTN, WarmStart
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.training import EndToEndOptions, Lion, ModelQuantization
 
@@ -65,12 +65,30 @@ def _by_block(case: Case) -> Case | None:
     return None if case.evaluation.by_block is True else replace(case, evaluation=evaluation)
 
 
+def _started(case: Case, warm_start: WarmStart) -> Case:
+    model = copy.copy(case.model)
+    model.start = replace(model.start, warm_start=warm_start)
+    return replace(case, model=model)
+
+
+def _own_weights(case: Case) -> Case | None:
+    if not case.model.follows:
+        return None
+    start = copy.copy(case.model.start.warm_start)
+    start.following = None
+    return _started(case, start)
+
+
+def _rounded(case: Case) -> Case | None:
+    start = case.model.start.warm_start
+    return _started(case, RTN()) if start.needs_hessian and not start.diagonal_only else None
+
+
 def _unweighted(case: Case) -> Case | None:
-    start, model = case.model.start, copy.copy(case.model)
+    start = case.model.start
     if not start.watches_inputs or start.end_loss_weights or start.experts.option is not None:
         return None  # looks at no inputs already, or another option asks for them
-    model.start = replace(start, warm_start=RTN())
-    return replace(case, model=model)
+    return _started(case, RTN(weighted=False))
 
 
 def _one_by_one(case: Case) -> Case | None:
@@ -109,12 +127,18 @@ def _over(devices: int) -> Change:
 
 SPREAD = [(f"--trainer.strategy fsdp2 --trainer.devices {count}", _over(count)) for count in (2, 4, 8, 16)]
 """Tried of the end-to-end phase beside everything else."""
+STARTS: list[tuple[str, Change]] = [
+    ("--model.warm_start.follow false", _own_weights),
+    ("--model.warm_start RTN", _rounded),
+    ("--model.warm_start RTN --model.warm_start.weighted false", _unweighted),
+]
+"""Each takes the place of the one before."""
 FILES = ("--activations.memory_limit_gb 0", _in_files)
 OPTIONS: dict[str, list[tuple[str, Change]]] = {
     "perplexity": [("--evaluation.by_block true", _by_block), FILES],
     "gradients of the end loss": [FILES],
-    "warm start": [("--model.warm_start RTN --model.warm_start.weighted false", _unweighted), FILES],
-    "blocks: warm start": [FILES, ("--model.warm_start RTN --model.warm_start.weighted false", _unweighted)],
+    "warm start": [*STARTS, FILES],
+    "blocks: warm start": [FILES, *STARTS],
     "blocks: training": [FILES, (SHORTER, _one_by_one), (LION, _lion)],
     "end to end": [("--end_to_end.recompute true", _recomputed), ("--end_to_end.batch_size 1", _short_end)],
 }
@@ -152,7 +176,8 @@ class Remedies:
         if phase.name.startswith("blocks: training") and device:
             return ""  # the lines of `advice` say it
         listed = next((options for name, options in OPTIONS.items() if phase.name.startswith(name)), [])
-        tried = [[option] for option in listed] + [*accumulate([option] for option in listed)][1:]
+        tried = [[option] for option in listed]
+        tried += [_without_replaced(options) for options in accumulate(tried)][1:]
         if phase.name == "end to end" and device:
             tried += [[*listed, option] for option in SPREAD]
         least: tuple[int, str] | None = None
@@ -171,6 +196,12 @@ class Remedies:
         if phase.name == "end to end":
             said += f"; {WITHOUT} leaves it out"
         return said
+
+
+def _without_replaced(options: list[tuple[str, Change]]) -> list[tuple[str, Change]]:
+    """Of several starts, the last."""
+    starts = [option for option in options if option in STARTS]
+    return [option for option in options if option not in starts[:-1]]
 
 
 def _needed(phase: Phase, on_host: bool, device: bool) -> int:

@@ -56,7 +56,8 @@ class GPTQ(WarmStart):
         self.activation_order = activation_order
         if not 0 < follow_damping < math.inf:
             raise ConfigurationError(
-                f"warm_start.follow_damping must be positive (a share of the mean diagonal), got {follow_damping}"
+                f"warm_start.follow_damping must be positive (a share of the mean diagonal), got {follow_damping}; "
+                "warm_start.follow false rounds the model's own weights"
             )
         self.following = follow_damping if follow else None
 

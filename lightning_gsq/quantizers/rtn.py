@@ -21,7 +21,7 @@ class RTN(WarmStart):
 
     diagonal_only = True
 
-    def __init__(self, weighted: bool = False) -> None:
+    def __init__(self, weighted: bool = True) -> None:
         self.needs_hessian = self.weighted = weighted
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:

@@ -174,4 +174,6 @@ class _Passes:
         if self.run.exchange is not None:  # processes exchange tokens in whole passes
             until = None
         with torch.no_grad(), self.run.precision():
-            return record(self.block, lambda: run_block(self.block, hidden_BTD, bound, dense or None), names, until)
+            return record(
+                self.block, lambda: run_block(self.block, hidden_BTD, bound, dict(dense or {}) or None), names, until
+            )

@@ -130,7 +130,7 @@ class ModelQuantization(LightningModule):
         schemes = {pattern: settings.override(pattern, value) for pattern, value in overrides.items()}
         self.selection = Selection(scheme, include, exclude, schemes, blocks, fallback)
         self.start = settings.StartOptions(
-            warm_start or RTN(weighted=True),
+            warm_start or RTN(),
             hessian_sequences,
             saliency,
             imatrix,

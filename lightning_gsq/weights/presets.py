@@ -124,6 +124,11 @@ def plain_preset(name: str) -> tuple[Bits, int] | None:
     return "ternary" if match[1] == "t" else int(match[1]), int(match[2])
 
 
+def is_name(name: str) -> bool:
+    """Whether ``model.scheme`` takes this name: that of a preset, or the word for the types of a file."""
+    return is_preset(name) or name == OF_FILE
+
+
 def is_preset(name: str) -> bool:
     """Whether a scheme has this name."""
     return name in NAMED or plain_preset(name) is not None

@@ -69,7 +69,7 @@ def refused(capsys: pytest.CaptureFixture[str]):
             "there is no class 'no' of this kind; choose from GPTQ, RTN, DualMode, ",
         ),
         ("fit m --model.warm_start torch.optim.Adam", "there is no class 'torch.optim.Adam' of this kind"),
-        ("fit m --model.warm_start.wight 1", "there is no argument 'wight'; RTN takes weighted"),
+        ("fit m --model.warm_start.wight 1", "there is no argument 'wight'; LeastSquares takes"),
         ("fit m --model.optimizer.lr abc", "model.optimizer.lr: expected a number, got 'abc'"),
         ("fit m --model.overrides {a:{bitz:3}}", "model.overrides: "),
         ("fit m --model.optimizer lightning_gsq.optim.Lion", "is now lightning_gsq.training.Lion; write that"),

@@ -66,7 +66,16 @@ def test_another_class_in_a_file(resolve: Resolve, tmp_path: Path) -> None:
     assert model["optimizer"]["init_args"]["lr"] == 0.5
     assert model["optimizer"]["init_args"]["betas"] == [0.9, 0.95], "the same class keeps the recipe's"
     changed = resolve("m", "--config", str(tmp_path / "my.yaml"), "--model.warm_start", "RTN")["model"]
-    assert changed["warm_start"] == {"class_path": "lightning_gsq.quantizers.RTN", "init_args": {"weighted": False}}
+    assert changed["warm_start"] == {"class_path": "lightning_gsq.quantizers.RTN", "init_args": {"weighted": True}}
+
+
+@pytest.mark.parametrize("name", ["q4_k", "file", "w3g64"])
+def test_a_scheme_is_not_taken_for_a_file_of_its_name(
+    name: str, resolve: Resolve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("no configuration")
+    assert resolve("m", "--model.scheme", name)["model"]["scheme"]["preset"] == name
 
 
 def test_options_win_over_files(resolve: Resolve, tmp_path: Path) -> None:

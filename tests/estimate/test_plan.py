@@ -212,8 +212,9 @@ def test_every_phase_that_does_not_fit_has_its_options(tmp_path: Path, capsys: p
     room = ["--host_memory_gb", "4", "--device_memory_gb", "8"]
     assert _plan(*large, *room) == 2
     lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
-    told = {line.partition("(")[2].partition(")")[0]: line for line in lines if " memory: " in line}
-    blocks = next(line for names, line in told.items() if names.startswith("blocks: warm start") and "host" in line)
+    blocks = next(line for line in lines if line.startswith("host memory: ") and "(blocks: warm start" in line)
+    device = next(line for line in lines if line.startswith("device memory: ") and "(blocks: warm start" in line)
+    assert "; with --model.warm_start RTN 4.7 GB, which fits" in device
     assert "; with --activations.memory_limit_gb 0 " in blocks and blocks.endswith(", which fits")
     end = next(line for line in lines if line.startswith("device memory: ") and "(end to end)" in line)
     assert "; with --end_to_end.recompute true --end_to_end.batch_size 1 --trainer.strategy fsdp2" in end

@@ -104,7 +104,10 @@ def test_training_lowers_the_error_of_a_block(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"warm_start": {"class_path": class_path("model.warm_start", "rtn")}}, "whose weights are code vectors"),
-        ({"warm_start": {"class_path": class_path("model.warm_start", "gptq")}}, "--model.warm_start LlamaCpp"),
+        (
+            {"warm_start": {"class_path": class_path("model.warm_start", "gptq")}},
+            "warm_start LeastSquares, LlamaCpp",
+        ),
         ({"embedding": "iq3_s"}, "model.embedding is rounded weight by weight"),
         ({"include": ["*.up_proj"]}, "llama.cpp takes iq4_nl for those"),
     ],

@@ -158,6 +158,6 @@ def test_files_of_another_model_are_refused_before_any_work(tmp_path: Path, caps
 def test_which_starts_take_one() -> None:
     for start in (RTN(weighted=True), LlamaCpp()):
         assert not ModelQuantization("x", warm_start=start, imatrix="y").start.watches_inputs
-    for start in (GPTQ(), RTN(), LlamaCpp(weighted=False)):
+    for start in (GPTQ(), RTN(weighted=False), LlamaCpp(weighted=False)):
         with pytest.raises(ConfigurationError, match=r"model\.imatrix: .*RTN or LlamaCpp with weighted: true"):
             ModelQuantization("x", warm_start=start, imatrix="y")

@@ -32,6 +32,7 @@ def write_config(model: Path, corpus: Path, folder: Path, **changes: object) -> 
             "scheme": {"bits": 2, "group_size": 16},
             "gumbel": {"backend": "eager"},
             "compile_blocks": False,
+            "warm_start": {"class_path": "lightning_gsq.quantizers.RTN", "init_args": {"weighted": True}},
             "hessian_sequences": 64,
             "optimizer": _adam(1e-3),
         },
