@@ -34,7 +34,8 @@ def main() -> None:
         folder = Path(options.folder)
         own = [*common, f"--model.scheme.bits={bits}"]
         rounded = [*own, "--model.warm_start=lightning_gsq.quantizers.GPTQ", "--model.phases=[init]"]
-        gsq = summary_of(folder / f"gsq-{bits}", own, "blocks")
+        trained = [*own, "--model.warm_start=RTN", "--model.phases=[init,blocks,end_to_end]"]
+        gsq = summary_of(folder / f"gsq-{bits}", trained, "blocks")
         gptq = summary_of(folder / f"gptq-{bits}", rounded, "warm_start")
         perplexity = gsq["perplexity"]
         table.add_row(
