@@ -15,7 +15,12 @@ from matplotlib.figure import Figure  # not pyplot: no display
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 FULL_PRECISION = 23.53
-COLOURS = {"AutoRound": "#888888", "GSQ with blocks": "#1f77b4", "GSQ least squares": "#d62728"}
+COLOURS = {
+    "AutoRound": "#888888",
+    "GSQ with blocks": "#1f77b4",
+    "GSQ least squares": "#d62728",
+    "GSQ least squares, following": "#2ca02c",
+}
 
 
 def main() -> None:
