@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_gsq.quantizers.near_vectors import near_codes
 from lightning_gsq.quantizers.warm_start import Start
+from lightning_gsq.system.slices import slices
 from lightning_gsq.weights.layout import FLOATS, OFFSETS, SCALES, SUB_OFFSETS, SUB_SCALES, ScaleLayout
 from lightning_gsq.weights.quantized import expand_groups
 from lightning_gsq.weights.scheme import QuantScheme
@@ -54,9 +55,8 @@ def descend(start: Start, w_OI: Tensor, hessian_II: Tensor, scheme: QuantScheme,
     if offsets_OG is not None:
         value_OI = value_OI + expand_groups(offsets_OG, columns, length)
     slope_OI = (w_OI - value_OI) @ hessian_II
-    groups = [slice(first, min(first + length, columns)) for first in range(0, columns, length)]
-    shared = scheme.layout.block // length if scheme.layout.block else 0
-    blocks = [groups[first : first + shared] for first in range(0, len(groups), shared)] if shared else []
+    groups = list(slices(columns, length))
+    blocks = list(slices(columns, scheme.layout.block)) if scheme.layout.block else []
     moments_G = torch.stack([hessian_II.diagonal()[part].mean() for part in groups])
     order = moments_G.argsort(descending=True, stable=True).tolist()
 
@@ -68,10 +68,9 @@ def descend(start: Start, w_OI: Tensor, hessian_II: Tensor, scheme: QuantScheme,
         codes_OI[:, part], value_OI[:, part] = span.codes_LO.T, span.value_LO.T
 
     for _ in range(sweeps):
-        for number, members in enumerate(blocks):
-            part = slice(members[0].start, members[-1].stop)
+        for number, part in enumerate(blocks):
             block = span_of(part)
-            block.improve_floats(parts, number, len(members), scheme)
+            block.improve_floats(parts, number, scheme)
             settle(part, block)
         for number in order:
             part = groups[number]
@@ -131,26 +130,27 @@ class _Span:
         o_O1 = layout.offsets(own)
         return layout.scales(own)[:, 0], None if o_O1 is None else o_O1[:, 0]
 
-    def improve_floats(self, parts: dict[str, Tensor], number: int, groups: int, scheme: QuantScheme) -> None:
+    def improve_floats(self, parts: dict[str, Tensor], number: int, scheme: QuantScheme) -> None:
         """Takes the best stored floats of a block of groups for these codes and integers, where that helps.
 
         Args:
             parts: What is stored for the scales of the matrix; changed.
             number: The block's number in its row.
-            groups: Of the block.
             scheme: Grid, groups, layout.
         """
-        layout, length = scheme.layout, len(self.codes_LO) // groups
-        first = number * (scheme.layout.block // length)
-        own = {n: value[:, first : first + groups] for n, value in parts.items() if n not in FLOATS}
+        layout, length = scheme.layout, scheme.group_size
+        first = number * (layout.block // length)
+        own = {
+            n: value[:, first : first + len(self.codes_LO) // length] for n, value in parts.items() if n not in FLOATS
+        }
         floats = {n: parts[n][:, number : number + 1] for n in FLOATS if n in parts}
         factors_OG, offsets_OG = layout.factors(own), own.get(SUB_OFFSETS)
         assert factors_OG is not None
         q_LO = scheme.grid.value_of(self.codes_LO) * factors_OG.float().repeat_interleave(length, 1).T
         basis = q_LO, None if offsets_OG is None else offsets_OG.float().repeat_interleave(length, 1).T
         steps = dict(zip(FLOATS, self._best_steps(*basis), strict=True))
-        tried = {n: layout.stored(n, value_O1 + steps[n][:, None], torch.float32) for n, value_O1 in floats.items()}
-        tried = {n: value_O1.float() for n, value_O1 in tried.items()}
+        wanted = {n: value_O1 + steps[n][:, None] for n, value_O1 in floats.items()}
+        tried = {n: layout.stored(n, value_O1, torch.float32).float() for n, value_O1 in wanted.items()}
         better_O1 = self._take(basis, (floats[SCALES], floats.get(OFFSETS)), (tried[SCALES], tried.get(OFFSETS)))
         for name, value_O1 in floats.items():
             value_O1.copy_(torch.where(better_O1, tried[name], value_O1))

@@ -8,7 +8,7 @@ over the quantized stream for each stage, and ends where the stage's last produc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +24,7 @@ from lightning_gsq.quantizers.following import PairedStatistics
 from lightning_gsq.run.block_plan import BlockPlan
 from lightning_gsq.run.calibration import hessian_sequences
 from lightning_gsq.run.end_loss import weights_of
-from lightning_gsq.run.forward_passes import arguments_of, fetch, passes_of, sequences_at_once
+from lightning_gsq.run.forward_passes import arguments_of, fetch, sequences_at_once
 from lightning_gsq.run.hidden_states import Stream
 from lightning_gsq.run.matrices import rarely_reached
 from lightning_gsq.run.run import Run
@@ -79,10 +79,10 @@ class Following:
         self.quantized = _Passes(run, plan, block, entering.quantized, entering.arguments)
         watched_NTD = entering.quantized.hidden_NTD[: hessian_sequences(run)]
         self.parts = list(slices(len(watched_NTD), sequences_at_once(watched_NTD.shape[1])))
-        self.passes = passes_of(watched_NTD)
         self.stages, self.seen = self._stages()
-        room = run.activations.memory_limit_gb * 1e9
-        self.keeps = self.seen.bytes * len(watched_NTD) <= room
+        # Processes that exchange tokens make the same passes in every stage, however many sequences each has.
+        within = self.seen.bytes * len(watched_NTD) <= run.activations.memory_limit_gb * 1e9
+        self.keeps = within and run.exchange is None
         self._kept: dict[int, Recording] = {}
 
     def _stages(self) -> tuple[list[Stage], Recording]:
@@ -97,7 +97,7 @@ class Following:
             stage.seen = seen.of([site.name for site in stage.sites])
         return list(stages.values()), seen
 
-    def matrices(self, stage: Stage, dense: Mapping[str, Tensor], *, says: bool) -> Iterator[tuple[LinearSite, Matrix]]:
+    def matrices(self, stage: Stage, dense: dict[str, Tensor], *, says: bool) -> Iterator[tuple[LinearSite, Matrix]]:
         """A stage's weights as they should be for what enters them, with its second moments.
 
         Args:
@@ -107,7 +107,7 @@ class Following:
         """
         run, plan, names = self.run, self.plan, [site.name for site in stage.sites]
         statistics, weights = PairedStatistics(stage.sites, run.device), weights_of(run, plan)
-        with run.watch("statistics"), in_step(self.block, 2 * self.passes):
+        with run.watch("statistics"), in_step(self.block, 2 * len(self.parts)):
             for number, part in enumerate(self.parts):
                 own = {} if weights is None else {name: w_NT[part].flatten() for name, w_NT in weights.items()}
                 quantized = self.quantized.record(part, names, stage.seen, dense)
@@ -159,7 +159,7 @@ class _Passes:
         part: slice,
         names: Collection[str],
         until: Recording | None = None,
-        dense: Mapping[str, Tensor] | None = None,
+        dense: dict[str, Tensor] | None = None,
     ) -> Recording:
         """What some weights see of some sequences.
 
@@ -174,6 +174,4 @@ class _Passes:
         if self.run.exchange is not None:  # processes exchange tokens in whole passes
             until = None
         with torch.no_grad(), self.run.precision():
-            return record(
-                self.block, lambda: run_block(self.block, hidden_BTD, bound, dict(dense or {}) or None), names, until
-            )
+            return record(self.block, lambda: run_block(self.block, hidden_BTD, bound, dense or None), names, until)

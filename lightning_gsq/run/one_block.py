@@ -102,7 +102,7 @@ def prepare_block(
         raise ConfigurationError(
             f"network: expected a model as AutoModelForCausalLM.from_pretrained gives it, got {type(network).__name__}"
         )
-    chosen, start = _scheme(scheme), warm_start or RTN(weighted=True)
+    chosen, start = _scheme(scheme), warm_start or RTN()
     prefix, blocks = find_blocks(network)
     _check(network, index, len(blocks), ids_NT, held_out, batch_size, start)
     surveyed = survey(network)
