@@ -115,8 +115,8 @@ class Replacements:
         changes = changes_of(visitor, [candidate], batches, CPU, torch.float16)
         parameter = block.get_parameter(inside)
         original, found = parameter.data, {}
-        for choice in choices:
-            parameter.data = site.from_matrix(site.to_matrix(original) + changes[inside, choice]).contiguous()
+        for choice, change_OI in zip(choices, changes[inside], strict=True):
+            parameter.data = site.from_matrix(site.to_matrix(original) + change_OI).contiguous()
             found[choice] = self._divergence(index)
             parameter.data = original
         return found

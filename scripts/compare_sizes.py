@@ -140,7 +140,7 @@ def rounded(
         changes = changes_of(block, candidates, batches, torch.device("cpu"), torch.float16, change)
         for candidate in candidates:
             site, parameter = candidate.site, block.get_parameter(candidate.site.name)
-            parameter.data = site.from_matrix(site.to_matrix(parameter) + changes[site.name, "own"]).contiguous()
+            parameter.data = site.from_matrix(site.to_matrix(parameter) + changes[site.name][0]).contiguous()
     for name in end_names(other):
         if name in widths:
             parameter = other.get_parameter(name)

@@ -28,8 +28,9 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.perplexity import FP32
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.weights.scheme import QuantScheme
+from lightning_gsq.widths.ends import EVERY
 from lightning_gsq.widths.rounding import ROWS, change_of
-from lightning_gsq.widths.worth import Candidate, back_through, changes_of, on_device
+from lightning_gsq.widths.worth import WEIGHED_BY, Candidate, back_through, changes_of, on_device
 
 Schemes = Mapping[str, QuantScheme]
 """What a matrix may take, by the name of the choice."""
@@ -42,13 +43,15 @@ class WidthTiming:
 
     Args:
         passed: One piece through one block of the model as it is, on the host.
-        looked_at: One piece through one block in fp32, and there and back, along the changes of all choices.
+        watched: One piece through one block in fp32, its inputs watched.
+        looked_at: One piece there and back, along the changes of all choices.
         rounding: All choices of all matrices of a block.
         head: One piece through the head and back, along the changes of all choices.
         ends: All choices of embedding and head in rounding.
     """
 
     passed: float
+    watched: float
     looked_at: float
     rounding: float
     head: float
@@ -63,7 +66,8 @@ class WidthTiming:
             deep: Those that gradients go through, the last one first.
         """
         a_piece = blocks * self.passed + deep * self.looked_at + self.head
-        return pieces * a_piece + deep * self.rounding + self.ends
+        a_block = min(pieces, WEIGHED_BY) * self.watched + self.rounding
+        return pieces * a_piece + deep * a_block + self.ends
 
 
 def width_seconds(
@@ -93,7 +97,7 @@ def width_seconds(
     if needed > room:
         return None, f"one block with gradients takes {gigabytes(needed)}, {gigabytes(room)} are free here"
     pieces, tokens = pieces_of(data)
-    passed, looked_at = _passes(skeleton, index, free, tokens, device, scale_dtype)
+    passed, watched, looked_at = _passes(skeleton, index, free, tokens, device, scale_dtype)
     ends = find_ends(skeleton.model)
     embedding = choices.get(ends.embedding or "", {})
     head = embedding if ends.tied else choices.get(ends.head or "", {})
@@ -104,6 +108,7 @@ def width_seconds(
     occurring = min(vocabulary, pieces * tokens)  # of an embedding, rows of tokens that occur, at most so many
     timing = WidthTiming(
         passed,
+        watched,
         looked_at,
         _rounding(free, device, scale_dtype),
         vocabulary / rows * _head(skeleton, rows, tokens, len(head)),
@@ -120,25 +125,27 @@ def _passes(
     tokens: int,
     device: torch.device,
     scale_dtype: torch.dtype,
-) -> tuple[float, float]:
-    """Seconds of a piece through a block of the model as it is, and of all that is done with it in fp32."""
+) -> tuple[float, float, float]:
+    """Seconds of a piece through a block of the model as it is, and of the two passes in fp32."""
     own, call = skeleton.blocks[index], longer(skeleton.blocks[index].call, tokens)
     hidden_BTD = torch.randn(1, tokens, skeleton.width, dtype=skeleton.dtype)
     block = random_block(own, HOST, skeleton.dtype)
     with torch.no_grad():
         passed = median_seconds(lambda _: run_block(block, hidden_BTD, call), HOST, repeats=1)
-    return passed, _looked_at(block.to(device, torch.float32), free, hidden_BTD.to(device), call, scale_dtype)
+    return passed, *_looked_at(block.to(device, torch.float32), free, hidden_BTD.to(device), call, scale_dtype)
 
 
 def _looked_at(
     block: nn.Module, free: Mapping[LinearSite, Schemes], hidden_BTD: torch.Tensor, call: BlockCall, dtype: torch.dtype
-) -> float:
+) -> tuple[float, float]:
     """Seconds of a pass that watches inputs, and of one there and back along all changes."""
     device, call = hidden_BTD.device, on_device(call, hidden_BTD.device)
     candidates = [Candidate(site, schemes) for site, schemes in free.items()]
     gradient_BTD = torch.randn_like(hidden_BTD, dtype=torch.float32)
-    made = {site: torch.randn(site.rows, site.in_features, device=device) for site in free}
-    changes = {(site.name, choice): made[site] for site, schemes in free.items() for choice in schemes}
+    changes = {
+        site.name: [torch.randn(site.rows, site.in_features, device=device)] * len(schemes)
+        for site, schemes in free.items()
+    }
     block.requires_grad_(False)
 
     def watch(_: int) -> None:
@@ -150,7 +157,7 @@ def _looked_at(
     back = median_seconds(
         lambda _: back_through(block, candidates, changes, hidden_BTD, call, gradient_BTD), device, repeats=1
     )
-    return watching + back
+    return watching, back
 
 
 def _rounding(free: Mapping[LinearSite, Schemes], device: torch.device, scale_dtype: torch.dtype) -> float:
@@ -174,6 +181,7 @@ def _head(skeleton: Skeleton, rows: int, tokens: int, choices: int) -> float:
     """Seconds of a piece through so many rows of the head and back, and along a change of them for each choice."""
     weight_RD = torch.randn(rows, skeleton.width, dtype=skeleton.dtype)
     change_RD, hidden_TD = torch.randn(rows, skeleton.width), torch.randn(tokens, skeleton.width)
+    hidden_PD = hidden_TD[::EVERY]
     generator = generator_of("probe", "head")
 
     def action(_: int) -> None:
@@ -182,9 +190,9 @@ def _head(skeleton: Skeleton, rows: int, tokens: int, choices: int) -> float:
         logits_TR = raw_TR.float()
         drawn_T1 = torch.multinomial(logits_TR.detach().softmax(-1), 1, generator=generator)
         loss = -logits_TR.log_softmax(-1).gather(1, drawn_T1).sum()
-        at_raw_TR = torch.autograd.grad(loss, [leaf_TD, raw_TR])[1].to(torch.bfloat16)
+        at_raw_PR = torch.autograd.grad(loss, [leaf_TD, raw_TR])[1][::EVERY].to(torch.bfloat16)
         for _ in range(choices):
-            ((at_raw_TR.float() @ change_RD) * hidden_TD).sum(-1)
+            ((at_raw_PR.float() @ change_RD) * hidden_PD).sum(-1)
 
     return median_seconds(action, HOST, repeats=1)
 

@@ -15,6 +15,7 @@ from lightning_gsq.estimate.quantities import Surroundings, Weights
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.perplexity import FP32
+from lightning_gsq.widths.ends import EVERY
 from lightning_gsq.widths.rounding import ROWS
 from lightning_gsq.widths.worth import SEQUENCES, TOKENS
 
@@ -53,7 +54,7 @@ def width_terms(
     matrix, logits = skeleton.vocabulary * skeleton.width, tokens * skeleton.vocabulary
     rows = min(ROWS, skeleton.vocabulary)
     head = {
-        f"gradients of {pieces} pieces at the logits (bf16)": BF16 * pieces * logits,
+        f"gradients of {pieces} pieces at the logits, of {EVERY} positions one (bf16)": BF16 * pieces * logits // EVERY,
         "logits of a piece": LOGIT_COPIES * FP32 * logits,
         "rows of the head in rounding": ROUNDING_COPIES * FP32 * rows * skeleton.width,
     }

@@ -47,12 +47,15 @@ def search_scale(
         bases.append(-torch.maximum(top_O / -low, bottom_O / -high))
     best_error_O = torch.full_like(top_O, torch.inf)
     best_O = torch.ones_like(top_O)
+    buffer_OC = torch.empty_like(w_OC)
     shrinks = torch.linspace(1, SMALLEST_SHRINK, steps, dtype=w_OC.dtype)
     for base_O in bases:
         base_O = torch.where(base_O.abs() < TINY, TINY, base_O)
         for shrink in shrinks.tolist():
             s_O = base_O * shrink
-            error_OC = w_OC - s_O[:, None] * grid.value_of(grid.nearest(w_OC / s_O[:, None]))
+            # In one buffer: what these slabs cost is memory.
+            value_OC = grid.nearest_value_(torch.div(w_OC, s_O[:, None], out=buffer_OC)).mul_(s_O[:, None])
+            error_OC = torch.sub(w_OC, value_OC, out=value_OC)
             if importance_C is None:
                 error_O = error_OC.abs_().pow_(exponent).sum(1)
             else:

@@ -119,6 +119,12 @@ class Grid:
             return torch.bucketize(position, _borders(self.table, position.device)).to(position.dtype) + self.low
         return self.code_at(position)
 
+    def nearest_value_(self, position: Tensor) -> Tensor:
+        """``value_of(nearest(position))``; evenly spaced values are written into ``position`` itself."""
+        if self.table is not None or self.binary:
+            return self.value_of(self.nearest(position))
+        return position.round_().clamp_(self.low, self.high)
+
     def code_at(self, coordinate: Tensor) -> Tensor:
         """The code closest to each position measured in codes, same dtype; ties as in :meth:`nearest`."""
         if self.binary:

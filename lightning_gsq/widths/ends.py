@@ -20,6 +20,8 @@ from lightning_gsq.models.passing import Forms, instead_of_blocks
 from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.widths.rounding import ROWS, change_of
 
+EVERY = 4
+"""Of so many positions of a sequence one is looked at along the changes of the head: each is a sample of its own."""
 Key = tuple[str, str]
 """The name of a matrix and that of a choice."""
 
@@ -31,12 +33,19 @@ class HeadPass:
     Args:
         gradient_BTD: At the last block's output.
         hidden_TD: What enters the head, fp32.
-        at_raw_TV: The gradient at what leaves it, bf16; empty where the head has no choice.
+        first: The first position that is looked at, of :data:`EVERY` one.
+        at_raw_PV: The gradient at what leaves the head at those positions, bf16; empty where it has no choice.
     """
 
     gradient_BTD: Tensor
     hidden_TD: Tensor
-    at_raw_TV: Tensor
+    first: int
+    at_raw_PV: Tensor
+
+    @property
+    def hidden_PD(self) -> Tensor:
+        """What enters the head at the positions that are looked at."""
+        return self.hidden_TD[self.first :: EVERY]
 
 
 class EndChanges:
@@ -72,6 +81,7 @@ class EndChanges:
         self.generator = torch.Generator().manual_seed(seed)
         self._moments_D: Tensor | None = None
         self._head: dict[Key, list[Tensor]] = {}
+        self._tokens = 0  # of a sequence
         self._embedding: dict[Key, list[float]] = {}
 
     @property
@@ -86,7 +96,8 @@ class EndChanges:
             ids_NT: The sequences.
             outputs: What the last block gives for each, ``1 T D``.
         """
-        passes = [self._head_pass(ids_T[None], output) for ids_T, output in zip(ids_NT, outputs, strict=True)]
+        self._tokens = ids_NT.shape[1]
+        passes = [self._head_pass(n, ids_T[None], outputs[n]) for n, ids_T in enumerate(ids_NT)]
         if self.head is not None and self.head in self.schemes:
             self._moments_D = torch.cat([own.hidden_TD for own in passes]).square().mean(0)
             self._along_head(self.head, passes)
@@ -94,16 +105,16 @@ class EndChanges:
 
     @torch.no_grad()
     def _along_head(self, name: str, passes: Sequence[HeadPass]) -> None:
-        """What the changes of the head do at each position: a slice of rows after the other, for all sequences."""
+        """What the changes of the head do at the positions looked at: rows by slices, for all sequences."""
         choices, w_VD = self.schemes[name], self.network.get_parameter(name)
         for choice in choices:
-            self._head[name, choice] = [torch.zeros(len(own.hidden_TD)) for own in passes]
+            self._head[name, choice] = [torch.zeros(len(own.hidden_PD)) for own in passes]
         for start in range(0, len(w_VD), ROWS):
             rows = slice(start, start + ROWS)
             for choice, scheme in choices.items():
                 change_RD = change_of(w_VD[rows].float(), [self._moments_D], scheme, self.scale_dtype)
-                for along_T, own in zip(self._head[name, choice], passes, strict=True):
-                    along_T += ((own.at_raw_TV[:, rows].float() @ change_RD) * own.hidden_TD).sum(-1)
+                for along_P, own in zip(self._head[name, choice], passes, strict=True):
+                    along_P += ((own.at_raw_PV[:, rows].float() @ change_RD) * own.hidden_PD).sum(-1)
 
     @torch.no_grad()
     def enter(self, ids_NT: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -135,9 +146,11 @@ class EndChanges:
             squares = []
             for n in range(count):
                 entering = self._embedding[key][n] if key in self._embedding else 0.0
-                along_T = torch.zeros(1) if head is None else head[n]
+                along_P = torch.zeros(1) if head is None else head[n]
+                share = self._tokens / len(along_P)
                 # Labels at different positions are independent: of the head's part, only squares are expected to stay.
-                squares.append(float(along_T.square().sum() + entering**2 + 2 * entering * along_T.sum()))
+                at_head = share * float(along_P.square().sum() + 2 * entering * along_P.sum())
+                squares.append(at_head + entering**2)
             worth[key] = max(0.0, math.fsum(squares) / count / 2)
         return worth
 
@@ -165,7 +178,7 @@ class EndChanges:
         hidden, raw = seen[0]
         return hidden.reshape(-1, hidden.shape[-1]), raw, logits_BTV.flatten(0, -2)
 
-    def _head_pass(self, ids_BT: Tensor, output_BTD: Tensor) -> HeadPass:
+    def _head_pass(self, number: int, ids_BT: Tensor, output_BTD: Tensor) -> HeadPass:
         leaf_BTD = output_BTD.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             hidden_TD, raw, logits_TV = self._tail(ids_BT, leaf_BTD)
@@ -173,8 +186,10 @@ class EndChanges:
             drawn_T1 = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=self.generator)
             loss = -logits_TV.log_softmax(-1).gather(1, drawn_T1).sum()
         gradient_BTD, at_raw = torch.autograd.grad(loss, [leaf_BTD, raw])
+        first = number % min(EVERY, len(hidden_TD))  # other positions in the next sequence
         at_raw_TV = at_raw.reshape(len(hidden_TD), -1) if self.head in self.schemes else at_raw.new_zeros(0)
-        return HeadPass(gradient_BTD.detach(), hidden_TD.detach().float(), at_raw_TV.to(torch.bfloat16))
+        at_raw_PV = at_raw_TV[first::EVERY].to(torch.bfloat16, copy=True)
+        return HeadPass(gradient_BTD.detach(), hidden_TD.detach().float(), first, at_raw_PV)
 
     def _at_embedding(self, ids_BT: Tensor, gradient_BTD: Tensor) -> Tensor:
         """The gradient at what the embedding gives, from that at the first block's input."""

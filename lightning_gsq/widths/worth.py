@@ -19,7 +19,6 @@ beside the hidden states (shared keys and values) count as constants.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +37,8 @@ from lightning_gsq.widths.rounding import Change, change_of
 
 SEQUENCES, TOKENS = 64, 128
 """How many sequences are looked at, and how long: each is a sample, so that many short ones are better than few."""
+WEIGHED_BY = 16
+"""How many of them say what the columns of a matrix count for in rounding."""
 Worth = dict[str, dict[str, float]]
 """Predicted divergence in nats a token, by parameter name and by the name of the choice."""
 
@@ -101,16 +102,17 @@ def measure_worth(
         block = copy.deepcopy(blocks[index]).to(device, torch.float32).requires_grad_(False)
         chosen = list(inside.get(index, ()))
         batches = [(inputs[n][index], on_device(calls[n][index], device)) for n in range(len(ids_NT))]
-        changes = changes_of(block, chosen, batches, device, scale_dtype)
-        products: dict[tuple[str, str], list[float]] = {key: [] for key in changes}
+        changes = changes_of(block, chosen, batches[:WEIGHED_BY], device, scale_dtype)
+        products: dict[str, list[Tensor]] = {name: [] for name in changes}
         for candidate in chosen:
             block.get_parameter(candidate.site.name).requires_grad_(True)
         for n, (hidden_BTD, call) in enumerate(batches):
             gradients[n], along = back_through(block, chosen, changes, hidden_BTD.to(device), call, gradients[n])
-            for key, product in along.items():
-                products[key].append(product)
-        for (name, choice), values in products.items():
-            worth.setdefault(f"{prefix}.{index}.{name}", {})[choice] = _divergence(values, ids_NT.shape[1])
+            for name, products_C in along.items():
+                products[name].append(products_C)
+        for candidate in chosen:
+            nats_C = _divergences(products[candidate.site.name], ids_NT.shape[1])
+            worth[f"{prefix}.{index}.{candidate.site.name}"] = dict(zip(candidate.schemes, nats_C, strict=True))
         for calls_of, inputs_of in zip(calls, inputs, strict=True):
             del calls_of[index], inputs_of[index]
         left(index - lowest)
@@ -120,9 +122,10 @@ def measure_worth(
     return worth
 
 
-def _divergence(products: list[float], tokens: int) -> float:
-    """Half the mean square, a token."""
-    return math.fsum(value * value for value in products) / len(products) / 2 / tokens
+def _divergences(products: list[Tensor], tokens: int) -> list[float]:
+    """Half the mean squares over the sequences, a token, of each choice."""
+    nats_C: list[float] = (torch.stack(products).double().square().mean(0) / 2 / tokens).tolist()
+    return nats_C
 
 
 def on_device(call: BlockCall, device: torch.device) -> BlockCall:
@@ -137,7 +140,7 @@ def changes_of(
     device: torch.device,
     scale_dtype: torch.dtype,
     change: Change = change_of,
-) -> dict[tuple[str, str], Tensor]:
+) -> dict[str, list[Tensor]]:
     """What rounding adds to each matrix of a block.
 
     Args:
@@ -149,7 +152,7 @@ def changes_of(
         change: Rounds.
 
     Returns:
-        fp32 ``O I``, by the matrix's name in the block and the name of the choice.
+        fp32 ``O I``, one for each choice in the order of the candidate's, by the matrix's name in the block.
     """
     if not candidates:
         return {}
@@ -162,19 +165,18 @@ def changes_of(
         site = candidate.site
         w_OI = site.to_matrix(block.get_parameter(site.name)).detach()
         importances = list(sums.of(site)[0].to(device))
-        for choice, scheme in candidate.schemes.items():
-            changes[site.name, choice] = change(w_OI, importances, scheme, scale_dtype)
+        changes[site.name] = [change(w_OI, importances, scheme, scale_dtype) for scheme in candidate.schemes.values()]
     return changes
 
 
 def back_through(
     block: nn.Module,
     candidates: Sequence[Candidate],
-    changes: Mapping[tuple[str, str], Tensor],
+    changes: Mapping[str, Sequence[Tensor]],
     hidden_BTD: Tensor,
     call: BlockCall,
     gradient_BTD: Tensor,
-) -> tuple[Tensor, dict[tuple[str, str], float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradient at a block's input, and along each change of its matrices.
 
     Args:
@@ -186,7 +188,8 @@ def back_through(
         gradient_BTD: The gradient at its output.
 
     Returns:
-        The gradient, fp32 ``B T D``, and its product with each change, by the keys of ``changes``.
+        The gradient, fp32 ``B T D``, and by the matrix's name the products of its own with each change, ``C`` on the
+        host.
     """
     hidden_BTD = hidden_BTD.float().requires_grad_(True)
     parameters = [block.get_parameter(candidate.site.name) for candidate in candidates]
@@ -195,9 +198,11 @@ def back_through(
     grads = torch.autograd.grad(output_BTD, [hidden_BTD, *parameters], gradient_BTD.to(output_BTD), allow_unused=True)
     along = {}
     for candidate, gradient in zip(candidates, grads[1:], strict=True):
-        for choice in candidate.schemes:
-            change_OI = changes[candidate.site.name, choice]
-            product = 0.0 if gradient is None else float((candidate.site.to_matrix(gradient) * change_OI).sum())
-            along[candidate.site.name, choice] = product
+        own = changes[candidate.site.name]
+        if gradient is None:
+            along[candidate.site.name] = torch.zeros(len(own))
+            continue
+        gradient_W = candidate.site.to_matrix(gradient).flatten()
+        along[candidate.site.name] = torch.stack([change_OI.flatten() @ gradient_W for change_OI in own]).cpu()
     entering = grads[0]
     return torch.zeros_like(hidden_BTD) if entering is None else entering.detach(), along

@@ -67,12 +67,15 @@ def test_the_time_of_large_models_from_their_configurations(
     seconds, reason = width_seconds(data, skeleton, plan, choices, cpu, torch.float16)
     assert seconds is None and reason == f"one block with gradients takes {gigabytes} GB, 1.0 GB are free here"
     monkeypatch.setattr(limits, "host_bytes", lambda: 10**12)
-    monkeypatch.setattr(width_probe, "_passes", lambda *_: (1.0, 10.0))
+    monkeypatch.setattr(width_probe, "_passes", lambda *_: (1.0, 3.0, 7.0))
     monkeypatch.setattr(width_probe, "_rounding", lambda free, *_: 100.0 * len(next(iter(free.values()))))
     monkeypatch.setattr(width_probe, "_head", lambda *_: 2.0)
     slices = 128_256 / 8192
     seconds, reason = width_seconds(data, skeleton, plan, choices, cpu, torch.float16)
-    assert seconds == pytest.approx(64 * (blocks * 11 + 2 * slices) + blocks * 400 + 400 * (slices + 1)) and not reason
+    assert (
+        seconds == pytest.approx(64 * (blocks * 8 + 2 * slices) + blocks * (16 * 3 + 400) + 400 * (slices + 1))
+        and not reason
+    )
 
 
 def _offered(skeleton: Skeleton, schemes: dict[str, QuantScheme]) -> tuple[dict[int, Weights], Free]:
