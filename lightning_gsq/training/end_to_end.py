@@ -237,7 +237,7 @@ class EndToEndQuantization(LightningModule):
             local(parameter).copy_(self.best_state[name])
 
     def configure_optimizers(self) -> Any:
-        """One parameter group for each kind of parameter and width, with a cosine schedule that ends at the floor."""
+        """One parameter group for each kind of parameter and width; rates rise, then fall to the floor."""
         groups: dict[tuple[Trained, float], list[nn.Parameter]] = {(kind, 1.0): [] for kind in KINDS}
         blocks: Any = self.blocks.values()
         divergence = self.start_divergence
@@ -248,7 +248,7 @@ class EndToEndQuantization(LightningModule):
             groups.setdefault((kind, share), []).append(parameter)
         rates = self.options.rates
         optimizer = rates.make_optimizer(groups)
-        schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, rates.floor)
+        schedule = cosine_to_floor(optimizer, self.trainer.estimated_stepping_batches, rates.floor, rates.warmup)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # -- results

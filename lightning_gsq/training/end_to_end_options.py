@@ -49,6 +49,7 @@ class LearningRates:
         head: Learning rate of the head.
         codes: Learning rate of the codes' positions, in codes.
         floor: End of the cosine schedule, as a share of its start.
+        warmup: Steps in which the rates rise.
     """
 
     optimizer: OptimizerCallable
@@ -56,10 +57,15 @@ class LearningRates:
     head: float
     codes: float
     floor: float
+    warmup: int
 
     def __post_init__(self) -> None:
         _positive(norm_learning_rate=self.norms, head_learning_rate=self.head, code_learning_rate=self.codes)
         _share(learning_rate_floor=self.floor)
+        if self.warmup < 0:
+            raise ConfigurationError(
+                f"end_to_end.learning_rate_warmup must not be negative, got {self.warmup}; 0 starts at the whole rates"
+            )
 
     def make_optimizer(self, parameters: Mapping[tuple[Trained, float], list[torch.nn.Parameter]]) -> Optimizer:
         """The optimizer, with a parameter group for each kind that trains and the share of its learning rate."""
@@ -150,6 +156,8 @@ class EndToEndOptions:
         head_learning_rate: Learning rate of the head.
         code_learning_rate: Learning rate of the positions between codes, in codes.
         learning_rate_floor: End of the cosine learning rate schedule, as a share of its start.
+        learning_rate_warmup: Steps in which the learning rates rise, at most a quarter of all: the first ones of Adam
+            go by the sign of a single gradient, which leads away from a good start.
         temperature: Temperature of teacher and student in the divergence.
         cross_entropy: Share of the next tokens' cross-entropy in the loss; the rest is the divergence.
         top_k: Keep only this many of the teacher's most probable tokens, computed once and stored in the run folder;
@@ -173,6 +181,7 @@ class EndToEndOptions:
         head_learning_rate: float = 1e-4,
         code_learning_rate: float = 1e-3,
         learning_rate_floor: float = 0.1,
+        learning_rate_warmup: int = 5,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
         top_k: int | None = None,
@@ -189,7 +198,12 @@ class EndToEndOptions:
             raise ConfigurationError("end_to_end.train is empty: name scales, norms, head, codes or embedding")
         self.train: Sequence[Trained] = train
         self.rates = LearningRates(
-            optimizer, norm_learning_rate, head_learning_rate, code_learning_rate, learning_rate_floor
+            optimizer,
+            norm_learning_rate,
+            head_learning_rate,
+            code_learning_rate,
+            learning_rate_floor,
+            learning_rate_warmup,
         )
         self.loss = Distillation(temperature, cross_entropy, top_k, chunk)
         self.passes = Passes(max_epochs, max_steps, batch_size, accumulate_grad_batches, validations)

@@ -104,6 +104,7 @@ WRONG = {
     "--evaluation.source": ["Nobody", "7"],
     "--end_to_end.head_learning_rate": ["0", "-1", "x"],
     "--end_to_end.learning_rate_floor": ["-0.1", "1.1"],
+    "--end_to_end.learning_rate_warmup": ["-1", "1.5", "x"],
     "--end_to_end.chunk": ["0", "-1", "x"],
     "--end_to_end.recompute": ["maybe"],
     "--end_to_end.optimizer": ["torch.optim.Nobody", "7"],
