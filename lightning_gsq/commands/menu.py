@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +145,13 @@ def offered(
     runtime = _runtime(formats)
     choices = [scheme_of(name) for name in _choices(model, runtime)]
     pinned, columns = _pins(model, plan)
-    free = {name: _options(model, runtime, choices, name, columns[name]) for name in columns if name not in pinned}
+    fused = (f"{block.name}.{site.name}" for block in plan for site in block.weights if site.experts)
+    plain_alone = {*end_names(model.network), *fused}
+    free = {
+        name: _options(model, runtime, choices, name, columns[name], plain_alone)
+        for name in columns
+        if name not in pinned
+    }
     if not free:
         raise ConfigurationError("model.size: every matrix is pinned, nothing is left to choose; leave out the size")
     groups = make_groups(pinned, free, find_blocks(model.network)[0])
@@ -213,9 +219,21 @@ def _notes(runtime: ExportFormat, pinned: Mapping[str, QuantScheme], columns: Ma
 
 
 def _options(
-    model: ModelQuantization, runtime: ExportFormat, choices: Sequence[QuantScheme], name: str, columns: int
+    model: ModelQuantization,
+    runtime: ExportFormat,
+    choices: Sequence[QuantScheme],
+    name: str,
+    columns: int,
+    plain_alone: Collection[str],
 ) -> dict[str, QuantScheme]:
     """What a matrix may take, by its name; where a type does not hold its rows, what presets take instead."""
+    if name in plain_alone:
+        choices = [choice for choice in choices if not choice.mixed]
+        if not choices:
+            raise ConfigurationError(
+                f"model.choices: salient columns are for plain matrices in the blocks, and {name} is none; add a "
+                "preset without them, such as w4g64"
+            )
     fitting = [fit_rows({name: choice}, {name: columns}, model.selection.fallback)[name] for choice in choices]
     for scheme in fitting:
         reason = runtime.why_no_choice(scheme, columns)

@@ -19,10 +19,9 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers.dual_mode import fit_scale
 from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.saliency.graph import GraphOptions
-from lightning_gsq.saliency.scores import column_count, column_step
 from lightning_gsq.weights.packing import WORD_BITS, index_bits, packed_words
 from lightning_gsq.weights.quantized import BitsLedger
-from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.salient_part import SalientPart, column_count, column_step
 from lightning_gsq.weights.scheme import QuantScheme
 
 MAX_RATIO = 0.3

@@ -23,7 +23,7 @@ from lightning_gsq.saliency.budget import MAX_RATIO, Menu, Option, column_errors
 from lightning_gsq.saliency.graph import GraphOptions, graph_group_count
 from lightning_gsq.saliency.threshold import adaptive_ratio
 from lightning_gsq.weights.quantized import QuantizedWeight
-from lightning_gsq.weights.salient_part import SalientPart
+from lightning_gsq.weights.salient_part import SalientPart, column_count
 from lightning_gsq.weights.scheme import QuantScheme
 
 SAMPLE_ROWS = 128
@@ -143,14 +143,14 @@ def _structured(matrix: Matrix, part: SalientPart, options: SettleOptions) -> Ch
         return dataclasses.replace(scheme, salient=settled)
 
     def cost(ratio: float) -> tuple[float, float]:
-        count = saliency.column_count(ratio, columns)
+        count = column_count(ratio, columns)
         bits = mixed_bits(rows, columns, with_count(count)) / w_OI.numel()
         return float(few_I.sum() - saved_I[count]) / energy, bits
 
     ratio = part.ratio
     if ratio is None:
         ratio = adaptive_ratio(cost, options.price, high=options.max_ratio).ratio
-    count = saliency.column_count(ratio, columns)
+    count = column_count(ratio, columns)
     error, _ = cost(ratio)
     option = Option(
         with_count(count), order_I[:count].sort().values, error, mixed_bits(rows, columns, with_count(count))

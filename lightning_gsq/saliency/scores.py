@@ -11,10 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gsq.weights.packing import WORD_BITS
-
-NARROW = 8 * WORD_BITS
-"""Matrices with fewer input features choose single columns, others whole words of 32."""
 TINY = 1e-12
 
 
@@ -35,14 +31,3 @@ def salient_mask(score_OI: Tensor, ratio: float) -> Tensor:
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[flat.argsort(descending=True, stable=True)[: round(ratio * flat.numel())]] = True
     return mask.view_as(score_OI)
-
-
-def column_step(in_features: int) -> int:
-    """Columns that are chosen together: 32, so that no row of packed codes ends in padding; 1 in a narrow matrix."""
-    return WORD_BITS if in_features >= NARROW else 1
-
-
-def column_count(ratio: float, in_features: int) -> int:
-    """Salient columns for a ratio: whole steps, and at least one step is left to the others."""
-    step = column_step(in_features)
-    return min(round(ratio * in_features / step), (in_features - 1) // step) * step

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_gsq.weights.packing import expect_parts, index_bits, pack, pack_flat, packed_words, unpack, unpack_flat
-from lightning_gsq.weights.quantized import BitsLedger, QuantizedTensor
+from lightning_gsq.weights.quantized import BitsLedger, QuantizedTensor, packed_like
+from lightning_gsq.weights.salient_part import column_count
 from lightning_gsq.weights.scheme import QuantScheme
 
 
@@ -149,3 +150,32 @@ def other_columns(columns_K: Tensor, in_features: int) -> Tensor:
     mask_I = torch.ones(in_features, dtype=torch.bool, device=columns_K.device)
     mask_I[columns_K] = False
     return mask_I.nonzero().flatten()
+
+
+def mixed_like(scheme: QuantScheme, rows: int, columns: int, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What :meth:`MixedTensor.pack` gives for such a matrix, on the meta device: shapes and dtypes alone.
+
+    Args:
+        scheme: Structured, its ratio and its distinct scales known.
+        rows: ``O``.
+        columns: ``I``.
+        scale_dtype: Stored dtype of the scales.
+    """
+    assert scheme.salient is not None and scheme.salient.ratio is not None
+    count, table = column_count(scheme.salient.ratio, columns), scheme.salient.scale_groups
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    parts = {"columns": empty(1, packed_words(columns, 1))}
+    parts |= packed_like(scheme.plain, rows, columns - count, scale_dtype)
+    if count:
+        salient = packed_like(scheme.salient_scheme, rows, count, scale_dtype)
+        parts |= {f"salient_{name}": value for name, value in salient.items()}
+    if isinstance(table, int):
+        members = rows * parts.pop("scales").shape[1]
+        parts |= {
+            "table": empty(table, dtype=scale_dtype),
+            "members": empty(1, packed_words(members, index_bits(table))),
+        }
+    return parts

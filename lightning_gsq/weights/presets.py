@@ -11,6 +11,7 @@ import difflib
 import functools
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.code_vectors import VECTORS
 from lightning_gsq.weights.grid import Bits, Grid, grid_of, table_grid, unsigned_grid
 from lightning_gsq.weights.layout import Integers, ScaleLayout
+from lightning_gsq.weights.salient_part import SalientPart
 from lightning_gsq.weights.vector_grid import EIGHTHS, vector_grid
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -112,16 +114,51 @@ NAMED = {**GGML, **MLX}
 """Presets that are more than a width and a group size."""
 OF_FILE = "file"
 """In place of a preset in ``model.scheme``: each weight has the type that the file of the start ``FromFile`` has."""
-_PLAIN = re.compile(r"w([1-8]|t)g([1-9]\d{0,6})")
+_PLAIN = re.compile(r"w([1-8]|t)g([1-9]\d{0,6})(?:s([1-9]\d?)(?:b([2-8]))?)?")
+SALIENT_BITS, SALIENT_TABLE = 4, 16
+"""Bits of the salient columns of a name such as ``w1g64s10``, and distinct scales of the others at one bit."""
+
+
+class PlainPreset(NamedTuple):
+    """What a name such as ``w3g64`` or ``w1g64s10b4`` says.
+
+    Args:
+        bits: Bits a weight, or "ternary".
+        group_size: Weights that share a scale.
+        salient: The salient columns; None for none.
+    """
+
+    bits: Bits
+    group_size: int
+    salient: SalientPart | None = None
+
+    @property
+    def name(self) -> str:
+        """The name."""
+        name = f"w{'t' if self.bits == 'ternary' else self.bits}g{self.group_size}"
+        if self.salient is None:
+            return name
+        bits = "" if self.salient.bits == SALIENT_BITS else f"b{self.salient.bits}"
+        return f"{name}s{round(100 * (self.salient.ratio or 0))}{bits}"
 
 
 @functools.cache
-def plain_preset(name: str) -> tuple[Bits, int] | None:
-    """Width and group size of a name such as ``w3g64`` (``wtg64`` is ternary); None for another kind of name."""
+def plain_preset(name: str) -> PlainPreset | None:
+    """Width and group size of a name such as ``w3g64`` (``wtg64`` is ternary); None for another kind of name.
+
+    ``w1g64s10`` has a tenth of salient columns at 4 bits, ``w1g64s10b3`` at 3.
+    """
     match = _PLAIN.fullmatch(name)
     if match is None:
         return None
-    return "ternary" if match[1] == "t" else int(match[1]), int(match[2])
+    bits: Bits = "ternary" if match[1] == "t" else int(match[1])
+    salient = None
+    if match[3] is not None:
+        table = SALIENT_TABLE if bits == 1 else None
+        salient = SalientPart(
+            "structured", int(match[4] or SALIENT_BITS), int(match[3]) / 100, "error", scale_groups=table
+        )
+    return PlainPreset(bits, int(match[2]), salient)
 
 
 def is_name(name: str) -> bool:
@@ -150,8 +187,8 @@ def preset_named(name: str) -> Preset:
         near = difflib.get_close_matches(name.lower(), [*NAMED, *plain], n=1, cutoff=0.6)
         meant = f"; the nearest is {near[0]}" if near else ""
         raise ConfigurationError(
-            f"there is no preset {name!r}{meant}. There are w<bits>g<group size> (bits 1 to 8, or t "
-            f"for ternary), mlx<bits>g<group size> (bits {', '.join(map(str, MLX_BITS))}; groups of "
-            f"{', '.join(map(str, MLX_GROUPS))}), {', '.join(GGML)}"
+            f"there is no preset {name!r}{meant}. There are w<bits>g<group size> (bits 1 to 8, or t for ternary; "
+            f"s<percent> behind it for salient columns of {SALIENT_BITS} bits), mlx<bits>g<group size> (bits "
+            f"{', '.join(map(str, MLX_BITS))}; groups of {', '.join(map(str, MLX_GROUPS))}), {', '.join(GGML)}"
         )
     return preset

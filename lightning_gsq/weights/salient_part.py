@@ -7,9 +7,12 @@ from typing import Literal
 
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.weights.grid import MAX_BITS
+from lightning_gsq.weights.packing import WORD_BITS
 
 MAX_SCALE_GROUPS = 256
 """Distinct scales of a matrix whose numbers fit a byte."""
+NARROW = 8 * WORD_BITS
+"""Matrices with fewer input features choose single columns, others whole words of 32."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,14 @@ class SalientPart:
                 "salient.score error compares whole columns: use it with salient.layout structured, or choose "
                 "magnitude or hessian"
             )
+
+
+def column_step(in_features: int) -> int:
+    """Columns that are chosen together: 32, so that no row of packed codes ends in padding; 1 in a narrow matrix."""
+    return WORD_BITS if in_features >= NARROW else 1
+
+
+def column_count(ratio: float, in_features: int) -> int:
+    """Salient columns for a ratio: whole steps, and at least one step is left to the others."""
+    step = column_step(in_features)
+    return min(round(ratio * in_features / step), (in_features - 1) // step) * step

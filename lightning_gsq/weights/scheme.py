@@ -75,12 +75,18 @@ class QuantScheme:
         """Fills bits and group size; a name that says no more than these leaves no trace."""
         plain = plain_preset(name)
         preset = None if plain else preset_named(name)
-        bits, group_size = plain if plain else (preset.bits, preset.group_size)  # type: ignore[union-attr]
+        bits, group_size = plain[:2] if plain else (preset.bits, preset.group_size)  # type: ignore[union-attr]
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for option, wanted in (("bits", bits), ("group_size", group_size)):
             value = getattr(self, option)
             if value not in (wanted, defaults[option]):
                 raise ConfigurationError(f"{option} {value} does not go with the preset {name}, whose own is {wanted}")
+        if plain is not None and plain.salient is not None:
+            if self.salient not in (None, plain.salient) or self.budget is not None:
+                raise ConfigurationError(
+                    f"the preset {name} has salient columns of its own: leave out salient and budget"
+                )
+            object.__setattr__(self, "salient", plain.salient)
         if preset is not None and (self.salient is not None or self.budget is not None):
             raise ConfigurationError(
                 f"the preset {name} has no salient weights and no budget: leave them out, or give bits and group_size "

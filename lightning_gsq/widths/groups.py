@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_gsq.weights.presets import PlainPreset, plain_preset
 from lightning_gsq.weights.scheme import QuantScheme
 
 _MEMBER = re.compile(r"\.\d+\.")
@@ -67,9 +68,9 @@ def scheme_name(scheme: QuantScheme) -> str:
     """The name of a preset, such as ``q4_k`` or ``w3g64``; a description where a scheme has none."""
     if scheme.preset is not None:
         return scheme.preset
-    if scheme.mixed or scheme.group_size < 1:
-        return str(scheme)
-    return f"w{'t' if scheme.bits == 'ternary' else scheme.bits}g{scheme.group_size}"
+    name = PlainPreset(scheme.bits, scheme.group_size, scheme.salient).name
+    named_so = plain_preset(name)
+    return name if named_so is not None and QuantScheme(*named_so) == scheme else str(scheme)
 
 
 def named(schemes: Sequence[QuantScheme]) -> dict[str, QuantScheme]:

@@ -30,21 +30,22 @@ def _bytes(folder: Path, format_: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("format_", "choices", "size"),
+    ("format_", "choices", "size", "least"),
     [
-        ("native", ["w2g64", "w3g64", "w4g64", "w6g64"], "200kB"),
-        ("gguf", ["q2_0", "q4_0", "q5_0", "q8_0"], "230kB"),
-        ("native", ["q4_0", "w3g32", "mlx6g64"], "4.9bpw"),
+        ("native", ["w2g64", "w3g64", "w4g64", "w6g64"], "200kB", 0.995),
+        ("gguf", ["q2_0", "q4_0", "q5_0", "q8_0"], "230kB", 0.995),
+        ("native", ["q4_0", "w3g32", "mlx6g64"], "4.9bpw", 0.995),
+        ("native", ["w1g64s10", "w1g64s25b3", "wtg128s5", "w3g64", "w5g64"], "157kB", 0.97),  # names weigh as well
     ],
 )
 def test_the_file_is_as_large_as_was_asked_for(
-    model: Path, tmp_path: Path, format_: str, choices: list[str], size: str
+    model: Path, tmp_path: Path, format_: str, choices: list[str], size: str, least: float
 ) -> None:
     run = quantize(model, tmp_path / "run", 3, 64, size=size, choices=choices, export=[format_])
     choice = run.recipe["choice"]
     written = _bytes(tmp_path / "run", format_)
     assert written == choice["num_bytes"]
-    assert 0.995 * choice["limit"] <= written <= choice["limit"]
+    assert least * choice["limit"] <= written <= choice["limit"]
     assert len(set(choice["widths"].values())) > 1
     assert set(choice["widths"]) == set(run.weights)
     card = tmp_path / "run" / "export" / format_
@@ -167,6 +168,12 @@ def test_choices_that_the_runtime_lacks_and_exports_without_a_size_are_refused(
     changes["model__choices"] = ["q4_0", "mlx6g64"]
     assert _fit(tmp_path, model, corpus, "--export", "[gguf]", **changes) == 2
     assert "gguf has no type that holds mlx6g64" in capsys.readouterr().err
+    changes["model__choices"] = ["q4_0", "w1g64s10"]
+    assert _fit(tmp_path, model, corpus, "--export", "[gguf]", **changes) == 2
+    assert "model.choices: gguf has no salient columns, as w1g64s10 has" in capsys.readouterr().err
+    changes["model__choices"] = ["w1g64s10", "w1g64s25"]
+    assert _fit(tmp_path, model, corpus, **changes) == 2
+    assert "salient columns are for plain matrices in the blocks, and model.embed_tokens" in capsys.readouterr().err
     assert _fit(tmp_path, model, corpus, "--export", "[dequantized]", **changes) == 2
     assert "counts the bytes of a gguf or a native file" in capsys.readouterr().err
 

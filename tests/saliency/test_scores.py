@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from lightning_gsq.saliency.scores import (
-    column_count,
-    hessian_score,
-    magnitude_score,
-    salient_mask,
-)
+from lightning_gsq.saliency.scores import hessian_score, magnitude_score, salient_mask
+from lightning_gsq.weights.salient_part import column_count
 
 
 def test_magnitude_is_the_distance_from_the_mean_in_deviations() -> None:

@@ -104,7 +104,10 @@ class GGUFFormat(ExportFormat):
 
     def why_no_choice(self, scheme: QuantScheme, in_features: int) -> str | None:
         """There is no block type for that, or none that is as small: a wider choice would cost the same bytes."""
-        storage, name = Storage.of(scheme, in_features, "Q8_0"), scheme_name(scheme)
+        name = scheme_name(scheme)
+        if scheme.mixed:
+            return f"gguf has no salient columns, as {name} has; native has"
+        storage = Storage.of(scheme, in_features, "Q8_0")
         own = plain_bits(scheme, in_features, 8 * torch.float16.itemsize)
         if storage.exact and storage.bits <= own:
             return None

@@ -37,6 +37,7 @@ from lightning_gsq.packed.exchange import stem_of, why_no_packed_form
 from lightning_gsq.packed.layers import PackedWeight
 from lightning_gsq.packed.salient_linear import SageLinear
 from lightning_gsq.weights.ledger import Ledger, LedgerEntry
+from lightning_gsq.weights.mixed import mixed_like
 from lightning_gsq.weights.quantized import packed_like
 from lightning_gsq.weights.scheme import QuantScheme
 
@@ -96,7 +97,8 @@ class NativeFormat(ExportFormat):
         dtype, shard_size = run.model.storage.scale_dtype, ExportOptions().shard_size
 
         def packed(weight: ExportedWeight) -> dict[str, Tensor]:
-            parts = packed_like(weight.scheme, *weight.shape, dtype)
+            like = mixed_like if weight.scheme.mixed else packed_like
+            parts = like(weight.scheme, *weight.shape, dtype)
             return {f"{stem_of(weight.name, weight.site)}.{part}": value for part, value in parts.items()}
 
         def weight(name: str, scheme: QuantScheme) -> int:
