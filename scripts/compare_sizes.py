@@ -86,7 +86,7 @@ def main() -> None:
         menu = replace(menu, limit=mix_bytes(options.size, menu))
     for row in wanted:
         began = time.perf_counter()
-        widths = widths_of(row, menu, options.plan, files)
+        widths = widths_of(row, menu, options.plan, files, rounded=not options.phases)
         line: dict[str, Any] = {"row": row, "size": options.size, "phases": options.phases}
         line["bytes"] = menu.file.total({own: scheme_of(width) for own, width in widths.items()})
         folder = options.folder / f"{row}-{options.size}"

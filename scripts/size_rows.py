@@ -13,20 +13,21 @@ from lightning_gsq.commands.sizing import decide
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.weights.assignment import fit_rows, scheme_of
 from lightning_gsq.weights.presets import GGML
-from lightning_gsq.widths import Worth, smoothed
+from lightning_gsq.widths import Worth, at_the_end, smoothed
 
 ROWS = ("uniform", "rule", "knapsack", "llama.cpp")
 WIDER = 4.0
 """How much more an error costs where the rule by hand gives more bits."""
 
 
-def widths_of(row: str, menu: Menu, plan: Path, files: dict[str, Path]) -> dict[str, str]:
+def widths_of(row: str, menu: Menu, plan: Path, files: dict[str, Path], rounded: bool) -> dict[str, str]:
     """What every matrix takes in a row.
 
     Args:
         row: One of :data:`ROWS`, or a name among the files.
         menu: What there is to choose.
         plan: Folder with ``worth.json``.
+        rounded: Whether plain rounding is all that will be done.
         files: Choices that somebody made, such as ``choice.yaml`` of another run, by the name of their row.
     """
     if row in files:
@@ -39,8 +40,9 @@ def widths_of(row: str, menu: Menu, plan: Path, files: dict[str, Path]) -> dict[
     if row == "rule":
         return dict(decide(menu, by_hand(menu), print).widths)
     predicted = json.loads((plan / "worth.json").read_text())
-    worth = smoothed(predicted["worth"], find_blocks(menu.model.network)[0], predicted["sequences"][0])
-    return dict(decide(menu, worth, print).widths)
+    prefix = find_blocks(menu.model.network)[0]
+    worth = smoothed(predicted["worth"], prefix, predicted["sequences"][0])
+    return dict(decide(menu, worth if rounded else at_the_end(worth, prefix), print).widths)
 
 
 def by_hand(menu: Menu) -> Worth:

@@ -17,6 +17,7 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite
+from lightning_gsq.quantizers import GPTQ
 from lightning_gsq.run.block_plan import BlockPlan, with_schemes
 from lightning_gsq.run.folder import RunFolder
 from lightning_gsq.run.progress import read_json
@@ -24,8 +25,9 @@ from lightning_gsq.run.recipe_file import known_choice
 from lightning_gsq.system.digests import data_digest
 from lightning_gsq.system.files import write_atomically
 from lightning_gsq.system.waiting import wait_for
+from lightning_gsq.training import ModelQuantization
 from lightning_gsq.weights.assignment import scheme_of
-from lightning_gsq.widths import Choice, Group, Item, Worth, measure_worth, pick, smoothed
+from lightning_gsq.widths import Choice, Group, Item, Worth, at_the_end, measure_worth, pick, smoothed
 from lightning_gsq.widths.picture import draw_widths
 from lightning_gsq.widths.size import SLACK
 from lightning_gsq.widths.worth import Candidate, samples
@@ -71,11 +73,18 @@ def choose(
     else:
         worth = worth_of(menu, folder, recipe, ids_NT, device, seed, say)
         prefix = find_blocks(menu.model.network)[0]
-        choice = decide(menu, smoothed(worth, prefix, len(samples(ids_NT))), say)
+        costs = smoothed(worth, prefix, len(samples(ids_NT)))
+        choice = decide(menu, at_the_end(costs, prefix) if makes_up(menu.model) else costs, say)
     if not folder.rank:
         choice.write(folder.root)
     menu.model.take(choice.widths, mixture_name(menu.model))
     return choice
+
+
+def makes_up(model: ModelQuantization) -> bool:
+    """Whether a run makes up for what rounding does to the blocks: by its start, which is GPTQ or a kind of it, or by
+    training them."""
+    return "blocks" in model.phases or isinstance(model.start.warm_start, GPTQ)
 
 
 def chosen_plan(menu: Menu, choice: Choice) -> list[BlockPlan]:

@@ -101,7 +101,7 @@ def print_choice(console: Console, choice: Choice, parts: Mapping[str, tuple[str
     console.print(_widths_table(f"Widths for {choice.size} as {choice.runtime}", "widths", parts))
     console.print(
         f"file of {choice.num_bytes:,} bytes, {choice.num_bytes / choice.limit:.2%} of {choice.limit:,}; predicted "
-        f"divergence {choice.cost:.4g} nats a token before training",
+        f"divergence {choice.cost:.4g} nats a token at the end",
         soft_wrap=True,
     )
 
