@@ -80,7 +80,9 @@ def size_of(
     """
     if size is None:
         if choices is not None:
-            raise ConfigurationError(f"model.choices: {list(choices)} are for --model.size, which is not given")
+            raise ConfigurationError(
+                f"model.choices: {list(choices)} are for --model.size, which is not given (80MB, 2.6bpw)"
+            )
         return None
     if choices is not None and len(set(choices)) < 2:
         raise ConfigurationError(

@@ -21,7 +21,9 @@ def says(given: Any, value: Any) -> bool:
     return bool(given == value)
 
 
-@pytest.mark.parametrize("name", ["5min", "10min", "experts-only", "moe", "quickstart", "trial", "ternary"])
+@pytest.mark.parametrize(
+    "name", ["5min", "10min", "experts-only", "moe", "near-binary", "quickstart", "trial", "ternary"]
+)
 def test_by_name(name: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["fit", "a/model", "--config", name, "--print_config"])
@@ -58,5 +60,5 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 def test_another_name(capsys: Any) -> None:
     assert main(["fit", "a/model", "--config", "quickstar"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    names = "10min, 5min, default, experts-only, moe, quickstart, ternary, trial"
+    names = "10min, 5min, default, experts-only, moe, near-binary, quickstart, ternary, trial"
     assert f"there is no file quickstar; those of the package are {names}" in said
