@@ -61,6 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "model__phases": ["init", "blocks", "end_to_end"],
         "end_to_end__optimizer": END_TO_END["optimizer"],
         "end_to_end__max_steps": END_TO_END["max_steps"],
+        "end_to_end__learning_rate_warmup": 0,
     },
 }
 NATIVE_ALONE = {"salient columns", "budget"}
