@@ -82,9 +82,11 @@ def choose(
 
 
 def makes_up(model: ModelQuantization) -> bool:
-    """Whether a run makes up for what rounding does to the blocks: by its start, which is GPTQ or a kind of it, or by
-    training them."""
-    return "blocks" in model.phases or isinstance(model.start.warm_start, GPTQ)
+    """Whether a run's start, which is GPTQ or a kind of it, makes up for what rounding does to the blocks.
+
+    Phases do not count: they may come later, in a folder whose choice has been made.
+    """
+    return isinstance(model.start.warm_start, GPTQ)
 
 
 def chosen_plan(menu: Menu, choice: Choice) -> list[BlockPlan]:

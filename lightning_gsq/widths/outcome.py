@@ -1,8 +1,8 @@
 """What is left, at the end of a run, of the divergence that plain rounding of a matrix would have made.
 
-Predictions are those of plain rounding (:mod:`lightning_gsq.widths.worth`). In the blocks a start by least squares or
-training then takes away about half; embedding and head stay as they were rounded. So what these cost weighs more in the
-end than it does at the beginning (measured in docs/size.md).
+Predictions are those of plain rounding (:mod:`lightning_gsq.widths.worth`). In the blocks a start by least squares then
+takes away about half; embedding and head stay as they were rounded. So what these cost weighs more in the end than it
+does at the beginning (measured in docs/size.md).
 """
 
 from __future__ import annotations

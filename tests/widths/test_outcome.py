@@ -7,7 +7,6 @@ import pytest
 from lightning_gsq.commands.sizing import makes_up
 from lightning_gsq.quantizers import GPTQ, RTN, LeastSquares, LlamaCpp, WarmStart
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.training.settings import Phase
 from lightning_gsq.widths import at_the_end
 
 CHOICES = ["w2g64", "w4g64"]
@@ -22,15 +21,8 @@ def test_blocks_are_made_up_for_and_what_lies_outside_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "phases", "expected"),
-    [
-        (RTN(), ["init"], False),
-        (LlamaCpp(), ["init", "end_to_end"], False),
-        (RTN(), ["init", "blocks"], True),
-        (GPTQ(), ["init"], True),
-        (LeastSquares(), ["init", "end_to_end"], True),
-    ],
+    ("start", "expected"), [(RTN(), False), (LlamaCpp(), False), (GPTQ(), True), (LeastSquares(), True)]
 )
-def test_what_makes_up_for_rounding(start: WarmStart, phases: list[Phase], expected: bool) -> None:
-    model = ModelQuantization("x", size="80MB", choices=CHOICES, warm_start=start, phases=phases)
+def test_what_makes_up_for_rounding(start: WarmStart, expected: bool) -> None:
+    model = ModelQuantization("x", size="80MB", choices=CHOICES, warm_start=start)
     assert makes_up(model) is expected
