@@ -27,8 +27,8 @@ def widths_of(row: str, menu: Menu, plan: Path, files: dict[str, Path], rounded:
         row: One of :data:`ROWS`, or a name among the files.
         menu: What there is to choose.
         plan: Folder with ``worth.json``.
-        rounded: Whether plain rounding is all that will be done.
         files: Choices that somebody made, such as ``choice.yaml`` of another run, by the name of their row.
+        rounded: Whether plain rounding is all that will be done.
     """
     if row in files:
         return dict(yaml.safe_load(files[row].read_text()))

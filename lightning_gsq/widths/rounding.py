@@ -58,8 +58,7 @@ def _mixed(w_OI: Tensor, importance_I: Tensor | None, scheme: QuantScheme, scale
     assert scheme.salient is not None and scheme.salient.ratio is not None
     moment_I = torch.ones_like(w_OI[0]) if _counting(importance_I) is None else importance_I
     assert moment_I is not None
-    errors = (column_errors(w_OI, moment_I, part) for part in (scheme.plain, scheme.salient_scheme))
-    few_I, many_I = errors
+    few_I, many_I = (column_errors(w_OI, moment_I, part) for part in (scheme.plain, scheme.salient_scheme))
     count = column_count(scheme.salient.ratio, w_OI.shape[1])
     columns_K = (few_I - many_I).argsort(descending=True, stable=True)[:count].sort().values
 

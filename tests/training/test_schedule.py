@@ -27,7 +27,6 @@ def test_the_rate_rises_in_even_parts_and_falls_to_the_floor() -> None:
 
 
 def test_a_warm_up_takes_a_quarter_of_the_steps_at_most() -> None:
-    assert _rates(8, 0.0, 5)[:3] == pytest.approx(
-        [_rates(8, 0.0, 0)[0] / 3, _rates(8, 0.0, 0)[1] * 2 / 3, _rates(8, 0.0, 0)[2]]
-    )
+    plain = _rates(8, 0.0, 0)
+    assert _rates(8, 0.0, 5)[:3] == pytest.approx([plain[0] / 3, plain[1] * 2 / 3, plain[2]])
     assert _rates(3, 0.0, 5) == _rates(3, 0.0, 0)
