@@ -11,32 +11,23 @@ of ``--length`` tokens from the end of the text). One JSON line a replacement; a
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_gsq.data import CalibrationDataModule, PythonDocumentation, TextFile
+from replacing import Predictions, Roundings
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_gsq.models import loading
-from lightning_gsq.models.chain import Trace, find_blocks, run_block, trace
-from lightning_gsq.models.linear_weights import find_linear_sites
-from lightning_gsq.models.passing import Forms
-from lightning_gsq.models.standing_in import standing_in
-from lightning_gsq.models.survey import survey
+from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.run.agreement import divergences
-from lightning_gsq.weights.assignment import scheme_of
-from lightning_gsq.widths.worth import Candidate, changes_of, on_device, samples
-
-CPU = torch.device("cpu")
+from lightning_gsq.widths.worth import samples
 
 
 def main() -> None:
@@ -94,29 +85,16 @@ class Replacements:
     """
 
     def __init__(self, network: PreTrainedModel, calibration_NT: Tensor, held_out_NT: Tensor) -> None:
-        self.network, self.held_out_NT = network, held_out_NT
-        self.prefix, self.blocks = find_blocks(network)
-        self.forms: Forms = survey(network).forms
-        self.calibration = [trace(network, ids_T[None]) for ids_T in calibration_NT]
-        self.held_out = [trace(network, ids_T[None]) for ids_T in held_out_NT]
-        self.original = [self._predictions(n, 0) for n in range(len(held_out_NT))]
+        self.roundings, self.predictions = Roundings(network, calibration_NT), Predictions(network, held_out_NT)
+        self.original = [self.predictions.of(n) for n in range(len(held_out_NT))]
 
     def divergences(self, name: str, choices: list[str]) -> dict[str, float]:
         """In nats a token, of each choice of a matrix."""
-        number, _, inside = name.removeprefix(f"{self.prefix}.").partition(".")
-        index = int(number)
-        block = self.blocks[index]
-        hidden_BTD, call = self.calibration[0].inputs_BTD[index], self.calibration[0].calls[index]
-        sites = find_linear_sites(block, lambda: run_block(block, hidden_BTD, call))
-        site = next(site for site in sites if site.name == inside)
-        candidate = Candidate(site, {choice: scheme_of(choice) for choice in choices})
-        batches = [(own.inputs_BTD[index], on_device(own.calls[index], CPU)) for own in self.calibration]
-        visitor = copy.deepcopy(block).float()
-        changes = changes_of(visitor, [candidate], batches, CPU, torch.float16)
-        parameter = block.get_parameter(inside)
+        index, inside = self.roundings.place(name)
+        parameter = self.roundings.blocks[index].get_parameter(inside)
         original, found = parameter.data, {}
-        for choice, change_OI in zip(choices, changes[inside], strict=True):
-            parameter.data = site.from_matrix(site.to_matrix(original) + change_OI).contiguous()
+        for choice, rounded in zip(choices, self.roundings.of(name, choices), strict=True):
+            parameter.data = rounded
             found[choice] = self._divergence(index)
             parameter.data = original
         return found
@@ -124,22 +102,8 @@ class Replacements:
     def _divergence(self, index: int) -> float:
         sums = 0.0
         for n, before_TV in enumerate(self.original):
-            after_TV = self._predictions(n, index)
-            sums += float(divergences(after_TV, before_TV).mean())
+            sums += float(divergences(self.predictions.of(n, index), before_TV).mean())
         return sums / len(self.original)
-
-    @torch.no_grad()
-    def _predictions(self, n: int, index: int) -> Tensor:
-        """Log probabilities ``T V``; blocks before ``index`` only hand on what they gave before."""
-        earlier = {i: _giving(self.forms, self.blocks[i], self.held_out[n], i) for i in range(index)}
-        with standing_in(earlier, self.blocks):
-            logits_BTV = self.network(self.held_out_NT[n : n + 1], use_cache=False).logits
-        return logits_BTV[0].float().log_softmax(-1)
-
-
-def _giving(forms: Forms, block: nn.Module, own: Trace, index: int) -> Callable[..., Any]:
-    after = own.inputs_BTD[index + 1] if index + 1 < len(own.inputs_BTD) else own.output_BTD
-    return lambda *_, **__: forms.like(block, own.calls[index].layout.unpack(after))
 
 
 def report(rows: list[dict[str, Any]]) -> None:

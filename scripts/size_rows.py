@@ -39,10 +39,15 @@ def widths_of(row: str, menu: Menu, plan: Path, files: dict[str, Path], rounded:
         return mix(_largest(sizes, menu.limit), menu.model.network, columns_of(menu))
     if row == "rule":
         return dict(decide(menu, by_hand(menu), print).widths)
-    predicted = json.loads((plan / "worth.json").read_text())
+    worth = predicted_costs(menu, plan)
     prefix = find_blocks(menu.model.network)[0]
-    worth = smoothed(predicted["worth"], prefix, predicted["sequences"][0])
     return dict(decide(menu, worth if rounded else at_the_end(worth, prefix), print).widths)
+
+
+def predicted_costs(menu: Menu, plan: Path) -> Worth:
+    """What rounding costs by the predictions of a plan, without their noise."""
+    predicted = json.loads((plan / "worth.json").read_text())
+    return smoothed(predicted["worth"], find_blocks(menu.model.network)[0], predicted["sequences"][0])
 
 
 def by_hand(menu: Menu) -> Worth:

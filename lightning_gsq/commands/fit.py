@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightning_gsq.callbacks import EndToEndProgress
 from lightning_gsq.commands.menu import make_menu
-from lightning_gsq.commands.sizing import choose, chosen_plan, picture
+from lightning_gsq.commands.sizing import choose, chosen_plan, makes_up, picture
 from lightning_gsq.commands.tables import print_choice, print_next, print_summary
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import refuse_early
@@ -143,7 +143,7 @@ def fit(
             device = trainer.strategy.root_device
             choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, say)
             plan = chosen_plan(menu, choice)
-            print_choice(console, choice, menu.parts(choice))
+            print_choice(console, choice, menu.parts(choice), makes_up(model))
             board.log_figure(trainer.loggers, "widths", picture(menu, choice))
             announce(exports, PlannedRun(model, plan, settings["model"]), root, reserved, console)
             recipe = make_recipe(settings, seed, model, data, evaluation, choice.as_plain())

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_gsq.commands.menu import Free, make_menu, mixture_name
-from lightning_gsq.commands.sizing import choose
+from lightning_gsq.commands.sizing import choose, makes_up
 from lightning_gsq.commands.tables import print_choice
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.errors import ConfigurationError
@@ -64,7 +64,7 @@ def choose_before(
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
         choice = choose(menu, folder, recipe, data.train_ids_NT, trainer.strategy.root_device, seed, say)
-        print_choice(console, choice, menu.parts(choice))
+        print_choice(console, choice, menu.parts(choice), makes_up(model))
         say(f"{folder.root / FILE} keeps it; fit with the same options takes it as it is")
     del model.network
     return menu.free

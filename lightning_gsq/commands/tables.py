@@ -90,18 +90,19 @@ def _parts(summary: Mapping[str, Any]) -> str:
     return " + ".join(parts)
 
 
-def print_choice(console: Console, choice: Choice, parts: Mapping[str, tuple[str, int, int]]) -> None:
+def print_choice(console: Console, choice: Choice, parts: Mapping[str, tuple[str, int, int]], made_up: bool) -> None:
     """Prints the widths of all matrices, those of one kind together.
 
     Args:
         console: Where to print.
         choice: The choice.
         parts: What each matrix takes, its weights and its bytes, by name.
+        made_up: Whether the run's start makes up for rounding, which the predicted cost then counts.
     """
     console.print(_widths_table(f"Widths for {choice.size} as {choice.runtime}", "widths", parts))
     console.print(
         f"file of {choice.num_bytes:,} bytes, {choice.num_bytes / choice.limit:.2%} of {choice.limit:,}; predicted "
-        f"divergence {choice.cost:.4g} nats a token at the end",
+        f"divergence {choice.cost:.4g} nats a token {'after the start' if made_up else 'of plain rounding'}",
         soft_wrap=True,
     )
 

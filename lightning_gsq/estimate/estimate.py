@@ -142,8 +142,8 @@ def estimate(
     around = replace(around, host_room=host_room, output_dtype=model.storage.output_dtype, choices=most)
     case = Case(model, data, evaluation, activations, end_to_end, skeleton, plan, around)
     phases = case.phases()
-    scale_bytes = model.storage.scale_dtype.itemsize
-    ledgers = {scheme: ledger_of(items, scale_bytes) for scheme, items in _by_scheme(plan).items()}
+    scale_dtype = model.storage.scale_dtype
+    ledgers = {scheme: ledger_of(items, scale_dtype) for scheme, items in _by_scheme(plan).items()}
     outer = outer_ledgers(model, skeleton.model)
     streams = num_streams(model) * stream_bytes(data, activations, skeleton.width) if "blocks" in model.phases else 0
     windows = (

@@ -72,7 +72,7 @@ def phases_of(
     """The phases of ``fit`` with these settings, in order, without what the process takes by itself."""
     held = {MAPPED_MODEL if around.mapped else "model": skeleton.parameters * skeleton.dtype.itemsize}
     pairs = [pair for weights in plan.values() for pair in weights.items()]
-    ledger = ledger_of(pairs, model.storage.scale_dtype.itemsize)
+    ledger = ledger_of(pairs, model.storage.scale_dtype)
     outer = sum((bits for _, bits in outer_ledgers(model, skeleton.model).values()), BitsLedger())
     installed = replaced_terms(evaluation, skeleton, plan, outer.weights, around)
     stream = stream_bytes(data, options, skeleton.width)

@@ -99,22 +99,22 @@ def optimizer_state(model: ModelQuantization) -> float:
 
 def outer_ledgers(model: ModelQuantization, network: PreTrainedModel) -> dict[str, tuple[QuantScheme, BitsLedger]]:
     """Scheme and bits of a quantized embedding and head, by parameter name."""
-    itemsize = model.storage.scale_dtype.itemsize
+    scale_dtype = model.storage.scale_dtype
     return {
-        name: (scheme, ledger_of([(LinearSite(name, 0, rows, columns, transposed=False), scheme)], itemsize))
+        name: (scheme, ledger_of([(LinearSite(name, 0, rows, columns, transposed=False), scheme)], scale_dtype))
         for name, (scheme, (rows, columns)) in model.outer.expected(network).items()
     }
 
 
-def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_bytes: int) -> BitsLedger:
+def ledger_of(weights: Iterable[tuple[LinearSite, QuantScheme]], scale_dtype: torch.dtype) -> BitsLedger:
     """What quantized weights will cost, without quantizing them."""
     total = BitsLedger()
     for site, scheme in weights:
         if scheme.mixed:
-            total += planned_ledger(site.rows, site.in_features, scheme, 8 * scale_bytes)
+            total += planned_ledger(site.rows, site.in_features, scheme, scale_dtype)
             continue
         words = site.rows * sum(scheme.grid.words(site.in_features).values())
-        scales = stored_scale_bits(scheme, site.rows, site.in_features, 8 * scale_bytes)
+        scales = stored_scale_bits(scheme, site.rows, site.in_features, 8 * scale_dtype.itemsize)
         total += BitsLedger(site.rows * site.in_features, 32 * words, scales)
     return total
 

@@ -19,7 +19,8 @@ from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers.dual_mode import fit_scale
 from lightning_gsq.quantizers.rtn import round_groups
 from lightning_gsq.saliency.graph import GraphOptions
-from lightning_gsq.weights.packing import WORD_BITS, index_bits, packed_words
+from lightning_gsq.weights.mixed import mixed_like
+from lightning_gsq.weights.packing import index_bits
 from lightning_gsq.weights.quantized import BitsLedger
 from lightning_gsq.weights.salient_part import SalientPart, column_count, column_step
 from lightning_gsq.weights.scheme import QuantScheme
@@ -68,22 +69,14 @@ class Option:
     bits: int
 
 
-def mixed_bits(rows: int, in_features: int, scheme: QuantScheme, scale_bits: int = 16) -> int:
+def mixed_bits(rows: int, in_features: int, scheme: QuantScheme, scale_dtype: torch.dtype = torch.float16) -> int:
     """True bits of a matrix in the structured layout; equals its ledger."""
-    assert scheme.salient is not None and scheme.salient.ratio is not None
-    count = round(scheme.salient.ratio * in_features)
-    others, grid = in_features - count, scheme.salient_scheme
-    bits = WORD_BITS * (packed_words(in_features, 1) + rows * packed_words(others, scheme.storage_bits))
-    if count:
-        bits += rows * (WORD_BITS * packed_words(count, grid.storage_bits) + scale_bits * grid.num_groups(count))
-    groups = rows * scheme.num_groups(others)
-    table = scheme.salient.scale_groups
-    if isinstance(table, int):
-        return bits + scale_bits * table + WORD_BITS * packed_words(groups, index_bits(table))
-    return bits + scale_bits * groups
+    return 8 * sum(part.nbytes for part in mixed_like(scheme, rows, in_features, scale_dtype).values())
 
 
-def planned_ledger(rows: int, in_features: int, scheme: QuantScheme, scale_bits: int = 16) -> BitsLedger:
+def planned_ledger(
+    rows: int, in_features: int, scheme: QuantScheme, scale_dtype: torch.dtype = torch.float16
+) -> BitsLedger:
     """At most what a matrix will cost, before anything is known of it; what is left open counts as the dearest choice.
 
     Only the total means something: it stands with the codes.
@@ -99,10 +92,10 @@ def planned_ledger(rows: int, in_features: int, scheme: QuantScheme, scale_bits:
     if part.layout == "element":
         assert groups is not None
         codes = 1 + index_bits(groups) + ratio * part.bits
-        return BitsLedger(weights, int(weights * (codes + 1) + scale_bits * (rows + groups)))
+        return BitsLedger(weights, int(weights * (codes + 1) + 8 * scale_dtype.itemsize * (rows + groups)))
     ratio = column_count(ratio, in_features) / in_features
     settled = dataclasses.replace(scheme, salient=dataclasses.replace(part, ratio=ratio, scale_groups=groups))
-    return BitsLedger(weights, mixed_bits(rows, in_features, settled, scale_bits))
+    return BitsLedger(weights, mixed_bits(rows, in_features, settled, scale_dtype))
 
 
 def column_errors(w_OI: Tensor, moment_I: Tensor, scheme: QuantScheme) -> Tensor:

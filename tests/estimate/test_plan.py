@@ -106,7 +106,7 @@ def test_terms_of_training_are_the_tensors_of_a_block(bits: object) -> None:
     started = sum(q.start_codes.nbytes + q.start_scales.nbytes for q in own.values())
     assert by_kind["start:"] == started
     tensors = [BitsLedger.of(quantized(start, scheme, torch.float16)) for start in starts.values()]
-    assert quantities.ledger_of(((s, scheme) for s in sites), 2) == sum(tensors, BitsLedger())
+    assert quantities.ledger_of(((s, scheme) for s in sites), torch.float16) == sum(tensors, BitsLedger())
 
 
 def test_optimizer_state() -> None:
