@@ -46,6 +46,7 @@ def choose(
     ids_NT: Tensor,
     device: torch.device,
     seed: int,
+    limit: float,
     say: Callable[[str], None],
 ) -> Choice:
     """The choice of a run: the one that it has, or a new one, which the model takes.
@@ -59,6 +60,7 @@ def choose(
         ids_NT: Calibration sequences.
         device: Where to compute.
         seed: Seed of the run.
+        limit: Bytes that changes of a block's matrices may take at once.
         say: Prints a line for the user.
 
     Raises:
@@ -71,7 +73,7 @@ def choose(
         choice = Choice.of_plain(earlier)
         _say_of_another_runtime(menu, choice, say)
     else:
-        worth = worth_of(menu, folder, recipe, ids_NT, device, seed, say)
+        worth = worth_of(menu, folder, recipe, ids_NT, device, seed, limit, say)
         prefix = find_blocks(menu.model.network)[0]
         costs = smoothed(worth, prefix, len(samples(ids_NT)))
         choice = decide(menu, at_the_end(costs, prefix) if makes_up(menu.model) else costs, say)
@@ -146,6 +148,7 @@ def worth_of(
     ids_NT: Tensor,
     device: torch.device,
     seed: int,
+    limit: float,
     say: Callable[[str], None],
 ) -> Worth:
     """The worth of every choice, from ``worth.json`` where it is that of this model, text and choices."""
@@ -184,7 +187,7 @@ def worth_of(
             told = time.perf_counter()
             say(f"  {count} blocks left, {told - began:.0f} s so far")
 
-    worth = measure_worth(network, inside, outside, ids_NT, device, scale_dtype, seed, left)
+    worth = measure_worth(network, inside, outside, ids_NT, device, scale_dtype, seed, limit, left)
     lost = next((name for name, costs in worth.items() if not all(map(math.isfinite, costs.values()))), None)
     if lost is not None:
         raise ConfigurationError(

@@ -21,6 +21,7 @@ from lightning_gsq.models import loading
 from lightning_gsq.models.computed_weights import for_a_while
 from lightning_gsq.run.block_plan import BlockPlan, make_plan
 from lightning_gsq.run.claim import claimed
+from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.run.recipe import make_recipe
 from lightning_gsq.training import ModelQuantization
 from lightning_gsq.widths.choice import FILE
@@ -30,6 +31,7 @@ def choose_before(
     model: ModelQuantization,
     data: CalibrationDataModule,
     evaluation: PerplexityData,
+    activations: ActivationOptions,
     trainer: Trainer,
     settings: dict[str, Any],
     seed: int,
@@ -63,7 +65,8 @@ def choose_before(
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
-        choice = choose(menu, folder, recipe, data.train_ids_NT, trainer.strategy.root_device, seed, say)
+        device, limit = trainer.strategy.root_device, activations.memory_limit_gb * 1e9
+        choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, limit, say)
         print_choice(console, choice, menu.parts(choice), makes_up(model))
         say(f"{folder.root / FILE} keeps it; fit with the same options takes it as it is")
     del model.network

@@ -85,7 +85,7 @@ def phases_of(
 
     phases = [_loading(held, skeleton, around)]
     if around.choices:
-        widths = width_terms(data, skeleton, plan, around)
+        widths = width_terms(data, skeleton, plan, around, options.memory_limit_gb * 1e9)
         phases.append(Phase("widths: what embedding and head are worth", held | widths.seen | widths.ends))
         phases.append(Phase("widths: what the matrices of a block are worth", held | widths.seen, widths.block))
     phases.append(Phase(f"perplexity{way}", held | windows, evaluate))

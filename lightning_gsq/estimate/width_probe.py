@@ -27,10 +27,11 @@ from lightning_gsq.models.ends import find_ends
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.perplexity import FP32
 from lightning_gsq.system.seeding import generator_of
+from lightning_gsq.system.slices import slices_within
 from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.widths.ends import EVERY
 from lightning_gsq.widths.rounding import ROWS, change_of
-from lightning_gsq.widths.worth import WEIGHED_BY, Candidate, back_through, changes_of, on_device
+from lightning_gsq.widths.worth import WEIGHED_BY, Candidate, back_through, change_bytes, changes_of, on_device
 
 Schemes = Mapping[str, QuantScheme]
 """What a matrix may take, by the name of the choice."""
@@ -57,16 +58,17 @@ class WidthTiming:
     head: float
     ends: float
 
-    def total(self, pieces: int, blocks: int, deep: int) -> float:
+    def total(self, pieces: int, blocks: int, deep: int, parts: int) -> float:
         """Seconds in all.
 
         Args:
             pieces: Pieces of text.
             blocks: Blocks of the model.
             deep: Those that gradients go through, the last one first.
+            parts: Times that a block is passed, each for some of its matrices.
         """
-        a_piece = blocks * self.passed + deep * self.looked_at + self.head
-        a_block = min(pieces, WEIGHED_BY) * self.watched + self.rounding
+        a_piece = blocks * self.passed + deep * parts * self.looked_at + self.head
+        a_block = parts * min(pieces, WEIGHED_BY) * self.watched + self.rounding
         return pieces * a_piece + deep * a_block + self.ends
 
 
@@ -77,6 +79,7 @@ def width_seconds(
     choices: Mapping[str, Schemes],
     device: torch.device,
     scale_dtype: torch.dtype,
+    limit: float,
 ) -> tuple[float | None, str]:
     """Seconds of finding out what every choice is worth; None, and why, where one block does not fit this machine.
 
@@ -87,6 +90,7 @@ def width_seconds(
         choices: What each matrix may take that is not pinned, by its full name.
         device: Where blocks are computed.
         scale_dtype: Stored dtype of scales that have none of their own.
+        limit: Bytes that changes may take at once.
     """
     names = {index: {f"{skeleton.prefix}.{index}.{site.name}": site for site in plan[index]} for index in plan}
     wanting = [index for index, sites in names.items() if any(name in choices for name in sites)]
@@ -115,7 +119,8 @@ def width_seconds(
         (vocabulary * of_head + occurring * of_embedding) / rows,
     )
     deep = len(skeleton.blocks) - (0 if embedding else min(wanting, default=len(skeleton.blocks)))
-    return timing.total(pieces, len(skeleton.blocks), deep), ""
+    parts = slices_within([change_bytes(site, len(schemes)) for site, schemes in free.items()], limit)
+    return timing.total(pieces, len(skeleton.blocks), deep, max(1, len(parts))), ""
 
 
 def _passes(

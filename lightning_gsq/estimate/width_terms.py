@@ -1,8 +1,9 @@
 """Memory of finding out what the choices of each matrix are worth, where a size is given.
 
 :mod:`lightning_gsq.widths.worth` keeps what enters every block for all pieces of text on the host, and has one block
-on the device: in fp32, with one change a choice for each of its matrices, and their gradients. What the head is worth
-needs its gradient for all pieces; what the embedding is, one change.
+on the device: in fp32, with one change a choice for each of its matrices, and their gradients, of as many matrices at
+once as stay within ``activations.memory_limit_gb``. What the head is worth needs its gradient for all pieces; what the
+embedding is, one change.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from lightning_gsq.estimate.quantities import Surroundings, Weights
 from lightning_gsq.estimate.simulate import activation_bytes
 from lightning_gsq.estimate.skeleton import Skeleton
 from lightning_gsq.run.perplexity import FP32
+from lightning_gsq.system.slices import slices_within
 from lightning_gsq.widths.ends import EVERY
 from lightning_gsq.widths.rounding import ROWS
-from lightning_gsq.widths.worth import SEQUENCES, TOKENS
+from lightning_gsq.widths.worth import SEQUENCES, TOKENS, change_bytes
 
 BF16 = 2
 LOGIT_COPIES = 4
@@ -46,9 +48,9 @@ def pieces_of(data: CalibrationDataModule) -> tuple[int, int]:
 
 
 def width_terms(
-    data: CalibrationDataModule, skeleton: Skeleton, plan: dict[int, Weights], around: Surroundings
+    data: CalibrationDataModule, skeleton: Skeleton, plan: dict[int, Weights], around: Surroundings, limit: float
 ) -> WidthTerms:
-    """Terms of a model whose matrices choose among ``around.choices`` presets."""
+    """Terms of a model whose matrices choose among ``around.choices`` presets, their changes within a limit at once."""
     pieces, tokens = pieces_of(data)
     states = (len(skeleton.blocks) + 1) * pieces * tokens * skeleton.width * skeleton.dtype.itemsize
     matrix, logits = skeleton.vocabulary * skeleton.width, tokens * skeleton.vocabulary
@@ -67,8 +69,10 @@ def width_terms(
         if key in known:
             continue
         known.add(key)
-        count = sum(site.rows * site.in_features for site in weights)
-        largest = max(site.rows * site.in_features for site in weights)
+        sizes = [site.rows * site.in_features for site in weights]
+        parts = slices_within([change_bytes(site, around.choices) for site in weights], limit)
+        count = max(sum(sizes[part]) for part in parts)
+        largest = max(sizes)
         blocks.append(
             {
                 "block in fp32": FP32 * block.parameters,

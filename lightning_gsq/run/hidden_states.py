@@ -28,7 +28,8 @@ class ActivationOptions:
 
     Args:
         dtype: Storage dtype; half precision halves the memory.
-        memory_limit_gb: Above this total, in gigabytes (10^9 bytes), hidden states live in memory-mapped files.
+        memory_limit_gb: Above this total, in gigabytes (10^9 bytes), hidden states live in memory-mapped files. Where a
+            size is given, what the choices of a block's matrices are worth is found out in parts of as much at once.
         folder: Where those files go; null for the system's temporary folder. They are deleted at the end.
     """
 

@@ -11,7 +11,8 @@ rounding makes of this very matrix, so that direction, correlations and all colu
 needed: one gradient a sequence serves every matrix and every choice.
 
 The model stays where it is. One forward pass a sequence records what enters each block; then blocks go through the
-device from the last to the first, each with its gradient, its changes and nothing else. The head and the embedding are
+device from the last to the first, each with its gradient, its changes and nothing else; where the changes are more than
+a limit, some of its matrices after the others, with a pass there and back for each part. The head and the embedding are
 linear in what they are given, so that theirs needs no gradient of a matrix. Tensors that a block hands to later blocks
 beside the hidden states (shared keys and values) count as constants.
 """
@@ -19,6 +20,7 @@ beside the hidden states (shared keys and values) count as constants.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +33,7 @@ from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.models.survey import survey
 from lightning_gsq.quantizers.statistics import InputSquareSums
+from lightning_gsq.system.slices import slices_within
 from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.widths.ends import EndChanges
 from lightning_gsq.widths.rounding import Change, change_of
@@ -39,6 +42,7 @@ SEQUENCES, TOKENS = 64, 128
 """How many sequences are looked at, and how long: each is a sample, so that many short ones are better than few."""
 WEIGHED_BY = 16
 """How many of them say what the columns of a matrix count for in rounding."""
+FP32 = 4
 Worth = dict[str, dict[str, float]]
 """Predicted divergence in nats a token, by parameter name and by the name of the choice."""
 
@@ -71,6 +75,7 @@ def measure_worth(
     device: torch.device,
     scale_dtype: torch.dtype,
     seed: int,
+    limit: float = math.inf,
     left: Callable[[int], None] = lambda _: None,
 ) -> Worth:
     """Predicts the divergence of every choice of every matrix.
@@ -83,6 +88,7 @@ def measure_worth(
         device: Where blocks are computed, in fp32.
         scale_dtype: Stored dtype of scales that have none of their own.
         seed: Of the labels.
+        limit: Bytes that changes and gradients of a block's matrices may take at once; a matrix alone may take more.
         left: Told after each block how many are left.
 
     Returns:
@@ -102,17 +108,13 @@ def measure_worth(
         block = copy.deepcopy(blocks[index]).to(device, torch.float32).requires_grad_(False)
         chosen = list(inside.get(index, ()))
         batches = [(inputs[n][index], on_device(calls[n][index], device)) for n in range(len(ids_NT))]
-        changes = changes_of(block, chosen, batches[:WEIGHED_BY], device, scale_dtype)
-        products: dict[str, list[Tensor]] = {name: [] for name in changes}
-        for candidate in chosen:
-            block.get_parameter(candidate.site.name).requires_grad_(True)
-        for n, (hidden_BTD, call) in enumerate(batches):
-            gradients[n], along = back_through(block, chosen, changes, hidden_BTD.to(device), call, gradients[n])
-            for name, products_C in along.items():
-                products[name].append(products_C)
-        for candidate in chosen:
-            nats_C = _divergences(products[candidate.site.name], ids_NT.shape[1])
-            worth[f"{prefix}.{index}.{candidate.site.name}"] = dict(zip(candidate.schemes, nats_C, strict=True))
+        sizes = [change_bytes(candidate.site, len(candidate.schemes)) for candidate in chosen]
+        for part in slices_within(sizes, limit) or [slice(0)]:  # without a choice, gradients pass all the same
+            entering, products = _looked_at(block, chosen[part], batches, gradients, device, scale_dtype)
+            for candidate in chosen[part]:
+                nats_C = _divergences(products[candidate.site.name], ids_NT.shape[1])
+                worth[f"{prefix}.{index}.{candidate.site.name}"] = dict(zip(candidate.schemes, nats_C, strict=True))
+        gradients = entering
         for calls_of, inputs_of in zip(calls, inputs, strict=True):
             del calls_of[index], inputs_of[index]
         left(index - lowest)
@@ -120,6 +122,34 @@ def measure_worth(
     for (name, choice), nats in ends.divergences().items():
         worth.setdefault(name, {})[choice] = nats / ids_NT.shape[1]
     return worth
+
+
+def change_bytes(site: LinearSite, choices: int) -> int:
+    """What the changes of a matrix and its gradient take."""
+    return FP32 * (choices + 1) * site.rows * site.in_features
+
+
+def _looked_at(
+    block: nn.Module,
+    candidates: Sequence[Candidate],
+    batches: Sequence[tuple[Tensor, BlockCall]],
+    gradients: Sequence[Tensor],
+    device: torch.device,
+    scale_dtype: torch.dtype,
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """All sequences through a block and back; the gradients at its input, and along the changes of some matrices."""
+    changes = changes_of(block, candidates, batches[:WEIGHED_BY], device, scale_dtype)
+    products: dict[str, list[Tensor]] = {name: [] for name in changes}
+    entering = []
+    for candidate in candidates:
+        block.get_parameter(candidate.site.name).requires_grad_(True)
+    for (hidden_BTD, call), gradient_BTD in zip(batches, gradients, strict=True):
+        into_BTD, along = back_through(block, candidates, changes, hidden_BTD.to(device), call, gradient_BTD)
+        entering.append(into_BTD)
+        for name, products_C in along.items():
+            products[name].append(products_C)
+    block.requires_grad_(False)
+    return entering, products
 
 
 def _divergences(products: list[Tensor], tokens: int) -> list[float]:

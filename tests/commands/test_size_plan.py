@@ -54,9 +54,9 @@ def _without_size(model: Path, corpus: Path, folder: Path, capsys: pytest.Captur
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "blocks", "gigabytes"), [("8b", 32, 2.6), ("70b", 80, 10.3)])
+@pytest.mark.parametrize(("name", "blocks", "gigabytes", "parts"), [("8b", 32, 2.6, 1), ("70b", 80, 10.3, 3)])
 def test_the_time_of_large_models_from_their_configurations(
-    name: str, blocks: int, gigabytes: float, monkeypatch: pytest.MonkeyPatch
+    name: str, blocks: int, gigabytes: float, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The seconds of the parts over all pieces and blocks; and why there are none where a block does not fit."""
     source = ModelSource(str(CONFIGS / f"llama-3.1-{name}"))
@@ -64,18 +64,16 @@ def test_the_time_of_large_models_from_their_configurations(
     data, cpu = CalibrationDataModule(sequence_length=2048, num_sequences=128), torch.device("cpu")
     plan, choices = _offered(skeleton, {f"w{bits}g64": QuantScheme(bits, 64) for bits in (2, 3, 4, 8)})
     monkeypatch.setattr(limits, "host_bytes", lambda: 10**9)
-    seconds, reason = width_seconds(data, skeleton, plan, choices, cpu, torch.float16)
+    seconds, reason = width_seconds(data, skeleton, plan, choices, cpu, torch.float16, 8e9)
     assert seconds is None and reason == f"one block with gradients takes {gigabytes} GB, 1.0 GB are free here"
     monkeypatch.setattr(limits, "host_bytes", lambda: 10**12)
     monkeypatch.setattr(width_probe, "_passes", lambda *_: (1.0, 3.0, 7.0))
     monkeypatch.setattr(width_probe, "_rounding", lambda free, *_: 100.0 * len(next(iter(free.values()))))
     monkeypatch.setattr(width_probe, "_head", lambda *_: 2.0)
     slices = 128_256 / 8192
-    seconds, reason = width_seconds(data, skeleton, plan, choices, cpu, torch.float16)
-    assert (
-        seconds == pytest.approx(64 * (blocks * 8 + 2 * slices) + blocks * (16 * 3 + 400) + 400 * (slices + 1))
-        and not reason
-    )
+    seconds, reason = width_seconds(data, skeleton, plan, choices, cpu, torch.float16, 8e9)
+    all_blocks = blocks * (64 * (1 + 7 * parts) + 16 * 3 * parts + 400)
+    assert seconds == pytest.approx(all_blocks + 64 * 2 * slices + 400 * (slices + 1)) and not reason
 
 
 def _offered(skeleton: Skeleton, schemes: dict[str, QuantScheme]) -> tuple[dict[int, Weights], Free]:
@@ -92,7 +90,7 @@ def test_the_parts_are_timed_on_the_code_that_does_the_work() -> None:
     plan, choices = _offered(skeleton, {f"w{bits}g8": QuantScheme(bits, 8) for bits in (2, 4)})
     last = {name: schemes for name, schemes in choices.items() if ".1.mlp" in name}
     for offered in (choices, last):
-        seconds, reason = width_seconds(data, skeleton, plan, offered, cpu, torch.float16)
+        seconds, reason = width_seconds(data, skeleton, plan, offered, cpu, torch.float16, 8e9)
         assert seconds is not None and seconds > 0 and not reason
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
+import lightning_gsq.widths.worth as module
 from lightning_gsq.models.chain import find_blocks, run_block, trace
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.models.linear_weights import LinearSite, find_linear_sites
 from lightning_gsq.weights.assignment import scheme_of
 from lightning_gsq.widths.rounding import change_of
-from lightning_gsq.widths.worth import Candidate, measure_worth, samples
+from lightning_gsq.widths.worth import Candidate, change_bytes, measure_worth, samples
 from tests.support.tiny import COMMON, FAMILIES, random_model
 
 CPU = torch.device("cpu")
@@ -64,6 +69,31 @@ def test_predictions_agree_with_the_truth(family: str) -> None:
     assert (0.25 if family == "qwen3_moe" else 0.6) < float(ratio.median()) < 1.6
     ranks = torch.stack([torch.tensor(values).argsort().argsort().double() for values in (predicted, true)])
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.7
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe"])
+def test_a_limit_divides_the_matrices_of_a_block_and_changes_nothing(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = FAMILIES[family]()
+    ids_NT = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+    inside, outside = _candidates(network, ids_NT[:1])
+    together: list[int] = []
+
+    def counted(block: nn.Module, candidates: Sequence[Candidate], *rest: Any) -> Any:
+        together.append(sum(change_bytes(own.site, len(SCHEMES)) for own in candidates))
+        return looked_at(block, candidates, *rest)
+
+    looked_at = module._looked_at
+    monkeypatch.setattr(module, "_looked_at", counted)
+    largest = max(change_bytes(own.site, len(SCHEMES)) for own in inside[0])
+    found = []
+    for limit in (math.inf, largest, 0.0):
+        together.clear()
+        found.append(measure_worth(network, inside, outside, ids_NT, CPU, torch.float16, 0, limit))
+        assert max(together) <= max(limit, largest)
+    assert len(together) == sum(map(len, inside.values()))  # one matrix after the other
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_tied_embedding_is_worth_what_it_does_on_both_ends() -> None:
