@@ -141,8 +141,7 @@ def fit(
         recipe = make_recipe(settings, seed, model, data, evaluation)
         if menu is not None:
             device = trainer.strategy.root_device
-            limit = activations.memory_limit_gb * 1e9
-            choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, limit, say)
+            choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, activations.limit, say)
             plan = chosen_plan(menu, choice)
             print_choice(console, choice, menu.parts(choice), makes_up(model))
             board.log_figure(trainer.loggers, "widths", picture(menu, choice))

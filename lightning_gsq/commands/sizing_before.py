@@ -65,8 +65,8 @@ def choose_before(
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
         recipe = make_recipe(settings, seed, model, data, evaluation)
-        device, limit = trainer.strategy.root_device, activations.memory_limit_gb * 1e9
-        choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, limit, say)
+        device = trainer.strategy.root_device
+        choice = choose(menu, folder, recipe, data.train_ids_NT, device, seed, activations.limit, say)
         print_choice(console, choice, menu.parts(choice), makes_up(model))
         say(f"{folder.root / FILE} keeps it; fit with the same options takes it as it is")
     del model.network

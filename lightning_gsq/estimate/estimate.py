@@ -149,7 +149,7 @@ def estimate(
     windows = (
         window_bytes(evaluation, activations, skeleton.width) if by_block(evaluation, skeleton, plan, around) else 0
     )
-    limit = activations.memory_limit_gb * 1e9
+    limit = activations.limit
     mapped, windows = streams > limit, windows if windows > limit else 0
     outer_ledger = sum((ledger for _, ledger in outer.values()), BitsLedger())
     run_folder = _run_folder(model, skeleton, sum(ledgers.values(), BitsLedger()), outer_ledger)

@@ -87,7 +87,7 @@ def perplexity_terms(
     counted = evaluation.num_windows is not None
     windows = window_bytes(evaluation, options, skeleton.width)
     name = "hidden states of the windows" if counted else "hidden states of each window (all are taken)"
-    host = {} if windows > options.memory_limit_gb * 1e9 else {name: windows}
+    host = {} if windows > options.limit else {name: windows}
     through = {"activations of some windows": activations(sequences_at_once(tokens))}
     some = "log-probabilities of some positions"
     last = {some: whole[some]}

@@ -85,7 +85,7 @@ def phases_of(
 
     phases = [_loading(held, skeleton, around)]
     if around.choices:
-        widths = width_terms(data, skeleton, plan, around, options.memory_limit_gb * 1e9)
+        widths = width_terms(data, skeleton, plan, around, options.limit)
         phases.append(Phase("widths: what embedding and head are worth", held | widths.seen | widths.ends))
         phases.append(Phase("widths: what the matrices of a block are worth", held | widths.seen, widths.block))
     phases.append(Phase(f"perplexity{way}", held | windows, evaluate))
@@ -102,7 +102,7 @@ def phases_of(
         phases.append(Phase(f"perplexity of the warm start{way}", held | installed | windows, evaluate))
     if "blocks" in model.phases:
         streams = num_streams(model) * stream
-        mapped = streams > options.memory_limit_gb * 1e9
+        mapped = streams > options.limit
         states = ({} if mapped else {f"hidden states, {num_streams(model)} streams": streams}) | more
         phases.append(Phase("blocks: warm start of a block", held | states | shown, worst.start))
         phases.append(Phase("blocks: training of a block", held | states, worst.training))
@@ -128,7 +128,7 @@ def _shown(
         for index, weights in plan.items()
     ]
     kept = FP32 * hessian * data.sequence_length * max(shown, default=0)
-    return {} if kept > options.memory_limit_gb * 1e9 else {"what the full-precision block shows": kept}
+    return {} if kept > options.limit else {"what the full-precision block shows": kept}
 
 
 def _token_weights(data: CalibrationDataModule, plan: dict[int, Weights], sequences: int) -> dict[str, int]:
@@ -144,7 +144,7 @@ def _at_all_blocks(
     blocks, tokens = len(skeleton.blocks), data.sequence_length
     together = min(sequences, sequences_together(options, tokens, skeleton.width, blocks))
     kept = together * tokens * skeleton.width * options.itemsize * (blocks + BESIDE)
-    return {} if kept > options.memory_limit_gb * 1e9 else {"hidden states at all blocks": kept}
+    return {} if kept > options.limit else {"hidden states at all blocks": kept}
 
 
 def _saving(model: ModelQuantization, skeleton: Skeleton, plan: dict[int, Weights]) -> dict[str, int]:

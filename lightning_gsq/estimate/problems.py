@@ -25,7 +25,7 @@ def refuse_early(
     if "blocks" not in model.phases:
         return
     streams = num_streams(model) * stream_bytes(data, activations, width)
-    if streams > activations.memory_limit_gb * 1e9:
+    if streams > activations.limit:
         limits.refuse(disk_problems(streams, activations))
     elif streams > (room := limits.host_bytes()):
         limits.refuse([stream_problem(streams, room, activations)])

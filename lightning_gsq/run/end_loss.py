@@ -104,7 +104,7 @@ def sequences_together(options: ActivationOptions, tokens: int, width: int, bloc
         blocks: How many there are.
     """
     each = tokens * width * options.itemsize * (blocks + BESIDE)
-    return max(sequences_at_once(tokens), int(options.memory_limit_gb * 1e9) // each)
+    return max(sequences_at_once(tokens), int(options.limit) // each)
 
 
 def _of_mean_one(run: Run, index: int, squares: Mapping[str, list[Tensor]]) -> TokenWeights:

@@ -81,7 +81,7 @@ class Following:
         self.parts = list(slices(len(watched_NTD), sequences_at_once(watched_NTD.shape[1])))
         self.stages, self.seen = self._stages()
         # Processes that exchange tokens make the same passes in every stage, however many sequences each has.
-        within = self.seen.bytes * len(watched_NTD) <= run.activations.memory_limit_gb * 1e9
+        within = self.seen.bytes * len(watched_NTD) <= run.activations.limit
         self.keeps = within and run.exchange is None
         self._kept: dict[int, Recording] = {}
 

@@ -45,6 +45,11 @@ class ActivationOptions:
             )
 
     @property
+    def limit(self) -> float:
+        """The memory limit in bytes."""
+        return self.memory_limit_gb * 1e9
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a number."""
         return _DTYPES[self.dtype].itemsize
@@ -72,7 +77,7 @@ class ActivationStore:
         self.bytes_each = math.prod(shape) * self.dtype.itemsize
         self.folder: Path | None = None
         self._count, self._lock = 0, ExitStack()
-        if streams * self.bytes_each > options.memory_limit_gb * 1e9:
+        if streams * self.bytes_each > options.limit:
             self.folder = self._make_folder(options.place, streams)
 
     def _make_folder(self, place: Path, streams: int) -> Path:
