@@ -13,7 +13,7 @@ can. Without the sums it is the asymmetric calibration of GPTAQ (Li et al., arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -30,10 +30,11 @@ class PairedStatistics:
     Args:
         sites: Plain weights.
         device: Where to accumulate.
+        summed: Names of those whose outputs are in a sum.
     """
 
-    def __init__(self, sites: Iterable[LinearSite], device: torch.device) -> None:
-        self.sites = list(sites)
+    def __init__(self, sites: Iterable[LinearSite], device: torch.device, summed: Collection[str] = ()) -> None:
+        self.sites, self.summed = list(sites), frozenset(summed)
         self.inputs = InputStatistics(self.sites, device)
         self._drift: dict[str, Tensor] = {}
         """Sums of ``(f - x) xᵀ``, ``I I``, of weights whose outputs are in no sum."""
@@ -54,7 +55,7 @@ class PairedStatistics:
             weight_N = weights.get(site.name)
             for full, own in zip(original.inputs[site.name], quantized.inputs[site.name], strict=True):
                 self.inputs.see(site.name, 0, own)
-                if site.name in quantized.sums:
+                if site.name in self.summed:
                     off = original.sums[site.name], quantized.sums[site.name]
                     _sum(self._lack, site.name, _moment(*off, own, weight_N))
                     continue
@@ -64,12 +65,17 @@ class PairedStatistics:
                 _sum(self._drift, site.name, known[key])
 
     def reduce(self, add: Callable[[Tensor], Tensor]) -> None:
-        """Adds up what several processes have seen; ``add`` sums a tensor over them, in the same order everywhere."""
+        """Adds up what several processes have seen, some of them maybe nothing.
+
+        Args:
+            add: Sums a tensor over the processes, in place. Called in the same order everywhere.
+        """
         self.inputs.reduce(add, self.sites)
-        for sums in (self._drift, self._lack):
-            for site in self.sites:
-                if site.name in sums:
-                    sums[site.name] = add(sums[site.name])
+        for site in self.sites:
+            sums, rows = (self._lack, site.rows) if site.name in self.summed else (self._drift, site.in_features)
+            own = sums.get(site.name)
+            empty = torch.zeros(rows, site.in_features, device=self.inputs.device)
+            sums[site.name] = add(empty if own is None else own)
 
     def wanted(self, site: LinearSite, w_OI: Tensor, damping: float) -> Tensor:
         """``V`` of the module's first lines, fp32 ``O I``; the weight itself where no token came.
@@ -82,7 +88,7 @@ class PairedStatistics:
         count, (hessian_II,) = self.inputs.counts.get((site.name, 0), 0), self.inputs.hessians(site)
         if not count or not bool(hessian_II.any()):
             return w_OI
-        lack_OI = self._lack[site.name] if site.name in self._lack else w_OI @ self._drift[site.name]
+        lack_OI = self._lack[site.name] if site.name in self.summed else w_OI @ self._drift[site.name]
         return w_OI + torch.cholesky_solve(lack_OI.T * (2 / count), factor(hessian_II, damping)).T
 
 
@@ -96,4 +102,5 @@ def _moment(full: Tensor, own: Tensor, inputs: Tensor, weight_N: Tensor | None) 
 
 
 def _sum(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value
+    """Adds a value that others may have a share in: the sum is a tensor of its own, which may be added to in place."""
+    sums[name] = sums[name] + value if name in sums else value.clone()

@@ -106,7 +106,7 @@ class Following:
             says: Tell the user of matrices that few tokens reached.
         """
         run, plan, names = self.run, self.plan, [site.name for site in stage.sites]
-        statistics, weights = PairedStatistics(stage.sites, run.device), weights_of(run, plan)
+        statistics, weights = PairedStatistics(stage.sites, run.device, stage.seen.sums), weights_of(run, plan)
         with run.watch("statistics"), in_step(self.block, 2 * len(self.parts)):
             for number, part in enumerate(self.parts):
                 own = {} if weights is None else {name: w_NT[part].flatten() for name, w_NT in weights.items()}

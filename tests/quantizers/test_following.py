@@ -1,5 +1,7 @@
 """The weights whose outputs come nearest to the full-precision model's, for what enters them in the quantized one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def test_is_the_regression_of_the_wanted_outputs_on_the_inputs(sums: bool, weigh
     w_OI = torch.randn(ROWS, WIDTH)
     full, own = _pair(sums, w_OI)
     weight_N = torch.rand(TOKENS) if weighed else torch.ones(TOKENS)
-    statistics = PairedStatistics([SITE], CPU)
+    statistics = PairedStatistics([SITE], CPU, full.sums)
     statistics.add(full, own, {NAME: weight_N} if weighed else None)
     root_N1 = weight_N.sqrt()[:, None]
     x_NI = own.inputs[NAME][0].flatten(0, 1) * root_N1
@@ -50,7 +52,7 @@ def test_is_the_regression_of_the_wanted_outputs_on_the_inputs(sums: bool, weigh
 def test_damping_stays_near_the_weight() -> None:
     w_OI = torch.randn(ROWS, WIDTH)
     pair = _pair(True, w_OI)
-    statistics = PairedStatistics([SITE], CPU)
+    statistics = PairedStatistics([SITE], CPU, pair[0].sums)
     statistics.add(*pair)
     moves = [float((statistics.wanted(SITE, w_OI, damping) - w_OI).norm()) for damping in (1e-3, 0.1, 10.0)]
     assert moves[0] > moves[1] > 3 * moves[2] > 0
@@ -59,7 +61,7 @@ def test_damping_stays_near_the_weight() -> None:
 def test_equal_streams_leave_the_weight_as_it_is() -> None:
     w_OI = torch.randn(ROWS, WIDTH)
     full, _ = _pair(True, w_OI)
-    statistics = PairedStatistics([SITE], CPU)
+    statistics = PairedStatistics([SITE], CPU, full.sums)
     assert torch.equal(statistics.wanted(SITE, w_OI, 0.01), w_OI), "no token came"
     statistics.add(full, full)
     assert torch.equal(statistics.wanted(SITE, w_OI, 0.01), w_OI)
@@ -76,16 +78,25 @@ def test_inputs_that_were_always_zero_keep_their_weights() -> None:
     assert torch.equal(wanted_OI[:, 3], w_OI[:, 3]) and not torch.equal(wanted_OI, w_OI)
 
 
-def test_two_processes_see_what_one_does() -> None:
-    w_OI = torch.randn(ROWS, WIDTH)
-    pairs = [_pair(True, w_OI), _pair(True, w_OI)]
-    alone, shares = PairedStatistics([SITE], CPU), [PairedStatistics([SITE], CPU) for _ in pairs]
-    for pair, share in zip(pairs, shares, strict=True):
-        alone.add(*pair)
-        share.add(*pair)
-    own: list[list[Tensor]] = [[], []]
-    for seen, share in zip(own, shares, strict=True):
-        share.reduce(lambda value, seen=seen: seen.append(value) or value)  # type: ignore[misc]
-    given = iter([one + two for one, two in zip(*own, strict=True)])
-    shares[0].reduce(lambda _: next(given))
-    torch.testing.assert_close(shares[0].wanted(SITE, w_OI, 0.01), alone.wanted(SITE, w_OI, 0.01))
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1), (1, 0)])
+def test_two_processes_see_what_one_does(sums: bool, counts: tuple[int, int]) -> None:
+    """Two weights that read one tensor, sums over processes in place, and as many of them whatever each has seen."""
+    sites = [SITE, replace(SITE, name="other.weight")]
+    weights = {site.name: torch.randn(ROWS, WIDTH) for site in sites}
+    alone, here, there = (PairedStatistics(sites, CPU, [NAME] if sums else []) for _ in range(3))
+    for number, count in enumerate(counts):
+        for _ in range(count):
+            pair = _pair(sums, weights[NAME])
+            for recording in pair:
+                recording.inputs["other.weight"] = recording.inputs[NAME]
+            alone.add(*pair)
+            (here, there)[number].add(*pair)
+    theirs: list[Tensor] = []
+    there.reduce(lambda value: theirs.append(value.clone()) or value)  # type: ignore[func-returns-value]
+    given = iter(theirs)
+    here.reduce(lambda value: value.add_(next(given)))
+    assert not list(given)
+    for site in sites:
+        w_OI = weights[site.name]
+        torch.testing.assert_close(here.wanted(site, w_OI, 0.01), alone.wanted(site, w_OI, 0.01))
