@@ -138,6 +138,7 @@ def fit(
             refuse_exports(exports, planned, root, reserved)
         evaluation.tokenize(model.tokenizer, model.network)
         data.tokenize(model.tokenizer, model.network)
+        _check_shares(model, trainer, data, evaluation)
         recipe = make_recipe(settings, seed, model, data, evaluation)
         if menu is not None:
             device = trainer.strategy.root_device
@@ -153,7 +154,6 @@ def fit(
         kind = kind_before_end_to_end(model, plan, folder)
         board.log_recipe(trainer.loggers, recipe)
         board.log_guide(trainer.loggers)
-        _check_shares(trainer, data, evaluation)
         with Ranks.joined(trainer) as ranks:
             ranks.wait()
             # Before, to refuse without starting other processes; now, because then the first may not have written it.
@@ -219,8 +219,12 @@ def _check_plan(model: ModelQuantization, plan: list[BlockPlan], end_to_end: End
     return read_importance(model, plan)
 
 
-def _check_shares(trainer: Trainer, data: CalibrationDataModule, evaluation: PerplexityData) -> None:
+def _check_shares(
+    model: ModelQuantization, trainer: Trainer, data: CalibrationDataModule, evaluation: PerplexityData
+) -> None:
     """Verifies that every process gets something to work on."""
+    if model.follows or model.start.end_loss_weights:  # others add up what there is
+        check_shares(trainer.world_size, model__hessian_sequences=model.start.hessian_sequences)
     check_shares(
         trainer.world_size,
         data__num_sequences=len(data.train_ids_NT),

@@ -74,7 +74,7 @@ def token_weights(run: Run) -> dict[int, TokenWeights]:
     head = find_head(network, OPTION, WAY_OUT)
     bias_V = None if head.bias_V is None else head.bias_V.to(run.device)
     head = Head(head.weight_VD.to(run.device), bias_V, head.scale, head.softcap)
-    generator = generator_of(run.seed, "end loss", run.ranks.rank)
+    chances_NT = _chances(run, count)
     squares: dict[int, dict[str, list[Tensor]]] = {plan.index: {} for plan in run.plan}
     together = sequences_together(run.activations, run.data.sequence_length, run.width, len(run.blocks))
     for part in slices(count, together):
@@ -85,7 +85,7 @@ def token_weights(run: Run) -> dict[int, TokenWeights]:
                 streams.append(Stream(ids_NT, store.new(), store))
                 propagate(run, working_copy(run, index), index, *streams[-2:])
             gradient_NTD = store.new()
-            _at_last_block(run, head, streams.pop(), gradient_NTD, generator)
+            _at_last_block(run, head, streams.pop(), gradient_NTD, chances_NT[part])
             for index in reversed(range(run.plan[0].index, len(run.blocks))):
                 found = _back(run, index, streams.pop(), gradient_NTD)
                 if index in squares:
@@ -107,6 +107,13 @@ def sequences_together(options: ActivationOptions, tokens: int, width: int, bloc
     return max(sequences_at_once(tokens), int(options.limit) // each)
 
 
+def _chances(run: Run, count: int) -> Tensor:
+    """What labels are drawn by, ``N T``, uniform in 0 ... 1: a sequence's do not depend on which process has it."""
+    ranks, tokens = run.ranks, run.data.sequence_length
+    numbers = range(ranks.rank, ranks.rank + count * ranks.world, ranks.world)
+    return torch.stack([torch.rand(tokens, generator=generator_of(run.seed, "end loss", number)) for number in numbers])
+
+
 def _of_mean_one(run: Run, index: int, squares: Mapping[str, list[Tensor]]) -> TokenWeights:
     """Over the tokens of all processes; a matrix whose outputs move nothing weighs all tokens alike."""
     weights = {}
@@ -118,7 +125,7 @@ def _of_mean_one(run: Run, index: int, squares: Mapping[str, list[Tensor]]) -> T
     return weights
 
 
-def _at_last_block(run: Run, head: Head, last: Stream, gradient_NTD: Tensor, generator: torch.Generator) -> None:
+def _at_last_block(run: Run, head: Head, last: Stream, gradient_NTD: Tensor, chances_NT: Tensor) -> None:
     """Fills in the gradient at what leaves the last block, of each sequence's ``-log p`` of labels drawn from ``p``."""
     network, final = run.model.network, len(run.blocks) - 1
     for part in slices(len(last.ids_NT), sequences_at_once(last.ids_NT.shape[1])):
@@ -129,25 +136,26 @@ def _at_last_block(run: Run, head: Head, last: Stream, gradient_NTD: Tensor, gen
 
         with torch.enable_grad(), instead_of_blocks(network, run.forms, last.ids_NT[part], given):
             hidden_BTD = last_hidden(network, last.ids_NT[part])
-        at_hidden = [_at_head(run, head, x_CD, generator) for x_CD in hidden_BTD.flatten(0, 1).split(LOSS_POSITIONS)]
+        pieces = (rows.flatten(0, 1).split(LOSS_POSITIONS) for rows in (hidden_BTD, chances_NT[part]))
+        at_hidden = [_at_head(run, head, *piece) for piece in zip(*pieces, strict=True)]
         (at_leaf_BTD,) = torch.autograd.grad(hidden_BTD, leaf_BTD, torch.cat(at_hidden).view_as(hidden_BTD))
         gradient_NTD[part] = at_leaf_BTD.to(gradient_NTD.dtype)
 
 
-def _at_head(run: Run, head: Head, hidden_CD: Tensor, generator: torch.Generator) -> Tensor:
+def _at_head(run: Run, head: Head, hidden_CD: Tensor, chance_C: Tensor) -> Tensor:
     """The gradient at what enters the head, on the host in the dtype of ``hidden_CD``."""
     entering_CD = hidden_CD.detach().to(run.device, head.weight_VD.dtype).requires_grad_(True)
     with torch.enable_grad():
         log_probs_CV = head.logits(entering_CD).float().log_softmax(-1)
-        labels_C1 = draw(log_probs_CV.detach(), generator)
+        labels_C1 = draw(log_probs_CV.detach(), chance_C)
         (gradient_CD,) = torch.autograd.grad(-log_probs_CV.gather(1, labels_C1).sum(), entering_CD)
     return gradient_CD.to(hidden_CD.device, hidden_CD.dtype)
 
 
-def draw(log_probs_CV: Tensor, generator: torch.Generator) -> Tensor:
-    """A label ``C 1`` for each row, drawn by a generator of the host, so that it is the same on every device."""
-    chance_C1 = torch.rand(len(log_probs_CV), 1, generator=generator).to(log_probs_CV.device)
+def draw(log_probs_CV: Tensor, chance_C: Tensor) -> Tensor:
+    """A label ``C 1`` for each row, by numbers of the host, so that it is the same on every device."""
     below_CV = log_probs_CV.exp().cumsum(-1)
+    chance_C1 = chance_C.to(below_CV.device)[:, None]
     return torch.searchsorted(below_CV, chance_C1 * below_CV[:, -1:]).clamp_max(below_CV.shape[1] - 1)
 
 

@@ -38,7 +38,8 @@ def _squares(network: PreTrainedModel, ids_NT: Tensor) -> dict[str, Tensor]:
     embedding = network.get_input_embeddings().weight.requires_grad_(True)
     with torch.enable_grad():
         log_probs_NV = network(ids_NT, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-        labels_N1 = draw(log_probs_NV.detach(), generator_of(0, "end loss", 0))
+        chances = [torch.rand(ids_NT.shape[1], generator=generator_of(0, "end loss", n)) for n in range(len(ids_NT))]
+        labels_N1 = draw(log_probs_NV.detach(), torch.cat(chances))
         log_probs_NV.gather(1, labels_N1).sum().backward()
     embedding.requires_grad_(False)
     for hook in hooks:
@@ -64,7 +65,7 @@ def test_weights_are_gradients_of_the_whole_model(name: str, activations: Activa
 
 def test_labels_are_drawn_from_the_predictions() -> None:
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
-    labels = draw(probabilities.log().expand(20_000, -1), torch.Generator().manual_seed(0))
+    labels = draw(probabilities.log().expand(20_000, -1), torch.rand(20_000))
     shares = torch.bincount(labels.flatten(), minlength=4) / len(labels)
     torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
     assert shares[1] == 0
