@@ -48,7 +48,9 @@ class Recording:
         moved: dict[int, Tensor] = {}
 
         def move(tensor: Tensor) -> Tensor:
-            return moved.setdefault(id(tensor), tensor.to(device))
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device)
+            return moved[id(tensor)]
 
         inputs = {name: [move(tensor) for tensor in tensors] for name, tensors in self.inputs.items()}
         return Recording(inputs, {name: move(result) for name, result in self.sums.items()})
