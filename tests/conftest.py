@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -18,8 +19,12 @@ if not torch.cuda.is_available():
 
 from transformers import PreTrainedModel
 
+import lightning_gsq.cli.errors  # noqa: F401 - all libraries, before what follows
 from tests.support.finished import MakeRun, make_run
 from tests.support.tiny import FAMILIES, save_tiny_model
+
+gc.collect()
+gc.freeze()  # a run collects cycles after every block: what libraries brought need not be looked at each time
 
 assert "callbacks" not in sys.modules and "data" not in sys.modules, "import the packages by their full names"
 

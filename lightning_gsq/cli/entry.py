@@ -5,6 +5,7 @@ Signals are watched before the libraries are loaded, which takes seconds.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from lightning_gsq.cli.listings import listing, option_names
@@ -43,6 +44,8 @@ def main(args: list[str] | None = None) -> int:
             from lightning_gsq.cli.errors import run
 
             watch.loading = False
+            if args is None:  # a process of its own: what libraries brought stays, and need not be looked at again
+                gc.freeze()
             return run(arguments, debug)
     except Stopped as stopped:
         if speaks():

@@ -37,6 +37,7 @@ from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.run.experts import check_spread
 from lightning_gsq.run.hidden_states import ActivationOptions
 from lightning_gsq.system.compiling import compiler_available
+from lightning_gsq.system.memory import release
 from lightning_gsq.system.shards import SHARD_SIZE
 from lightning_gsq.training import EndToEndOptions, ModelQuantization
 from lightning_gsq.weights.quantized import BitsLedger
@@ -276,7 +277,7 @@ def _baseline(source: loading.ModelSource) -> int:
 
     here = Path(source.path).is_dir() and (source.gguf_file or any(Path(source.path).glob("tokenizer*")))
     tokenizer = loading.load_tokenizer(source) if here else None
-    limits.give_back_freed_memory()
+    release()
     taken = limits.own_bytes()
     del tokenizer
     return taken

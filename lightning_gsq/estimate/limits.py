@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -16,19 +13,12 @@ import torch
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.system.memory import host_bytes
 
-__all__ = ["device_bytes", "free_disk", "give_back_freed_memory", "host_bytes", "own_bytes", "refuse"]
+__all__ = ["device_bytes", "free_disk", "host_bytes", "own_bytes", "refuse"]
 
 
 def own_bytes() -> int:
     """What this process takes now."""
     return int(psutil.Process().memory_info().rss)
-
-
-def give_back_freed_memory() -> None:
-    """Returns memory that is free, but kept by the allocator, to the system, where the C library can (glibc)."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def device_bytes(device: torch.device) -> int | None:

@@ -29,7 +29,7 @@ CHILD = """
 import json, sys, warnings
 from pathlib import Path
 import lightning_gsq.system.memory
-from lightning_gsq.estimate.limits import give_back_freed_memory
+from lightning_gsq.system.memory import release
 warnings.simplefilter("ignore")
 allowed, small, large, scratch = int(sys.argv[1]), *map(Path, sys.argv[2:])
 lightning_gsq.system.memory.host_bytes = lambda: allowed
@@ -39,7 +39,7 @@ loading.load_model(loading.resolve(str(small)), scratch=scratch / "small")
 peaks = Peaks()
 with peaks.during("load"):
     model = loading.load_model(loading.resolve(str(large)), scratch=scratch / "large")
-give_back_freed_memory()  # what glibc keeps for later of many small matrices is not what the model holds
+release()  # what glibc keeps for later of many small matrices is not what the model holds
 print(json.dumps([peaks.end()["load"], anonymous_bytes() - peaks.before]))
 """
 
