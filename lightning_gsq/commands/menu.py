@@ -72,14 +72,13 @@ class Menu:
         """What each matrix takes, its weights and its bytes, by name."""
         return {
             name: (scheme_name(scheme), self.weights[name], self.file.weight(name, scheme))
-            for name, scheme in self.schemes(self.options(choice)).items()
+            for name, scheme in self.schemes(self.options(choice.widths)).items()
         }
 
-    def options(self, choice: Choice) -> dict[str, str]:
-        """The option of every group in a choice."""
+    def options(self, widths: Mapping[str, str]) -> dict[str, str]:
+        """The option of every group, given what matrices take that have a choice, by their names."""
         return {
-            group.name: next(iter(group.schemes)) if group.pinned else choice.widths[group.members[0]]
-            for group in self.groups
+            group.name: next(iter(group.schemes)) if group.pinned else widths[group.members[0]] for group in self.groups
         }
 
     @property

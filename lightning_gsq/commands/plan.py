@@ -65,10 +65,8 @@ def plan(
     settings, loaded = {name: value for name, value in settings.items() if name not in OWN}, False
     choices: Free = {}
     if model.size is not None and has_weights(model):
-        loaded, choices = (
-            True,
-            choose_before(model, data, evaluation, activations, trainer, settings, seed, formats, console),
-        )
+        choices = choose_before(model, data, evaluation, activations, trainer, settings, seed, formats, console)
+        loaded = True
     elif model.size is not None:
         choices = assume(model, settings, formats, console)
     host, device = (None if gb is None else gb * 1e9 for gb in (host_memory_gb, device_memory_gb))

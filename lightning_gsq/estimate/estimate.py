@@ -164,7 +164,7 @@ def estimate(
     elif with_probe:
         timing, reason = _probe(model, data, skeleton, plan, phases, trainer)
     if with_probe and choices:
-        device, scale_dtype = trainer.strategy.root_device, model.storage.scale_dtype
+        device = trainer.strategy.root_device
         choosing, choosing_unknown = width_seconds(data, skeleton, plan, choices, device, scale_dtype, limit)
     compiled = timing is not None and _compiles(model, trainer)
     baseline = {"Python, libraries" + (", compiled code" if compiled else ""): _baseline(source)}

@@ -73,9 +73,9 @@ class PairedStatistics:
         self.inputs.reduce(add, self.sites)
         for site in self.sites:
             sums, rows = (self._lack, site.rows) if site.name in self.summed else (self._drift, site.in_features)
-            own = sums.get(site.name)
-            empty = torch.zeros(rows, site.in_features, device=self.inputs.device)
-            sums[site.name] = add(empty if own is None else own)
+            if site.name not in sums:
+                sums[site.name] = torch.zeros(rows, site.in_features, device=self.inputs.device)
+            add(sums[site.name])
 
     def wanted(self, site: LinearSite, w_OI: Tensor, damping: float) -> Tensor:
         """``V`` of the module's first lines, fp32 ``O I``; the weight itself where no token came.

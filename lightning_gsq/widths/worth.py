@@ -42,7 +42,6 @@ SEQUENCES, TOKENS = 64, 128
 """How many sequences are looked at, and how long: each is a sample, so that many short ones are better than few."""
 WEIGHED_BY = 16
 """How many of them say what the columns of a matrix count for in rounding."""
-FP32 = 4
 Worth = dict[str, dict[str, float]]
 """Predicted divergence in nats a token, by parameter name and by the name of the choice."""
 
@@ -126,7 +125,7 @@ def measure_worth(
 
 def change_bytes(site: LinearSite, choices: int) -> int:
     """What the changes of a matrix and its gradient take."""
-    return FP32 * (choices + 1) * site.rows * site.in_features
+    return torch.float32.itemsize * (choices + 1) * site.rows * site.in_features
 
 
 def _looked_at(

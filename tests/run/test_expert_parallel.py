@@ -1,8 +1,6 @@
 """Experts spread over processes (gloo, CPU): the result of one process, a share of its memory, and what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +22,8 @@ from lightning_gsq.training.expert_parallel import clip_norm
 from lightning_gsq.weights.salient_part import SalientPart
 from lightning_gsq.weights.scheme import QuantScheme
 from tests.support.decoders import DECODERS
-from tests.support.expert_parallel import EXPERTS, MODELS
-from tests.support.processes import clean_environment, kill_one, start_process
+from tests.support.expert_parallel import EXPERTS, MODELS, run_jobs
+from tests.support.processes import kill_one, start_process
 from tests.support.runs import block_files, summary_of, write_config
 from tests.support.tiny import FAMILIES, byte_tokenizer
 
@@ -60,16 +58,6 @@ def _config(model: Path, corpus: Path, folder: Path) -> Path:
     return config
 
 
-def _jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
-    files = []
-    for name, job in jobs.items():
-        files.append(folder / f"{name}.json")
-        files[-1].write_text(json.dumps(job))
-    command = [sys.executable, "-m", "tests.support.expert_parallel", *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=clean_environment(), check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-
-
 @pytest.fixture(scope="module")
 def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Runs of one process, of two, and of four that go on after the first block of the two; blocks compared before."""
@@ -80,7 +68,7 @@ def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
         count: ["fit", "--config", str(_config(model, corpus, folder)), *SPREAD] for count, folder in folders.items()
     }
     of_two = {"from": str(folders[2] / "run"), "to": str(folders[4] / "run"), "without": "block-001.safetensors"}
-    _jobs(
+    run_jobs(
         root,
         {
             "blocks-2": {"processes": 2},

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from lightning_gsq.cli import main
-from tests.support.expert_parallel import MODELS
-from tests.support.processes import clean_environment
+from tests.support.expert_parallel import MODELS, run_jobs
 from tests.support.runs import summary_of, write_config
 from tests.support.tiny import FAMILIES, byte_tokenizer
 
@@ -30,7 +26,7 @@ SEQUENCES = 7
 def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
     """Runs of one and of three processes."""
     root = tmp_path_factory.mktemp("starts")
-    folders, jobs = {}, []
+    folders, jobs = {}, {}
     for name, (family, arguments) in STARTS.items():
         model = root / name / "model"
         (MODELS | FAMILIES)[family]().save_pretrained(model)
@@ -38,12 +34,11 @@ def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tupl
         for processes in (1, 3):
             folder = folders[name, processes] = root / name / str(processes)
             config = write_config(model, corpus, folder, model__phases=["init"], model__hessian_sequences=SEQUENCES)
-            jobs.append(root / f"{name}-{processes}.json")
-            job = {"processes": processes, "arguments": ["fit", "--config", str(config), *arguments]}
-            jobs[-1].write_text(json.dumps(job))
-    command = [sys.executable, "-m", "tests.support.expert_parallel", *map(str, jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=clean_environment(), check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+            jobs[f"{name}-{processes}"] = {
+                "processes": processes,
+                "arguments": ["fit", "--config", str(config), *arguments],
+            }
+    run_jobs(root, jobs)
     return folders
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from lightning_gsq.models.survey import survey
 from lightning_gsq.system.token_exchange import TokenExchange
 from lightning_gsq.training import BlockQuantization
 from tests.support.forks import renew_thread_pool
+from tests.support.processes import clean_environment
 from tests.support.tiny import COMMON, random_model
 
 EXPERTS = 6
@@ -151,6 +153,17 @@ def _compare(
 def _close(found: Tensor, expected: Tensor, what: str) -> None:
     error, largest = ((found - expected).detach().abs().max(), expected.detach().abs().max())
     assert error <= 1e-4 * largest + 1e-5, f"{what}: off by {error:.3g}, where the largest is {largest:.3g}"
+
+
+def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
+    """Runs jobs, whose files go into the folder, one after another in a process of their own."""
+    files = []
+    for name, job in jobs.items():
+        files.append(folder / f"{name}.json")
+        files[-1].write_text(json.dumps(job))
+    command = [sys.executable, "-m", "tests.support.expert_parallel", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=clean_environment(), check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
 def start(rank: int, processes: int, port: int, job: dict[str, Any]) -> int:
