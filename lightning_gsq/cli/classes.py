@@ -44,6 +44,7 @@ OPTIMIZERS = _of_kind(torch.optim.Optimizer, torch.optim, training)
 CALLBACKS = _of_kind(Callback, callbacks)
 OPTIONS = {
     "model.warm_start": WARM_STARTS,
+    "model.warm_start.rounding": WARM_STARTS,
     "model.optimizer": OPTIMIZERS,
     "end_to_end.optimizer": OPTIMIZERS,
     "data.source": SOURCES,

@@ -88,7 +88,7 @@ def makes_up(model: ModelQuantization) -> bool:
 
     Phases do not count: they may come later, in a folder whose choice has been made.
     """
-    return isinstance(model.start.warm_start, GPTQ)
+    return isinstance(model.start.warm_start.rule, GPTQ)
 
 
 def chosen_plan(menu: Menu, choice: Choice) -> list[BlockPlan]:

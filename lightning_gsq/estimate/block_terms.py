@@ -117,8 +117,8 @@ def _rounding_terms(
     needs_hessian = model.start.warm_start.needs_hessian
     squares = {site: max(site.experts, 1) * site.in_features**2 * FP32 for site in weights}
     matrices = {site: site.out_features * site.in_features * FP32 for site in weights}
-    factors = CHOLESKY_COPIES if isinstance(model.start.warm_start, GPTQ) else 0
-    copies = SWEEP_COPIES if isinstance(model.start.warm_start, LeastSquares) else ROUNDING_COPIES
+    factors = CHOLESKY_COPIES if isinstance(model.start.warm_start.rule, GPTQ) else 0
+    copies = SWEEP_COPIES if isinstance(model.start.warm_start.rule, LeastSquares) else ROUNDING_COPIES
     rounding = max(
         squares[site] * needs_hessian + factors * site.in_features**2 * FP32 + copies * matrices[site]
         for site in weights

@@ -17,7 +17,7 @@ from lightning_gsq.estimate.simulate import longer
 from lightning_gsq.estimate.skeleton import BlockSkeleton
 from lightning_gsq.models.chain import BlockRunner
 from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import Start
+from lightning_gsq.quantizers import FromFile, Start
 from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.training import BlockQuantization, ModelQuantization
@@ -144,12 +144,15 @@ def _block(
 
 
 def _rounding(model: ModelQuantization, weights: Weights, device: torch.device) -> float:
-    """Seconds of the warm start of all weights, from that of the smallest."""
+    """Seconds of the warm start of all weights, from that of the smallest; none for codes that a file has."""
+    rule = model.start.warm_start.rule
+    if isinstance(rule, FromFile):
+        return 0.0
     site, scheme = min(weights.items(), key=lambda item: item[0].rows * item[0].in_features)
     w_OI = torch.randn(site.out_features, site.in_features, device=device)
     x_NI = torch.randn(2 * site.in_features, site.in_features, device=device)
-    hessian_II = x_NI.T @ x_NI / len(x_NI) if model.start.warm_start.needs_hessian else None
-    seconds = median_seconds(lambda _: model.start.warm_start(w_OI, hessian_II, scheme), device, repeats=1)
+    hessian_II = x_NI.T @ x_NI / len(x_NI) if rule.needs_hessian else None
+    seconds = median_seconds(lambda _: rule(w_OI, hessian_II, scheme), device, repeats=1)
     return seconds * sum(_size(weight) for weight in weights) / (site.out_features * site.in_features)
 
 

@@ -71,23 +71,31 @@ def _started(case: Case, warm_start: WarmStart) -> Case:
     return replace(case, model=model)
 
 
+def _replaceable(case: Case) -> WarmStart | None:
+    """The start, if nothing but its rounding would be lost with it."""
+    start = case.model.start.warm_start
+    return start if start.rule is start else None
+
+
 def _own_weights(case: Case) -> Case | None:
-    if not case.model.follows:
+    start = copy.copy(_replaceable(case))
+    if start is None or not case.model.follows:
         return None
-    start = copy.copy(case.model.start.warm_start)
     start.following = None
     return _started(case, start)
 
 
 def _rounded(case: Case) -> Case | None:
-    start = case.model.start.warm_start
-    return _started(case, RTN()) if start.needs_hessian and not start.diagonal_only else None
+    start = _replaceable(case)
+    return _started(case, RTN()) if start is not None and start.needs_hessian and not start.diagonal_only else None
 
 
 def _unweighted(case: Case) -> Case | None:
     start = case.model.start
-    if not start.watches_inputs or start.end_loss_weights or start.experts.option is not None:
-        return None  # looks at no inputs already, or another option asks for them
+    if _replaceable(case) is None or not start.watches_inputs:
+        return None
+    if start.end_loss_weights or start.experts.option is not None:
+        return None  # these ask for what it looks at
     return _started(case, RTN(weighted=False))
 
 

@@ -3,7 +3,8 @@
 A file that people deploy already has a grid and a layout of scales: Q4_0 is -8 ... 7 in groups of 32, Q4_K 0 ... 15
 with two-level scales and offsets, and so on. With this start, the block phase moves codes to neighbouring levels and
 trains the scales against the full-precision model that ``--model.pretrained`` names; the export then writes the same
-types, with everything else copied from the file. Of an I-type (IQ3_XXS ...), it moves code vectors to near ones.
+types, with everything else copied from the file. Of an I-type (IQ3_XXS ...), it moves code vectors to near ones. With
+``rounding`` only the types are the file's, and another start finds codes and scales.
 ``--model.scheme file`` names the types of a file of several (:mod:`lightning_gsq.commands.file_types`).
 """
 
@@ -47,13 +48,20 @@ class FromFile(WarmStart):
     Args:
         file: A file with the weights in types that have a preset (Q4_K, IQ4_NL, Q8_0 ...); ``--model.scheme file``
             takes them as they are there.
+        rounding: Finds codes and scales anew in the file's types, such as ``LeastSquares``; null takes those of the
+            file.
 
     Raises:
-        ConfigurationError: there is no such file, or it cannot be read.
+        ConfigurationError: there is no such file, it cannot be read, or ``rounding`` is a start from a file too.
     """
 
-    def __init__(self, file: str) -> None:
-        self.needs_hessian = False
+    def __init__(self, file: str, rounding: WarmStart | None = None) -> None:
+        if isinstance(rounding, FromFile):
+            raise ConfigurationError("model.warm_start.rounding: FromFile rounds nothing; name LeastSquares, or null")
+        self.rounding = rounding
+        self.needs_hessian = rounding is not None and rounding.needs_hessian
+        self.diagonal_only = rounding is not None and rounding.diagonal_only
+        self.following = None if rounding is None else rounding.following
         try:
             self.file = GGUFFile(Path(file).expanduser())
             self.names = Names(architecture_name(self.file), self._numbers("block_count")[0])
@@ -62,14 +70,21 @@ class FromFile(WarmStart):
             raise ConfigurationError(f"model.warm_start.file: {reason}") from None
         self.heads = {*self._numbers("attention.head_count"), *self._numbers("attention.head_count_kv")}
 
+    @property
+    def rule(self) -> WarmStart:
+        """See :attr:`WarmStart.rule`."""
+        return self if self.rounding is None else self.rounding
+
     def check(self, weights: Mapping[str, tuple[QuantScheme, tuple[int, int]]]) -> None:
-        """Verifies that the file holds every weight in its scheme.
+        """Verifies that the file holds every weight in its scheme, and that ``rounding`` can find codes for it.
 
         Raises:
             ConfigurationError: it does not.
         """
         for name, (scheme, shape) in weights.items():
             self._stored(name, scheme, shape)
+        if self.rounding is not None:
+            self.rounding.check(weights)
 
     def types(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
         """ggml's name of the type in which the file has each weight, such as Q4_K, F16 or MXFP4; given its ``(O, I)``.
@@ -81,6 +96,8 @@ class FromFile(WarmStart):
 
     def start(self, name: str, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """The codes and scales of one weight; its position is where the full-precision weight lies on that grid."""
+        if self.rounding is not None:
+            return self.rounding.start(name, w_OI, hessian_II, scheme)
         stored_names, kind = self._stored(name, scheme, (w_OI.shape[0], w_OI.shape[1]))
         places = places_in_file(self.file, stored_names, w_OI.cpu(), self.heads, same=False)
         return start_at(self._tensor(stored_names, places, kind, scheme), w_OI)
@@ -105,7 +122,9 @@ class FromFile(WarmStart):
         return QuantizedTensor(codes_OI, scales_OG, stored[0].scheme, others)
 
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
-        """Not possible without the weight's name; see :meth:`start`."""
+        """With ``rounding`` alone: what a file has is found by the weight's name; see :meth:`start`."""
+        if self.rounding is not None:
+            return self.rounding(w_OI, hessian_II, scheme)
         raise TypeError("FromFile needs the name of the weight: call start(name, w_OI, hessian_II, scheme)")
 
     def _numbers(self, key: str) -> list[int]:

@@ -108,6 +108,11 @@ class WarmStart(ABC):
     """Damping of the weights that follow the full-precision model (:mod:`lightning_gsq.quantizers.following`), which it
     rounds in place of the model's own; None where it rounds these."""
 
+    @property
+    def rule(self) -> WarmStart:
+        """The start that does the rounding: this one, or one that it hands weights to."""
+        return self
+
     @abstractmethod
     def __call__(self, w_OI: Tensor, hessian_II: Tensor | None, scheme: QuantScheme) -> Start:
         """Quantizes one matrix.

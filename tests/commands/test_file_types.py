@@ -101,6 +101,23 @@ def test_a_file_goes_in_and_out_byte_by_byte(mixed: Path, tmp_path: Path, capsys
     assert "holds a run with another recipe" in said and "the file of the warm start" in said
 
 
+def test_codes_are_found_anew_in_the_types_of_the_file(mixed: Path, tmp_path: Path) -> None:
+    """The same types, and so the same size and everything that is not quantized; other codes."""
+    small = GGUFFile(mixed / "small.gguf")
+    settings = start(small.path)
+    settings["init_args"]["rounding"] = {"class_path": "lightning_gsq.quantizers.LeastSquares"}
+    taken = {"warm_start": settings, "embedding": "auto", "hessian_sequences": 2}
+    run = quantize(mixed / "model", tmp_path / "run", 3, 64, scheme="file", **taken)
+    GGUFFormat().write(run, tmp_path, ExportOptions())
+    made = GGUFFile(tmp_path / FILE)
+    assert {name: (t.shape, t.number) for name, t in made.tensors.items()} == {
+        name: (t.shape, t.number) for name, t in small.tensors.items()
+    }
+    same = {name for name in small.tensors if np.array_equal(made.raw(name), small.raw(name))}
+    changed = {f"blk.{i}.{part}.weight" for i in (0, 1) for part in ("attn_q", "attn_v", "ffn_up", "ffn_down")}
+    assert not same & changed and {"token_embd.weight", "blk.0.attn_k.weight", "blk.1.attn_norm.weight"} <= same
+
+
 def test_types_become_options(mixed: Path) -> None:
     types = types_of_file(settings(mixed))
     assert types.options == {"scheme.preset": "q4_0", "overrides": OVERRIDES, "exclude": ["*.k_proj"]}
@@ -182,6 +199,17 @@ def test_patterns_mean_no_matrix_outside_of_the_blocks() -> None:
         "layers.0.output": "output",
         "layers.1.output": "output",
     }
+
+
+@pytest.mark.parametrize("rounding", [None, {"class_path": "LeastSquares"}], ids=["as it is", "anew"])
+def test_plan_tries_a_block(
+    mixed: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rounding: dict[str, str] | None
+) -> None:
+    settings = start(mixed / "small.gguf")
+    settings["init_args"]["rounding"] = rounding
+    config = write_config(mixed / "model", corpus, tmp_path, model__scheme="file", model__warm_start=settings)
+    assert main(["plan", "--config", str(config)]) == 0
+    assert "warm start" in capsys.readouterr().out
 
 
 def test_plan_prints_the_types(mixed: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,3 +68,5 @@ def test_what_does_not_fit_is_refused_before_the_run(tmp_path: Path, made: Calla
         start.check({"model.layers.0.input_layernorm.weight": (QuantScheme(4, 32), (1, 128))})
     with pytest.raises(ConfigurationError, match="cannot be read"):
         FromFile(str(tmp_path / "none.gguf"))
+    with pytest.raises(ConfigurationError, match=r"warm_start\.rounding: FromFile rounds nothing"):
+        FromFile(str(made(4, 32)[1]), start)

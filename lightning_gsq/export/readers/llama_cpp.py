@@ -20,6 +20,8 @@ from lightning_gsq.export.contract import CheckFailedError
 
 PACKAGE = "xllamacpp"
 SECONDS = 1800
+CONTEXT = 512
+"""Tokens that the server keeps, unless a text is longer; prompts and texts of a check are shorter."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def ask(file: Path, prompts: Sequence[str], new_tokens: int, top: int, text_ids:
         "top": top,
         "text_ids": list(text_ids),
         "threads": torch.get_num_threads(),
+        "context": max(CONTEXT, len(text_ids)),
     }
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"

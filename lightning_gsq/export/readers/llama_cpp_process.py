@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-CONTEXT = 512
-"""Tokens that the server keeps; prompts and texts of a check are shorter."""
 FORCE = 1e6
 
 
@@ -22,7 +20,7 @@ def serve(file: str, request: dict[str, Any]) -> dict[str, Any]:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = file
-    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = CONTEXT, 1, 0
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = request["context"], 1, 0
     parameters.warmup = False
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = request["threads"]
     server = xllamacpp.Server(parameters)
