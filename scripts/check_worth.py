@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning_gsq.data import CalibrationDataModule, PythonDocumentation, TextFile
+from lightning_gsq.data import CalibrationDataModule
 from replacing import Predictions, Roundings
+from runs import text_of
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ def main() -> None:
     worth: dict[str, dict[str, float]] = json.loads((options.run / "worth.json").read_text())["worth"]
     source = loading.resolve(options.pretrained, None, False)
     tokenizer, network = loading.load_tokenizer(source), loading.load_model(source, "float32")
-    text = PythonDocumentation() if options.calibration is None else TextFile(options.calibration, rows=True)
+    text = text_of(options.calibration)
     data = CalibrationDataModule(
         text,
         sequence_length=options.length,

@@ -35,7 +35,7 @@ import torch
 from divergence import measured
 from lightning_gsq.data import PerplexityData, TextFile
 from llama_cpp_mixes import BASES, mix
-from runs import summary_of, texts
+from runs import add_row, has_row, summary_of, texts
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -88,7 +88,7 @@ def compare(kind: str, folder: Path, common: list[str], options: argparse.Namesp
     """Makes and measures both files of a type, unless their rows are there."""
     about = {"model": options.model, "type": kind, "blocks": options.blocks, "windows": options.windows}
     wanted = [{**about, "file": name} for name in ("gsq", "llama.cpp")]
-    if all(is_there(folder, row) for row in wanted):
+    if all(has_row(folder, row) for row in wanted):
         return
     phases = [*options.phases, *(["end_to_end"] if options.steps else [])]
     types = [f"--model.scheme={kind}"] if kind not in BASES else mixed(kind, folder, options)
@@ -111,10 +111,11 @@ def compare(kind: str, folder: Path, common: list[str], options: argparse.Namesp
     if len(set(sizes.values())) > 1:
         raise SystemExit(f"{kind}: the files differ in size: {sizes}")
     began = time.perf_counter()
-    measured = measure(folder, kind, {name: file for name, (file, _) in made.items()}, options)
+    figures = measure(folder, kind, {name: file for name, (file, _) in made.items()}, options)
     for row in wanted:
         name = row["file"]
-        note(folder, {**row, **measured[name], "bytes": sizes[name], "seconds": round(made[name][1], 1)})
+        if not has_row(folder, row):
+            add_row(folder, {**row, **figures[name], "bytes": sizes[name], "seconds": round(made[name][1], 1)})
     print(f"{kind}: measured in {time.perf_counter() - began:.0f} s")
 
 
@@ -182,24 +183,6 @@ def bits_of(run: FinishedRun, path: Path) -> float:
     count = sum(weight.count for weight in run.weights.values())
     names = [place.name for stored in layout.weights.values() for place in stored.places]
     return 8 * sum(file.raw(name).nbytes for name in names) / count
-
-
-def is_there(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the results have such a row."""
-    file = folder / "results.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return any(wanted.items() <= row.items() for row in rows)
-
-
-def note(folder: Path, row: dict[str, Any]) -> None:
-    """Adds a row to the results, unless it is there."""
-    known = {name: row[name] for name in ("model", "type", "blocks", "windows", "file")}
-    if is_there(folder, known):
-        return
-    line = json.dumps(row)
-    with (folder / "results.jsonl").open("a") as file:
-        file.write(line + "\n")
-    print(line)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_gsq.data import CalibrationDataModule, PerplexityData, PythonDocumentation, TextFile
+from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from llama_cpp_mixes import BASES
-from runs import summary_of, texts
+from runs import summary_of, text_of, texts
 from size_rows import ROWS, add_arguments, mix_bytes, widths_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -121,7 +121,7 @@ def rounded(
     model: ModelQuantization, widths: Mapping[str, str], calibration: str | None, change: Change
 ) -> PreTrainedModel:
     """A copy of the model, each matrix rounded to its width."""
-    text = PythonDocumentation() if calibration is None else TextFile(calibration, rows=True)
+    text = text_of(calibration)
     data = CalibrationDataModule(text, sequence_length=512, num_sequences=4, num_validation_sequences=1)
     data.tokenize(model.tokenizer, model.network)
     other = copy.deepcopy(model.network)
@@ -162,7 +162,7 @@ def distance(
     model: ModelQuantization, other: PreTrainedModel, evaluation: str | None, windows: int
 ) -> dict[str, float]:
     """Divergence from the original, nats a token, and the perplexity of both, over the windows."""
-    text = PythonDocumentation(part="evaluation") if evaluation is None else TextFile(evaluation, rows=True)
+    text = text_of(evaluation, "evaluation")
     data = PerplexityData(text, sequence_length=1024, num_windows=windows)
     data.tokenize(model.tokenizer, model.network)
     sums = {"divergence": 0.0, "original": 0.0, "quantized": 0.0}

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from divergence import measured
-from lightning_gsq.data import CalibrationDataModule, PerplexityData, PythonDocumentation, TextFile
-from runs import summary_of, texts
+from lightning_gsq.data import CalibrationDataModule, PerplexityData
+from runs import add_row, has_row, summary_of, text_of, texts
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -74,11 +74,10 @@ def main() -> None:
     for bits in options.bits:
         for tool in options.tools:
             about = {"tool": tool, "width": bits, "group": options.group, **_settings(tool, options)}
-            if not is_there(options.folder, about):
+            if not has_row(options.folder, about):
                 made = own_weights(bits, options) if tool == GSQ else weights_of(TOOLS[tool], bits, options)
-                note(
-                    options.folder, {**about, **json.loads((made / "made.json").read_text()), **figures(made, options)}
-                )
+                cost = json.loads((made / "made.json").read_text())
+                add_row(options.folder, {**about, **cost, **figures(made, options)})
 
 
 def _settings(tool: str, options: argparse.Namespace) -> dict[str, int]:
@@ -133,7 +132,7 @@ def original(options: argparse.Namespace) -> tuple[Path, Path]:
         loading.load_model(source, "float32").save_pretrained(folder)
         loading.load_tokenizer(source).save_pretrained(folder)
     if not tokens.is_file():
-        text = PythonDocumentation() if options.calibration is None else TextFile(options.calibration, rows=True)
+        text = text_of(options.calibration)
         data = CalibrationDataModule(text, num_sequences=options.sequences)
         data.tokenize(loading.load_tokenizer(source), loading.load_model(source))
         save_file({"ids": data.train_ids_NT}, tokens)
@@ -156,24 +155,10 @@ def figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """KL divergence and perplexity of the weights in a folder."""
     source = address.resolve(options.pretrained)
     model, tokenizer = loading.load_model(source, "float32"), loading.load_tokenizer(source)
-    text = PerplexityData(TextFile(options.evaluation, rows=True), 1024, options.windows)
+    text = PerplexityData(text_of(options.evaluation, "evaluation"), 1024, options.windows)
     text.tokenize(tokenizer, model)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return measured(model, {"own": network}, text.ids_NT)["own"]
-
-
-def is_there(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the results have such a row."""
-    file = folder / "results.jsonl"
-    return file.exists() and any(wanted.items() <= json.loads(line).items() for line in file.read_text().splitlines())
-
-
-def note(folder: Path, row: dict[str, Any]) -> None:
-    """Adds a row to the results."""
-    line = json.dumps(row)
-    with (folder / "results.jsonl").open("a") as file:
-        file.write(line + "\n")
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

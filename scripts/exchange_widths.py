@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 import yaml
 from compare_sizes import rounded
-from lightning_gsq.data import CalibrationDataModule, PythonDocumentation, TextFile
+from lightning_gsq.data import CalibrationDataModule
 from replacing import Predictions, Roundings
+from runs import text_of
 from size_rows import add_arguments, predicted_costs, widths_of
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def main() -> None:
     model.load(model.address.source())
     menu = offered(model, make_plan(model), [format_of("native")], {})
     widths = widths_of("knapsack", menu, options.plan, {}, rounded=True)
-    text = PythonDocumentation() if options.calibration is None else TextFile(options.calibration, rows=True)
+    text = text_of(options.calibration)
     data = CalibrationDataModule(text, num_sequences=4, num_validation_sequences=2 * options.sequences)
     data.tokenize(model.tokenizer, model.network)
     original = Predictions(model.network, data.validation_ids_NT)

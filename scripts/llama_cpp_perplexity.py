@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import math
 
-from lightning_gsq.data import PerplexityData, PythonDocumentation, TextFile
+from lightning_gsq.data import PerplexityData
+from runs import text_of
 
 from lightning_gsq.export.readers.llama_cpp import ask
 from lightning_gsq.models import address, loading
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="the first so many; all if left out")
     options = parser.parse_args()
     source = address.resolve(options.files[0])
-    text = TextFile(options.evaluation, rows=True) if options.evaluation else PythonDocumentation(part="evaluation")
+    text = text_of(options.evaluation, "evaluation")
     data = PerplexityData(text, options.length, options.windows)
     data.tokenize(loading.load_tokenizer(source), loading.load_model(source))
     for file in options.files:

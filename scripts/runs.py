@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from lightning_gsq.data import PythonDocumentation, TextFile, TextSource
 
 CONFIG = Path(__file__).parents[1] / "cli.yaml"
 
@@ -42,3 +44,22 @@ def texts(calibration: str | None, evaluation: str | None) -> list[str]:
             f"--{option}.source.rows=true",
         )
     ]
+
+
+def text_of(path: str | None, part: Literal["calibration", "evaluation"] = "calibration") -> TextSource:
+    """A document from each row of a local file; a part of Python's documentation where there is none."""
+    return PythonDocumentation(part=part) if path is None else TextFile(path, rows=True)
+
+
+def has_row(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the results of a comparison, lines of JSON, have a row with these entries."""
+    file = folder / "results.jsonl"
+    return file.exists() and any(wanted.items() <= json.loads(line).items() for line in file.read_text().splitlines())
+
+
+def add_row(folder: Path, row: dict[str, Any]) -> None:
+    """Adds a row to the results, and prints it."""
+    line = json.dumps(row)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning_gsq.data import CalibrationDataModule, PythonDocumentation, TextFile
+from lightning_gsq.data import CalibrationDataModule
 from rich.console import Console
+from runs import text_of
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 from torch import Tensor
@@ -43,7 +44,7 @@ def load_matrices(pretrained: str, index: int, calibration: str | None, sequence
     """The weights of one block with the second moments of their inputs; full precision before it."""
     source = loading.resolve(pretrained, None, False)
     tokenizer, network = loading.load_tokenizer(source), loading.load_model(source, "float32")
-    text = PythonDocumentation() if calibration is None else TextFile(calibration, rows=True)
+    text = text_of(calibration)
     data = CalibrationDataModule(text, sequence_length=512, num_sequences=sequences, num_validation_sequences=1)
     data.tokenize(tokenizer, network)
     _, blocks = find_blocks(network)
