@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning_gsq import callbacks, data, quantizers, training
 from lightning_gsq.data import TextSource
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.quantizers import WarmStart
+from lightning_gsq.quantizers import FromFile, WarmStart
 
 MOVED = {
     "lightning_gsq.optim.": "lightning_gsq.training.",
@@ -44,7 +44,7 @@ OPTIMIZERS = _of_kind(torch.optim.Optimizer, torch.optim, training)
 CALLBACKS = _of_kind(Callback, callbacks)
 OPTIONS = {
     "model.warm_start": WARM_STARTS,
-    "model.warm_start.rounding": WARM_STARTS,
+    "model.warm_start.rounding": {name: path for name, path in WARM_STARTS.items() if name != FromFile.__name__},
     "model.optimizer": OPTIMIZERS,
     "end_to_end.optimizer": OPTIMIZERS,
     "data.source": SOURCES,
