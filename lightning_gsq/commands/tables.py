@@ -175,9 +175,10 @@ def print_estimate(
         table.add_row("hidden states of the evaluation windows", f"{_size(plan.windows)}, in memory-mapped files")
     console.print(table)
     table = _table("Work", "", "")
-    tokens = plan.steps * data.batch_size * data.sequence_length
-    table.add_row("steps", f"{plan.steps:,} a block, {plan.steps * len(plan.plan):,} in all")
-    table.add_row("tokens that train a block", f"{tokens:,}")
+    if any(phase.name.startswith("blocks") for phase in plan.phases):
+        tokens = plan.steps * data.batch_size * data.sequence_length
+        table.add_row("steps", f"{plan.steps:,} a block, {plan.steps * len(plan.plan):,} in all")
+        table.add_row("tokens that train a block", f"{tokens:,}")
     if plan.choosing is not None:
         done = "; done, fit takes the choice as it is" if loaded else ""
         table.add_row("choosing the widths", f"about {duration(plan.choosing)}{done}")
@@ -192,6 +193,12 @@ def print_estimate(
             f"{timing.step * 1e3:,.0f} ms a step, {timing.forward * 1e3:,.0f} ms a forward pass, warm start about "
             f"{timing.rounding:,.1f} s",
         )
+        if plan.end_to_end is not None:
+            work = plan.end_to_end
+            table.add_row(
+                "end to end",
+                f"{work.steps:,} steps of about {work.a_step:,.1f} s, with evaluations about {duration(work.seconds)}",
+            )
         seconds, without = plan.seconds, "measuring perplexity"
         if not loaded:
             seconds += plan.choosing or 0

@@ -11,6 +11,7 @@ perplexity_terms  memory of measuring perplexity
 end_to_end_terms  memory of the end-to-end phase
 phases            the memory of a run, phase by phase
 probe             seconds of a few steps on one block of random weights
+end_to_end_probe  seconds of the end-to-end phase, from a batch through such a block and the loss
 width_probe       seconds of finding out what the choices of a size are worth, on such a block
 surroundings      the machine, and settings that several terms depend on
 limits            what this machine has

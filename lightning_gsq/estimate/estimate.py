@@ -14,6 +14,7 @@ from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from lightning_gsq.estimate import limits, problems
 from lightning_gsq.estimate.advice import device_advice
 from lightning_gsq.estimate.assigned import assigned
+from lightning_gsq.estimate.end_to_end_probe import EndToEndWork, end_to_end_work
 from lightning_gsq.estimate.perplexity_terms import by_block
 from lightning_gsq.estimate.phases import Phase
 from lightning_gsq.estimate.probe import Timing, probe
@@ -64,6 +65,7 @@ class Estimate:
         run_folder: Bytes the run folder takes, by what they are.
         steps: Optimizer steps a block.
         timing: Seconds of one block's parts; None without a probe.
+        end_to_end: What the end-to-end phase takes; None without a probe or that phase.
         seconds: Seconds in all, without measuring perplexity; None without a probe.
         probed: Why there was no probe; empty if there was one.
         choosing: Seconds of choosing the widths of a size, which are not among ``seconds``; None without one, or where
@@ -84,6 +86,7 @@ class Estimate:
     run_folder: dict[str, int]
     steps: int
     timing: Timing | None
+    end_to_end: EndToEndWork | None
     seconds: float | None
     probed: str
     choosing: float | None
@@ -163,6 +166,9 @@ def estimate(
         reason = "the experts of a block are spread over devices, and this is one"
     elif with_probe:
         timing, reason = _probe(model, data, skeleton, plan, phases, trainer)
+    work = None
+    if timing is not None and "end_to_end" in model.phases:
+        work = end_to_end_work(end_to_end, data, skeleton, plan, trainer)
     if with_probe and choices:
         device = trainer.strategy.root_device
         choosing, choosing_unknown = width_seconds(data, skeleton, plan, choices, device, scale_dtype, limit)
@@ -193,7 +199,8 @@ def estimate(
         run_folder,
         steps,
         timing,
-        None if timing is None else _seconds(model, data, timing, len(plan), steps),
+        work,
+        None if timing is None else _seconds(model, data, timing, len(plan), steps, work),
         reason,
         choosing,
         choosing_unknown,
@@ -261,13 +268,21 @@ def _probe(
     return probe(model, data, skeleton.width, skeleton.blocks[index], weights, device, bf16, run), ""
 
 
-def _seconds(model: ModelQuantization, data: CalibrationDataModule, timing: Timing, blocks: int, steps: int) -> float:
+def _seconds(
+    model: ModelQuantization,
+    data: CalibrationDataModule,
+    timing: Timing,
+    blocks: int,
+    steps: int,
+    end_to_end: EndToEndWork | None,
+) -> float:
     """Seconds in all, without measuring perplexity."""
-    return blocks * (
+    of_blocks = blocks * (
         ("blocks" in model.phases) * timing.block(model, data, steps)
         + ("init" in model.phases) * timing.warm_start(model, data)
         + bool({"init", "blocks"} & set(model.phases)) * timing.end_loss(model, data)
     )
+    return of_blocks + (0 if end_to_end is None else end_to_end.seconds)
 
 
 def _baseline(source: loading.ModelSource) -> int:
