@@ -96,7 +96,7 @@ def compare(kind: str, folder: Path, common: list[str], options: argparse.Namesp
     theirs.append(f"--model.imatrix={importance(folder, common)}")
     own = [*common, f"--model.phases=[{','.join(phases)}]", f"--end_to_end.max_steps={options.steps or -1}"]
     if kind in BASES:
-        file = folder / f"{kind}-llama.cpp" / "export" / "gguf" / "model.gguf"
+        file = file_of(folder / f"{kind}-llama.cpp")
         own += ["--model.scheme=file", "--model.warm_start=FromFile", f"--model.warm_start.file={file}"]
         own += [f"--model.warm_start.rounding={options.start}", "--model.fallback=false"]
     else:
@@ -126,7 +126,6 @@ def importance(folder: Path, common: list[str]) -> Path:
         "--model.phases=[init]",
         "--model.warm_start=RTN",
         "--model.save_imatrix=true",
-        "--evaluation.num_windows=1",
     ]
     summary_of(run, [*common, *settings], "warm_start")
     return run / IMATRIX
@@ -147,9 +146,14 @@ def mixed(kind: str, folder: Path, options: argparse.Namespace) -> list[str]:
     return [f"--model.scheme={BASES[kind]}", f"--model.overrides={file}"]
 
 
+def file_of(run: Path) -> Path:
+    """Where the GGUF file of a run lies, or will."""
+    return run / "export" / "gguf" / "model.gguf"
+
+
 def exported(run: Path) -> Path:
     """The GGUF file of a run; what it holds is measured, not what the run says."""
-    file = run / "export" / "gguf" / "model.gguf"
+    file = file_of(run)
     if not file.is_file():
         command = [sys.executable, "-m", "lightning_gsq", "export", "--run", str(run), "--format", "gguf"]
         subprocess.run([*command, "--check", "false"], check=True)

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
 from llama_cpp_mixes import BASES
-from runs import summary_of, text_of, texts
+from runs import add_row, has_row, summary_of, text_of, texts
 from size_rows import ROWS, add_arguments, mix_bytes, widths_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -67,11 +67,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     options, further = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    results = options.folder / "results.jsonl"
-    lines = results.read_text().splitlines() if results.exists() else []
-    there = {(row["row"], row["size"], tuple(row["phases"])) for row in map(json.loads, lines)}
     files = {name: Path(file) for name, _, file in (given.partition("=") for given in options.choice)}
-    wanted = [row for row in (*options.rows, *files) if (row, options.size, tuple(options.phases)) not in there]
+    about = {row: {"row": row, "size": options.size, "phases": options.phases} for row in (*options.rows, *files)}
+    wanted = [row for row, entries in about.items() if not has_row(options.folder, entries)]
     if not wanted:
         return
     size = "16bpw" if options.size in BASES else options.size
@@ -83,7 +81,7 @@ def main() -> None:
     for row in wanted:
         began = time.perf_counter()
         widths = widths_of(row, menu, options.plan, files, rounded=not options.phases)
-        line: dict[str, Any] = {"row": row, "size": options.size, "phases": options.phases}
+        line: dict[str, Any] = dict(about[row])
         line["bytes"] = menu.file.total({own: scheme_of(width) for own, width in widths.items()})
         folder = options.folder / f"{row}-{options.size}"
         if options.phases:
@@ -93,9 +91,7 @@ def main() -> None:
             other = rounded(model, widths, options.calibration, by_llama_cpp if options.format == "gguf" else change_of)
         line |= distance(model, other, options.evaluation, options.windows)
         line["seconds"] = time.perf_counter() - began
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
+        add_row(options.folder, line)
 
 
 def trained(

@@ -42,8 +42,7 @@ def main() -> None:
     began = time.perf_counter()
     weights = TOOLS[options.tool](model, ids_NT, options)
     seconds = time.perf_counter() - began
-    changed = sum(not torch.equal(weights[name].float(), value) for name, value in plain.items())
-    if not changed:
+    if all(torch.equal(weights[name].float(), value) for name, value in plain.items()):
         raise SystemExit(f"{options.tool} gave the weights back as they were")
     options.output.mkdir(parents=True, exist_ok=True)
     for file in options.model.iterdir():

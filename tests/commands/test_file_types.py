@@ -209,7 +209,8 @@ def test_plan_tries_a_block(
     settings["init_args"]["rounding"] = rounding
     config = write_config(mixed / "model", corpus, tmp_path, model__scheme="file", model__warm_start=settings)
     assert main(["plan", "--config", str(config)]) == 0
-    assert "warm start" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warm start" in said and "ms a step" in said
 
 
 def test_plan_prints_the_types(mixed: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
