@@ -7,13 +7,15 @@ folder in fp32 and the calibration text as tokens, and gives weights back (``oth
 runs of ``fit``: ``LeastSquares`` and the end-to-end phase.
 
 A row is a line of JSON in ``results.jsonl``: bits a weight with scales and zero points, seconds of the quantization
-alone, KL divergence to the original (nats a token) and perplexity, in fp32. Rows that are there are not made again.
+alone, KL divergence to the original (nats a token) and perplexity, in fp32; of further texts (``--others``) by name.
+Rows that are there are not made again. A seed is the choice and the order of the calibration text.
 ``OMP_NUM_THREADS`` gives every tool as many threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -52,6 +54,7 @@ TOOLS = {
     "AWQ of llm-compressor, asymmetric": Tool(LLM_COMPRESSOR, ("awq", "--asymmetric")),
 }
 GSQ = "gsq"
+DOCUMENTATION = "documentation"
 
 
 def main() -> None:
@@ -62,6 +65,9 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--calibration", help="text file; Python's documentation if left out")
     parser.add_argument("--evaluation", required=True, help="text file for KL and perplexity, a document a row")
+    parser.add_argument("--others", nargs="+", default=[], help=f"more such files, or {DOCUMENTATION} for Python's")
+    parser.add_argument("--other-windows", type=int, default=8, help="of each of these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--sequences", type=int, default=384, help="of 512 tokens, for the other tools")
     parser.add_argument("--steps", type=int, default=60, help="of AutoRound, a block, 4 sequences each")
     parser.add_argument("--own-sequences", type=int, default=160, help="end to end, 4 a step")
@@ -71,13 +77,12 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=Path("build/tools"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    for bits in options.bits:
-        for tool in options.tools:
-            about = {"tool": tool, "width": bits, "group": options.group, **_settings(tool, options)}
-            if not has_row(options.folder, about):
-                made = own_weights(bits, options) if tool == GSQ else weights_of(TOOLS[tool], bits, options)
-                cost = json.loads((made / "made.json").read_text())
-                add_row(options.folder, {**about, **cost, **figures(made, options)})
+    for seed, bits, tool in itertools.product(options.seeds, options.bits, options.tools):
+        about = {"tool": tool, "width": bits, "group": options.group, "seed": seed, **_settings(tool, options)}
+        if not has_row(options.folder, about):
+            made = own_weights(bits, seed, options) if tool == GSQ else weights_of(TOOLS[tool], bits, seed, options)
+            cost = json.loads((made / "made.json").read_text())
+            add_row(options.folder, {**about, **cost, **figures(made, options)})
 
 
 def _settings(tool: str, options: argparse.Namespace) -> dict[str, int]:
@@ -88,9 +93,9 @@ def _settings(tool: str, options: argparse.Namespace) -> dict[str, int]:
     return {"sequences": options.sequences, **steps}
 
 
-def own_weights(bits: int, options: argparse.Namespace) -> Path:
+def own_weights(bits: int, seed: int, options: argparse.Namespace) -> Path:
     """The model folder of a run of ``fit``."""
-    folder = options.folder / f"gsq-{bits}-{options.own_statistics}-{options.own_sequences}"
+    folder = options.folder / f"gsq-{bits}-{options.own_statistics}-{options.own_sequences}-seed{seed}"
     arguments = [
         f"--model.pretrained={options.pretrained}",
         f"--model.scheme.bits={bits}",
@@ -100,6 +105,8 @@ def own_weights(bits: int, options: argparse.Namespace) -> Path:
         "--model.phases=[init,end_to_end]",
         "--end_to_end.max_steps=-1",
         f"--data.num_sequences={options.own_sequences}",
+        f"--data.seed={seed}",
+        f"--seed_everything={seed}",
         "--evaluation.num_windows=1",  # the weights are measured here
         *texts(options.calibration, options.evaluation),
     ]
@@ -110,30 +117,30 @@ def own_weights(bits: int, options: argparse.Namespace) -> Path:
     return folder / "model"
 
 
-def weights_of(tool: Tool, bits: int, options: argparse.Namespace) -> Path:
+def weights_of(tool: Tool, bits: int, seed: int, options: argparse.Namespace) -> Path:
     """The folder that another tool gave."""
-    model, tokens = original(options)
+    model, tokens = original(seed, options)
     name = "-".join(argument.strip("-") for argument in (*tool.arguments, str(bits)))
-    output = options.folder / name
+    output = options.folder / f"{name}-{options.sequences}-{options.steps}-seed{seed}"
     if not (output / "made.json").is_file():
         command = [python_with(tool.requirement, options.environments), Path(__file__).with_name("other_tools.py")]
         command += [*tool.arguments, "--model", model, "--tokens", tokens, "--bits", bits, "--group", options.group]
-        command += ["--steps", options.steps, "--output", output]
+        command += ["--steps", options.steps, "--seed", seed, "--output", output]
         subprocess.run([str(part) for part in command], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return output
 
 
-def original(options: argparse.Namespace) -> tuple[Path, Path]:
+def original(seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
     """The model as a folder, and the tokens of the calibration text in a file; made once."""
     folder = options.folder / "original"
-    tokens = options.folder / f"tokens-{options.sequences}.safetensors"
+    tokens = options.folder / f"tokens-{options.sequences}-seed{seed}.safetensors"
     source = address.resolve(options.pretrained)
     if not (folder / "tokenizer_config.json").is_file():
         loading.load_model(source, "float32").save_pretrained(folder)
         loading.load_tokenizer(source).save_pretrained(folder)
     if not tokens.is_file():
         text = text_of(options.calibration)
-        data = CalibrationDataModule(text, num_sequences=options.sequences)
+        data = CalibrationDataModule(text, num_sequences=options.sequences, seed=seed)
         data.tokenize(loading.load_tokenizer(source), loading.load_model(source))
         save_file({"ids": data.train_ids_NT}, tokens)
     return folder, tokens
@@ -152,13 +159,19 @@ def python_with(requirement: str, root: Path) -> Path:
 
 
 def figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """KL divergence and perplexity of the weights in a folder."""
+    """KL divergence and perplexity of the weights in a folder, on the text and on the others by name."""
     source = address.resolve(options.pretrained)
     model, tokenizer = loading.load_model(source, "float32"), loading.load_tokenizer(source)
-    text = PerplexityData(text_of(options.evaluation, "evaluation"), 1024, options.windows)
-    text.tokenize(tokenizer, model)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return measured(model, {"own": network}, text.ids_NT)["own"]
+
+    def on(path: str, windows: int) -> dict[str, float]:
+        held_out = text_of(None if path == DOCUMENTATION else path, "evaluation")
+        text = PerplexityData(held_out, 1024, windows)
+        text.tokenize(tokenizer, model)
+        return measured(model, {"own": network}, text.ids_NT)["own"]
+
+    others = {Path(path).name: on(path, options.other_windows) for path in options.others}
+    return {**on(options.evaluation, options.windows), "others": others}
 
 
 if __name__ == "__main__":

@@ -34,11 +34,13 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true", help="a zero point a group")
     parser.add_argument("--extended", action="store_true", help="AutoRound's enable_alg_ext")
     parser.add_argument("--steps", type=int, default=60, help="of AutoRound, 4 sequences each")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     ids_NT = load_file(options.tokens)["ids"]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     plain = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(options.seed)
     began = time.perf_counter()
     weights = TOOLS[options.tool](model, ids_NT, options)
     seconds = time.perf_counter() - began
@@ -69,6 +71,7 @@ def auto_round(model: Any, ids_NT: Tensor, options: argparse.Namespace) -> dict[
         iters=options.steps,
         batch_size=4,
         nsamples=len(ids_NT),
+        seed=options.seed,
         seqlen=ids_NT.shape[1],
         dataset=list(ids_NT.split(1)),
         enable_alg_ext=options.extended,

@@ -11,8 +11,10 @@ perplexity_terms  memory of measuring perplexity
 end_to_end_terms  memory of the end-to-end phase
 phases            the memory of a run, phase by phase
 probe             seconds of a few steps on one block of random weights
+start_probe       seconds of a warm start: watching a block's inputs, rounding a matrix of each shape
 end_to_end_probe  seconds of the end-to-end phase, from a batch through such a block and the loss
 width_probe       seconds of finding out what the choices of a size are worth, on such a block
+timing            seconds of a call
 surroundings      the machine, and settings that several terms depend on
 limits            what this machine has
 problems          what does not fit disks

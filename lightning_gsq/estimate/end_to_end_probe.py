@@ -10,10 +10,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_gsq.data import CalibrationDataModule
-from lightning_gsq.estimate.probe import median_seconds, random_block
+from lightning_gsq.estimate.probe import random_block
 from lightning_gsq.estimate.quantities import Weights
 from lightning_gsq.estimate.simulate import longer
 from lightning_gsq.estimate.skeleton import Skeleton
+from lightning_gsq.estimate.timing import median_seconds
 from lightning_gsq.models.chain import run_block
 from lightning_gsq.models.linear_weights import LinearSite
 from lightning_gsq.ops.distillation import Head, HiddenTarget, distillation_loss

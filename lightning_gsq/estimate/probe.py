@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gsq.data import CalibrationDataModule
+from lightning_gsq.estimate import start_probe
 from lightning_gsq.estimate.quantities import Weights
 from lightning_gsq.estimate.simulate import longer
 from lightning_gsq.estimate.skeleton import BlockSkeleton
+from lightning_gsq.estimate.timing import median_seconds
 from lightning_gsq.models.chain import BlockRunner
-from lightning_gsq.models.linear_weights import LinearSite
-from lightning_gsq.quantizers import FromFile, Start
+from lightning_gsq.quantizers import Start
 from lightning_gsq.quantizers.vector_gumbel import quantizer_of
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.training import BlockQuantization, ModelQuantization
 from lightning_gsq.weights.layout import SCALES
-
-STEPS = 3
-FOLLOWING = 1 + 4 * 0.5
-"""Passes through a block that follows the full-precision model: one there, and one for each of some four stages, which
-end half way through the block on average."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +29,23 @@ class Timing:
     Args:
         step: One training step of one batch.
         forward: One forward pass of one batch, without gradients.
-        rounding: The warm start of all its weights, scaled from the smallest one by the number of weights.
+        watched: Summing up what the start has to know of one batch, passes included.
+        rounding: The warm start of all its weights.
     """
 
     step: float
     forward: float
+    watched: float
     rounding: float
 
     def block(self, model: ModelQuantization, data: CalibrationDataModule, steps: int) -> float:
         """Seconds of a block in the blocks phase."""
         batches = data.wanted / data.batch_size
-        hessian = _watched(model) / data.batch_size
-        hessian += 2 * model.start.experts.extra_sequences / data.batch_size
-        # Both streams (or the target alone, for "local") and the inputs of the Hessians; validation: two passes at the
-        # end of every epoch, two more over the finished block.
-        passes = 2 * batches + hessian + 4 * data.num_validation_sequences / data.batch_size
-        return steps * self.step + passes * self.forward + self.rounding
+        # Both streams (or the target alone, for "local") and more text for experts; validation: two passes at the end
+        # of every epoch, two more over the finished block.
+        further = 2 * model.start.experts.extra_sequences + 4 * data.num_validation_sequences
+        passes = 2 * batches + further / data.batch_size
+        return steps * self.step + passes * self.forward + self._statistics(model, data) + self.rounding
 
     def end_loss(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the passes that weigh tokens: forwards, and forwards and back."""
@@ -60,17 +54,15 @@ class Timing:
     def warm_start(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the warm-start phase."""
         propagated = (1 + model.follows) * _looked_at(model) + 2 * model.start.experts.extra_sequences
-        return (_watched(model) + propagated) / data.batch_size * self.forward + self.rounding
+        return propagated / data.batch_size * self.forward + self._statistics(model, data) + self.rounding
+
+    def _statistics(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
+        return _looked_at(model) / data.batch_size * self.watched
 
 
 def _looked_at(model: ModelQuantization) -> int:
     """Sequences that the start sees."""
     return model.start.hessian_sequences if model.start.watches_inputs else 0
-
-
-def _watched(model: ModelQuantization) -> float:
-    """Sequences that pass through a block for the statistics of its inputs."""
-    return (FOLLOWING if model.follows else 1) * _looked_at(model)
 
 
 def probe(
@@ -99,10 +91,12 @@ def probe(
         with torch.no_grad(), autocast:
             run(module.block, batch[0], module._call)
 
+    watch = start_probe.watching(model, module.block, weights, batch[0], module._call, autocast)
     return Timing(
         step=median_seconds(step, device),
         forward=median_seconds(forward, device),
-        rounding=_rounding(model, weights, device),
+        watched=0.0 if watch is None else median_seconds(watch, device),
+        rounding=start_probe.rounding(model, weights, device),
     )
 
 
@@ -141,32 +135,3 @@ def _block(
     module.to(device)
     parameters = [p for p in module.parameters() if p.requires_grad]
     return module, model.block.optimizer([{"params": parameters, "name": "logits"}])
-
-
-def _rounding(model: ModelQuantization, weights: Weights, device: torch.device) -> float:
-    """Seconds of the warm start of all weights, from that of the smallest; none for codes that a file has."""
-    rule = model.start.warm_start.rule
-    if isinstance(rule, FromFile):
-        return 0.0
-    site, scheme = min(weights.items(), key=lambda item: item[0].rows * item[0].in_features)
-    w_OI = torch.randn(site.out_features, site.in_features, device=device)
-    x_NI = torch.randn(2 * site.in_features, site.in_features, device=device)
-    hessian_II = x_NI.T @ x_NI / len(x_NI) if rule.needs_hessian else None
-    seconds = median_seconds(lambda _: rule(w_OI, hessian_II, scheme), device, repeats=1)
-    return seconds * sum(_size(weight) for weight in weights) / (site.out_features * site.in_features)
-
-
-def _size(site: LinearSite) -> int:
-    return site.rows * site.in_features
-
-
-def median_seconds(action: Callable[[int], object], device: torch.device, repeats: int = STEPS) -> float:
-    """Median seconds after one call that is not counted: it compiles, allocates, and fills caches."""
-    seconds = []
-    for number in range(repeats + 1):
-        began = time.perf_counter()
-        action(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])

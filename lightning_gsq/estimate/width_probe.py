@@ -2,7 +2,7 @@
 
 The code of :mod:`lightning_gsq.widths.worth` runs with one piece of text in place of all: a pass of the model as it is,
 a pass that watches inputs, and one there and back that multiplies gradients with changes. Rounding is timed on the
-smallest matrix and scaled by the number of weights, the head on a slice of its rows.
+largest matrix (or some of its rows) and scaled by the number of weights, the head on a slice of its rows.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from torch import nn
 
 from lightning_gsq.data import CalibrationDataModule
 from lightning_gsq.estimate import limits
-from lightning_gsq.estimate.probe import median_seconds, random_block
+from lightning_gsq.estimate.probe import random_block
 from lightning_gsq.estimate.problems import gigabytes
 from lightning_gsq.estimate.quantities import Weights
 from lightning_gsq.estimate.simulate import longer
 from lightning_gsq.estimate.skeleton import Skeleton
+from lightning_gsq.estimate.start_probe import WEIGHTS
+from lightning_gsq.estimate.timing import median_seconds
 from lightning_gsq.estimate.width_terms import pieces_of
 from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import run_block
@@ -166,12 +168,13 @@ def _looked_at(
 
 
 def _rounding(free: Mapping[LinearSite, Schemes], device: torch.device, scale_dtype: torch.dtype) -> float:
-    """Seconds of rounding these matrices to all of their choices, from those of the smallest."""
+    """Seconds of rounding these matrices to all of their choices, from the largest or a part of its rows."""
     if not any(free.values()):
         return 0.0
-    site = min(free, key=_size)
+    site = max(free, key=lambda site: site.out_features * site.in_features)
+    rows = min(site.out_features, max(1, WEIGHTS // site.in_features))
     w_OI, importance_I = (
-        torch.randn(shape, device=device) for shape in ((site.out_features, site.in_features), (site.in_features,))
+        torch.randn(shape, device=device) for shape in ((rows, site.in_features), (site.in_features,))
     )
 
     def action(_: int) -> None:

@@ -89,7 +89,12 @@ class PairedStatistics:
         if not count or not bool(hessian_II.any()):
             return w_OI
         lack_OI = self._lack[site.name] if site.name in self.summed else w_OI @ self._drift[site.name]
-        return w_OI + torch.cholesky_solve(lack_OI.T * (2 / count), factor(hessian_II, damping)).T
+        return nearest(w_OI, lack_OI * (2 / count), hessian_II, damping)
+
+
+def nearest(w_OI: Tensor, lack_OI: Tensor, hessian_II: Tensor, damping: float) -> Tensor:
+    """``V`` of the module's first lines, fp32 ``O I``, from ``W``, ``L`` and ``H``."""
+    return w_OI + torch.cholesky_solve(lack_OI.T, factor(hessian_II, damping)).T
 
 
 def _moment(full: Tensor, own: Tensor, inputs: Tensor, weight_N: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ over the quantized stream for each stage, and ends where the stage's last produc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,6 +61,23 @@ class Stage:
     seen: Recording = field(default_factory=Recording)
 
 
+def stages_of(seen: Recording, sites: Iterable[LinearSite]) -> list[Stage]:
+    """The weights that read the same tensor together, in the order of their first products.
+
+    Args:
+        seen: A run of the block that watched them.
+        sites: The weights.
+    """
+    known = {site.name: site for site in sites}
+    stages: dict[object, Stage] = {}
+    for name, inputs in seen.inputs.items():
+        key = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in inputs)
+        stages.setdefault(key, Stage()).sites.append(known[name])
+    for stage in stages.values():
+        stage.seen = seen.of([site.name for site in stage.sites])
+    return list(stages.values())
+
+
 class Following:
     """The weights of a block that can follow, in stages.
 
@@ -79,23 +96,13 @@ class Following:
         self.quantized = _Passes(run, plan, block, entering.quantized, entering.arguments)
         watched_NTD = entering.quantized.hidden_NTD[: hessian_sequences(run)]
         self.parts = list(slices(len(watched_NTD), sequences_at_once(watched_NTD.shape[1])))
-        self.stages, self.seen = self._stages()
+        sites = all_take(block, plan.weights)
+        self.seen = self.quantized.record(slice(1), [site.name for site in sites])
+        self.stages = stages_of(self.seen, sites)
         # Processes that exchange tokens make the same passes in every stage, however many sequences each has.
         within = self.seen.bytes * len(watched_NTD) <= run.activations.limit
         self.keeps = within and run.exchange is None
         self._kept: dict[int, Recording] = {}
-
-    def _stages(self) -> tuple[list[Stage], Recording]:
-        """The weights that read the same tensor together, in the order of their first products; all that was seen."""
-        sites = {site.name: site for site in all_take(self.block, self.plan.weights)}
-        seen = self.quantized.record(slice(1), sites)
-        stages: dict[object, Stage] = {}
-        for name, inputs in seen.inputs.items():
-            key = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in inputs)
-            stages.setdefault(key, Stage()).sites.append(sites[name])
-        for stage in stages.values():
-            stage.seen = seen.of([site.name for site in stage.sites])
-        return list(stages.values()), seen
 
     def matrices(self, stage: Stage, dense: dict[str, Tensor], *, says: bool) -> Iterator[tuple[LinearSite, Matrix]]:
         """A stage's weights as they should be for what enters them, with its second moments.
