@@ -66,9 +66,8 @@ def main() -> None:
     options, further = parser.parse_known_args()
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    common = [*texts(options.calibration, options.evaluation), *arguments(options), *further]
     for kind in options.types:
-        compare(kind, folder, common, options)
+        compare(kind, folder, options, further)
 
 
 def arguments(options: argparse.Namespace) -> list[str]:
@@ -84,12 +83,14 @@ def arguments(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def compare(kind: str, folder: Path, common: list[str], options: argparse.Namespace) -> None:
+def compare(kind: str, folder: Path, options: argparse.Namespace, further: list[str]) -> None:
     """Makes and measures both files of a type, unless their rows are there."""
     about = {"model": options.model, "type": kind, "blocks": options.blocks, "windows": options.windows}
+    about |= {"sequences": options.sequences, "steps": options.steps, "further": further}
     wanted = [{**about, "file": name} for name in ("gsq", "llama.cpp")]
     if all(has_row(folder, row) for row in wanted):
         return
+    common = [*texts(options.calibration, options.evaluation), *arguments(options), *further]
     phases = [*options.phases, *(["end_to_end"] if options.steps else [])]
     types = [f"--model.scheme={kind}"] if kind not in BASES else mixed(kind, folder, options)
     theirs = [*common, *types, f"--model.warm_start={LLAMA_CPP}", "--model.phases=[init]"]
