@@ -15,7 +15,7 @@ from lightning_gsq.models.chain import find_blocks
 from lightning_gsq.models.ends import end_names
 from lightning_gsq.run.block_plan import BlockPlan, with_schemes
 from lightning_gsq.training import ModelQuantization
-from lightning_gsq.weights.assignment import fit_rows, names_it, scheme_of
+from lightning_gsq.weights.assignment import fit_rows, scheme_of
 from lightning_gsq.weights.scheme import QuantScheme
 from lightning_gsq.widths import Choice, Group, make_groups
 from lightning_gsq.widths.groups import named, scheme_name
@@ -189,7 +189,7 @@ def _pins(model: ModelQuantization, plan: list[BlockPlan]) -> tuple[dict[str, Qu
     network, selection = model.network, model.selection
     given = model.outer.expected(network)
     for name in end_names(network):
-        if any(names_it(pattern, name, outside=True) for pattern in selection.exclude):
+        if model.outer.stays(network, name) and name not in given:
             continue
         columns[name] = network.get_parameter(name).shape[1]
         if name in given:

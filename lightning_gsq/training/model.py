@@ -40,8 +40,8 @@ class ModelQuantization(LightningModule):
             Otherwise they are refused.
         embedding: How the embedding is quantized, and with it a head that is tied to it; "auto" for 8 bits in groups of
             32 where its rows are whole groups, and for the file's own with the start FromFile; null leaves it in 16
-            bits.
-        head: How a head with a matrix of its own is quantized; null leaves it in 16 bits.
+            bits, also where a size is given.
+        head: How a head with a matrix of its own is quantized; null leaves it in 16 bits, unless a size is given.
         size: Size of the whole file, in place of a width: 80MB, or 2.6bpw (true bits over all parameters). Every
             matrix, the embedding and the head get one of the choices; overrides, embedding, head and exclude pin what
             they name. The file is that of the first of gguf and native in --export, native without one.
@@ -146,6 +146,7 @@ class ModelQuantization(LightningModule):
             outer("head", head, scheme),
             fallback,
             automatic=embedding == AUTO,
+            kept=embedding is None,
             selection=self.selection,
         )
         self.block = settings.BlockOptions(

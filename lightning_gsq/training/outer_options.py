@@ -47,6 +47,7 @@ class OuterOptions:
         head: Grid and groups of a head that is a matrix of its own; None leaves it as it is.
         fallback: Give rows that a preset does not hold the one that llama.cpp takes for them.
         automatic: Nobody asked for the embedding's scheme: where the model has no use for it, it stays as it is.
+        kept: The embedding was asked to stay at 16 bits: where widths are chosen for a size, it has no choice.
         selection: What patterns say, and what was chosen; those that name one of these matrices count for it.
     """
 
@@ -54,6 +55,7 @@ class OuterOptions:
     head: QuantScheme | None = None
     fallback: bool = False
     automatic: bool = False
+    kept: bool = False
     selection: Selection | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +83,10 @@ class OuterOptions:
             why = f"{name} has rows of {columns} weights, no whole groups of {group}"
             return f"model.embedding auto: {why}; kept at 16 bits"
         return None
+
+    def stays(self, network: PreTrainedModel, name: str) -> bool:
+        """Whether the settings leave a matrix outside of the blocks at 16 bits, whatever a size would choose for it."""
+        return self._excluded(name) or (self.kept and name == find_ends(network).embedding)
 
     def expected(self, network: PreTrainedModel) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
         """Scheme and ``(V, D)`` of each matrix to quantize, by its parameter name.
@@ -115,12 +121,16 @@ class OuterOptions:
             chosen[name] = (fitting, (rows, columns))
         return chosen
 
+    def _excluded(self, name: str) -> bool:
+        patterns = () if self.selection is None else self.selection.exclude
+        return any(names_it(pattern, name, outside=True) for pattern in patterns)
+
     def _named(self, scheme: QuantScheme | None, name: str | None) -> QuantScheme | None:
         """The scheme of a matrix after what patterns and the choice of widths say of it."""
         selection = self.selection
         if selection is None or name is None:
             return scheme
-        if any(names_it(pattern, name, outside=True) for pattern in selection.exclude):
+        if self._excluded(name):
             return None
         if name in selection.chosen:
             return scheme_of(selection.chosen[name])

@@ -61,6 +61,17 @@ def _fit(folder: Path, model: Path, corpus: Path, *arguments: str, **changes: ob
     return main(["fit", "--config", str(config), *arguments])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_was_asked_to_stay_has_no_choice(tmp_path: Path, tied: bool) -> None:
+    """It was chosen for like every matrix, though ``null`` says 16 bits."""
+    model = save_model(tmp_path / "model", LlamaConfig(**{**SHAPE, "tie_word_embeddings": tied}))
+    choices = ["w2g64", "w3g64", "w4g64", "w6g64"]
+    run = quantize(model, tmp_path / "run", 3, 64, size="300kB", choices=choices, embedding=None)
+    chosen = set(run.recipe["choice"]["widths"])
+    assert "model.embed_tokens.weight" not in chosen | set(run.weights)
+    assert ("lm_head.weight" in chosen) != tied
+
+
 def test_a_run_stopped_and_resumed_is_the_same_to_the_bit(
     tiny_llama: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,7 +55,7 @@ def quantize(model: Path, folder: Path, bits: object, group_size: int, **setting
         "trainer": {"default_root_dir": str(folder), "accelerator": "cpu", "precision": "32-true"},
         "model": {
             "pretrained": str(model),
-            "embedding": None,
+            "embedding": "auto" if "size" in settings else None,
             "scheme": {"bits": bits, "group_size": group_size},
             "warm_start": {"class_path": "lightning_gsq.quantizers.RTN", "init_args": {"weighted": False}},
             "compile_blocks": False,

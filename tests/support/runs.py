@@ -27,7 +27,7 @@ def write_config(model: Path, corpus: Path, folder: Path, **changes: object) -> 
         },
         "model": {
             "pretrained": str(model),
-            "embedding": None,
+            "embedding": "auto" if "model__size" in changes else None,
             "phases": ["init", "blocks"],
             "scheme": {"bits": 2, "group_size": 16},
             "gumbel": {"backend": "eager"},
