@@ -63,8 +63,11 @@ class EndToEndTiming:
         # The teacher, the student, and the student again where its activations are not kept.
         a_batch = blocks * ((1 + options.recompute) * self.forward + self.trained) + self.head
         evaluations = 1 + max(1, round(passes.validations * batches / a_pass))
-        held_out = evaluations * math.ceil(data.num_validation_sequences / (passes.batch_size * world))
-        seconds = batches * a_batch + held_out * (2 * blocks * self.forward + self.measured)
+        held_out = math.ceil(data.num_validation_sequences / (passes.batch_size * world))
+        # What the teacher says of held-out text is kept, unless the model is spread over processes.
+        of_teacher = evaluations if options.strategy is not None and world > 1 else 1
+        of_models = (of_teacher + evaluations) * blocks * self.forward
+        seconds = batches * a_batch + held_out * (of_models + evaluations * self.measured)
         return EndToEndWork(math.ceil(batches / several), several * a_batch, seconds)
 
 

@@ -44,7 +44,7 @@ from lightning_gsq.training.schedule import cosine_to_floor
 from lightning_gsq.training.step_shares import mean_share, scale_shares
 from lightning_gsq.training.student_block import StudentBlock
 from lightning_gsq.training.student_outer import StudentEnds, StudentOuter
-from lightning_gsq.training.teacher import StoredTeacher, top_tokens
+from lightning_gsq.training.teacher import HeldOutStates, StoredTeacher, top_tokens
 from lightning_gsq.weights.quantized import QuantizedWeight
 
 Batch = list[Tensor]
@@ -105,6 +105,7 @@ class EndToEndQuantization(LightningModule):
         self.held_out = nn.ModuleDict({name: loss_mean() for name in ("loss", "divergence", "cross_entropy")})
         self.stored: StoredTeacher | None = None
         """The teacher's stored tokens of the training sequences; what is missing is computed when the fit begins."""
+        self.held_out_states = HeldOutStates()
         self.idle_passes = 0  # forward passes of a validation that other processes make and this one does not
         self.best_loss, self.last_loss, self.validated_step = math.inf, math.inf, -1
         self.start_divergence = math.inf  # of the first evaluation; as if far away where there was none
@@ -132,14 +133,18 @@ class EndToEndQuantization(LightningModule):
         """The full-precision model's ``k`` most probable next tokens and their log-probabilities, ``B T k`` each."""
         return top_tokens(self.teacher_hidden(ids_BT), self._head_here(), self.options.loss.temperature, k)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the divergence and the cross-entropy of a batch."""
+    def loss(self, batch: Batch, held_out: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, the divergence and the cross-entropy of a batch; ``held_out`` is the number of a held-out one."""
         ids_BT = batch[0]
         teacher = self._head_here()
         if len(batch) == 3:
             target: HiddenTarget | TopKTarget = TopKTarget(batch[1].flatten(0, 1), batch[2].flatten(0, 1))
         else:
-            target = HiddenTarget(self.teacher_hidden(ids_BT).flatten(0, 1), teacher)
+            if held_out is None or is_sharded(self):  # spread: all make the same passes, and some have fewer batches
+                hidden_BTD = self.teacher_hidden(ids_BT)
+            else:
+                hidden_BTD = self.held_out_states.of(held_out, ids_BT, self.teacher_hidden)
+            target = HiddenTarget(hidden_BTD.flatten(0, 1), teacher)
         labels_BT = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=IGNORED)
         ends = self.outer()
         matrix = ends.head if self.head is None else self.head
@@ -204,7 +209,7 @@ class EndToEndQuantization(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the losses of some held-out sequences, scales rounded as they are stored."""
-        values = self.loss(batch)
+        values = self.loss(batch, batch_idx)
         refuse_non_finite(
             values[0],
             f"the held-out loss of the end-to-end phase in batch {batch_idx + 1} after step {self.global_step}",

@@ -1,6 +1,8 @@
-"""The teacher's most probable tokens at every calibration position, computed once and stored in the run folder.
+"""What the teacher says, computed once: of the training sequences its most probable tokens, of held-out ones all.
 
-One file for some sequences each, so that a pass that was interrupted goes on, and several processes share the work.
+The tokens are stored in the run folder, one file for some sequences each, so that a pass that was interrupted goes on,
+and several processes share the work. Held-out sequences are few, and come again in every evaluation: their last hidden
+states are kept in memory.
 """
 
 from __future__ import annotations
@@ -94,6 +96,26 @@ class StoredTeacher(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def _file(self, part: int) -> Path:
         return self.folder / f"top_k-{part:05d}.safetensors"
+
+
+class HeldOutStates:
+    """The teacher's last hidden states of held-out batches, kept on the host."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, number: int, ids_BT: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Those of one batch, ``B T D``, on the device of its ids.
+
+        Args:
+            number: The batch's number.
+            ids_BT: Its token ids.
+            compute: Computes them, the first time, and where the batch of that number has become another.
+        """
+        ids = ids_BT.cpu()
+        if number not in self._kept or not torch.equal(self._kept[number][0], ids):
+            self._kept[number] = ids, compute(ids_BT).cpu()
+        return self._kept[number][1].to(ids_BT.device)
 
 
 def top_tokens(hidden_BTD: Tensor, head: Head, temperature: float, k: int) -> tuple[Tensor, Tensor]:

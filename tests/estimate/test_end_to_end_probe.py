@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning_gsq.data import CalibrationDataModule
@@ -14,24 +15,25 @@ from tests.support.runs import write_config
 
 
 @pytest.mark.parametrize(
-    ("settings", "world", "several", "steps", "batches", "held_out"),
+    ("settings", "world", "several", "steps", "batches", "held_out", "of_teacher"),
     [
-        ({}, 1, 2, 4, 8, 5 * 2),  # 16 sequences in batches of two; before, and four times in the pass
-        ({}, 2, 1, 4, 4, 5 * 1),
-        ({"max_epochs": 2}, 1, 2, 8, 16, 9 * 2),
-        ({"max_steps": 1}, 1, 2, 1, 2, 2 * 2),
-        ({"max_steps": 100}, 1, 1, 8, 8, 5 * 2),
+        ({}, 1, 2, 4, 8, 5 * 2, 2),  # 16 sequences in batches of two; before, and four times in the pass
+        ({}, 2, 1, 4, 4, 5 * 1, 1),
+        ({"strategy": "fsdp2"}, 2, 1, 4, 4, 5 * 1, 5),
+        ({"max_epochs": 2}, 1, 2, 8, 16, 9 * 2, 2),
+        ({"max_steps": 1}, 1, 2, 1, 2, 2 * 2, 2),
+        ({"max_steps": 100}, 1, 1, 8, 8, 5 * 2, 2),
     ],
 )
 def test_batches_and_evaluations(
-    settings: dict[str, int], world: int, several: int, steps: int, batches: int, held_out: int
+    settings: dict[str, Any], world: int, several: int, steps: int, batches: int, held_out: int, of_teacher: int
 ) -> None:
     data = CalibrationDataModule(num_sequences=16, num_validation_sequences=4)
     timing = EndToEndTiming(forward=1.0, trained=10.0, measured=100.0, head=1000.0)
     options = EndToEndOptions(batch_size=2, **settings)
     work = timing.work(options, data, 3, world, several)
     assert work.steps == steps and work.a_step == several * (3 * 11 + 1000)
-    assert work.seconds == batches * (3 * 11 + 1000) + held_out * (3 * 2 + 100)
+    assert work.seconds == batches * (3 * 11 + 1000) + held_out * (3 + 100) + of_teacher * 3
     again = timing.work(EndToEndOptions(batch_size=2, recompute=True, **settings), data, 3, world, several)
     assert again.seconds - work.seconds == batches * 3
 

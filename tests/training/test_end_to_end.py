@@ -82,6 +82,19 @@ def test_training_lowers_the_held_out_divergence(options: dict[str, Any]) -> Non
     assert all(torch.equal(network.get_parameter(name), value) for name, value in before.items())
 
 
+def test_the_teacher_sees_held_out_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two held-out batches and four for training, in three evaluations and two passes; the losses stay the same."""
+    module = _module(FAMILIES["llama"]())
+    seen: list[torch.Tensor] = []
+    compute = module.teacher_hidden
+    monkeypatch.setattr(module, "teacher_hidden", lambda ids_BT: seen.append(ids_BT) or compute(ids_BT))
+    _fit(module)
+    assert len(seen) == 2 + 2 * 4
+    own, other = seen[0], seen[0].flip(0)
+    for ids in (own, other, own):
+        assert torch.equal(module.eval().loss([ids], 0)[0], module.loss([ids])[0])
+
+
 def test_finer_codes_take_smaller_steps() -> None:
     """The learning rates are those of 3 bits; norms take the mean of the weights beside them."""
     network = FAMILIES["llama"]()
