@@ -191,7 +191,7 @@ def print_estimate(
         table.add_row(
             "measured on one block of random weights",
             f"{timing.step * 1e3:,.0f} ms a step, {timing.forward * 1e3:,.0f} ms a forward pass, "
-            f"{timing.watched * 1e3:,.0f} ms to watch a batch for the start, {timing.rounding:,.1f} s to round",
+            f"{timing.watched * 1e3:,.0f} ms to watch a sequence for the start, {timing.rounding:,.1f} s to round",
         )
         if plan.end_to_end is not None:
             work = plan.end_to_end

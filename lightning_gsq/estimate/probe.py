@@ -17,6 +17,7 @@ from lightning_gsq.estimate.timing import median_seconds
 from lightning_gsq.models.chain import BlockRunner
 from lightning_gsq.quantizers import Start
 from lightning_gsq.quantizers.vector_gumbel import quantizer_of
+from lightning_gsq.run.forward_passes import sequences_at_once
 from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.training import BlockQuantization, ModelQuantization
 from lightning_gsq.weights.layout import SCALES
@@ -29,7 +30,7 @@ class Timing:
     Args:
         step: One training step of one batch.
         forward: One forward pass of one batch, without gradients.
-        watched: Summing up what the start has to know of one batch, passes included.
+        watched: Summing up what the start has to know of one sequence, passes included.
         rounding: The warm start of all its weights.
     """
 
@@ -57,7 +58,7 @@ class Timing:
         return propagated / data.batch_size * self.forward + self._statistics(model, data) + self.rounding
 
     def _statistics(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
-        return _looked_at(model) / data.batch_size * self.watched
+        return _looked_at(model) * self.watched
 
 
 def _looked_at(model: ModelQuantization) -> int:
@@ -91,11 +92,13 @@ def probe(
         with torch.no_grad(), autocast:
             run(module.block, batch[0], module._call)
 
-    watch = start_probe.watching(model, module.block, weights, batch[0], module._call, autocast)
+    together = min(sequences_at_once(data.sequence_length), max(1, _looked_at(model)))
+    several = torch.randn(together, data.sequence_length, width, device=device)
+    watch = start_probe.watching(model, module.block, weights, several, module._call, autocast)
     return Timing(
         step=median_seconds(step, device),
         forward=median_seconds(forward, device),
-        watched=0.0 if watch is None else median_seconds(watch, device),
+        watched=0.0 if watch is None else median_seconds(watch, device, repeats=1) / together,
         rounding=start_probe.rounding(model, weights, device),
     )
 

@@ -35,13 +35,13 @@ def watching(
     call: BlockCall,
     precision: AbstractContextManager[object],
 ) -> Callable[[int], None] | None:
-    """What sums up the inputs of a block's weights over one batch, passes included; None where nothing has to.
+    """What sums up the inputs of a block's weights over some sequences, passes included; None where nothing has to.
 
     Args:
         model: The settings.
         block: The block.
         weights: Its weights.
-        hidden_BTD: The batch.
+        hidden_BTD: The sequences, as many as pass together in a run.
         call: What the block is called with beside it.
         precision: In which its passes run; can be entered again and again.
     """
