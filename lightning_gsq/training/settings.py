@@ -98,6 +98,11 @@ def size_of(
             f"model.size: a size and {scheme} both say what matrices cost; leave out --model.scheme.budget and "
             "--model.scheme.salient, or --model.size"
         )
+    if scheme.preset is not None:
+        raise ConfigurationError(
+            f"model.size: a size gives each matrix one of model.choices, and model.scheme {scheme.preset} one to all; "
+            f"leave one of the two out, or pin what has to be {scheme.preset} with --model.overrides"
+        )
     if isinstance(warm_start, FromFile):
         raise ConfigurationError(
             "model.size: the warm start takes widths from its file; leave --model.size out, or use another warm start"

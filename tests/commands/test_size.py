@@ -152,6 +152,7 @@ REFUSALS = {
     "a pin": ({"overrides": {"*.mlp.*": "w8g16"}, "size": "22kB"}, r"for 6 pinned matrices, such as .*\(w8g16\)"),
     "no size": ({"size": None}, "are for --model.size"),
     "a budget": ({"scheme": {"bits": 1, "budget": 1.5}}, "both say what matrices cost"),
+    "a preset": ({"scheme": "q4_0"}, "one of model.choices, and model.scheme q4_0 one to all"),
     "all pinned": ({"overrides": {"*": "w4g16"}, "embedding": "w4g16", "head": "w4g16"}, "nothing is left to choose"),
 }
 
