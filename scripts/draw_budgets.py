@@ -15,11 +15,13 @@ from matplotlib.figure import Figure  # not pyplot: no display
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 FULL_PRECISION = 23.53
+TICKS = (24, 25, 26, 27, 28, 30, 35, 50, 75, 100, 150)
 COLOURS = {
     "AutoRound": "#888888",
     "GSQ with blocks": "#1f77b4",
     "GSQ least squares": "#d62728",
     "GSQ least squares, following": "#2ca02c",
+    "the same, chosen widths": "#9467bd",
 }
 
 
@@ -40,8 +42,9 @@ def main() -> None:
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=tool)
         axis.axhline(FULL_PRECISION, color="black", linewidth=0.8, linestyle=":")
         axis.annotate("full precision", (0, FULL_PRECISION), xytext=(4, 3), textcoords="offset points", fontsize=8)
-        axis.set(title=f"{bits} bits", xlabel="minutes on two cores", yscale="log", xlim=(0, None))
-        ticks = [tick for tick in (25, 30, 35, 50, 75, 100, 150) if tick < 1.1 * axis.get_ylim()[1]]
+        axis.set(title=f"{bits} bits", xlabel="minutes on two cores", yscale="log", xlim=(0, 1.05 * axis.dataLim.x1))
+        low, high = axis.get_ylim()
+        ticks = [tick for tick in TICKS if low < tick < 1.1 * high and (high < 30 or tick % 5 == 0)]
         axis.set_yticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
