@@ -33,7 +33,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str) -> 
     if phase is not None:
         losses = f"{phase['start']:.4f} → {phase['final']:.4f}"
         table.add_row(
-            "held-out loss, end to end", losses + (", rejected: the blocks stand" if phase["rejected"] else "")
+            "held-out loss, end to end", losses + (", rejected: the start stands" if phase["rejected"] else "")
         )
     bits = summary["bits_per_weight"]
     table.add_row(

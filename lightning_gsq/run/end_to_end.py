@@ -126,7 +126,7 @@ def run_end_to_end(
     if rejected:
         run.say(
             f"The end-to-end phase did not lower the held-out loss of {start_loss:.4g} (it ended at "
-            f"{module.last_loss:.4g}): the result of the blocks stands"
+            f"{module.last_loss:.4g}): what it began with stands"
         )
     report = {
         "start": start_loss,

@@ -32,7 +32,7 @@ class EndToEndResult:
 
     @property
     def rejected(self) -> bool:
-        """Whether no state was better than the blocks' result."""
+        """Whether no state was better than what it began with."""
         return bool(self.report["rejected"])
 
 

@@ -189,7 +189,7 @@ class EndToEndQuantization(LightningModule):
         refuse_non_finite(
             loss,
             f"the loss of the end-to-end phase at step {self.global_step}",
-            "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). The blocks' result is "
+            "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). What it began with is "
             "in the run folder: without end_to_end in --model.phases the run ends with it",
         )
         figures = (("loss", loss.detach()), ("divergence", kl), ("cross_entropy", ce))
@@ -213,7 +213,7 @@ class EndToEndQuantization(LightningModule):
         refuse_non_finite(
             values[0],
             f"the held-out loss of the end-to-end phase in batch {batch_idx + 1} after step {self.global_step}",
-            "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). The blocks' result is "
+            "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). What it began with is "
             "in the run folder: without end_to_end in --model.phases the run ends with it",
         )
         for (name, mean), value in zip(self.held_out.items(), values, strict=True):
