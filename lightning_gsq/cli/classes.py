@@ -12,6 +12,7 @@ from lightning_gsq import callbacks, data, quantizers, training
 from lightning_gsq.data import TextSource
 from lightning_gsq.errors import ConfigurationError
 from lightning_gsq.quantizers import FromFile, WarmStart
+from lightning_gsq.quantizers.from_file import ROUNDS_NOTHING
 
 MOVED = {
     "lightning_gsq.optim.": "lightning_gsq.training.",
@@ -60,7 +61,13 @@ def class_names(option: str) -> list[str]:
 
 
 def class_path(option: str, value: str) -> str:
-    """The path of a class given by its short name in any case; anything else as it is."""
+    """The path of a class given by its short name in any case; anything else as it is.
+
+    Raises:
+        ConfigurationError: it is none that can stand there, though others of its kind can.
+    """
+    if option == "model.warm_start.rounding" and value.rpartition(".")[2].lower() == FromFile.__name__.lower():
+        raise ConfigurationError(ROUNDS_NOTHING)  # else its own arguments would be asked for first
     by_lower = {name.lower(): path for name, path in OPTIONS.get(option, {}).items()}
     return by_lower.get(value.lower(), value)
 

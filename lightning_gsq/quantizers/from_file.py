@@ -42,6 +42,9 @@ SCHEMES = {
 """The scheme whose grid and groups a block type has, by the type's number; its preset is another."""
 
 
+ROUNDS_NOTHING = "model.warm_start.rounding: FromFile rounds nothing; name LeastSquares, or null"
+
+
 class FromFile(WarmStart):
     """Codes and scales of a GGUF file of the same model.
 
@@ -57,7 +60,7 @@ class FromFile(WarmStart):
 
     def __init__(self, file: str, rounding: WarmStart | None = None) -> None:
         if isinstance(rounding, FromFile):
-            raise ConfigurationError("model.warm_start.rounding: FromFile rounds nothing; name LeastSquares, or null")
+            raise ConfigurationError(ROUNDS_NOTHING)
         self.rounding = rounding
         self.needs_hessian = rounding is not None and rounding.needs_hessian
         self.diagonal_only = rounding is not None and rounding.diagonal_only

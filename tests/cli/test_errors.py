@@ -57,6 +57,11 @@ def refused(capsys: pytest.CaptureFixture[str]):
             "fit m --model.scheme file --model.scheme.bits 4",
             "model.scheme.bits: 4 and --model.scheme file both say what",
         ),
+        ("fit m --model.scheme q4_k --model.size 80MB", "model.scheme q4_k one to all; leave one of the two out"),
+        (
+            "fit m --model.warm_start FromFile --model.warm_start.rounding fromfile",
+            "model.warm_start.rounding: FromFile rounds nothing",
+        ),
         (
             "fit m --model.embedding file",
             "file stands for the types of --model.warm_start.file in --model.scheme alone",
