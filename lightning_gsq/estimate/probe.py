@@ -22,6 +22,9 @@ from lightning_gsq.system.seeding import generator_of
 from lightning_gsq.training import BlockQuantization, ModelQuantization
 from lightning_gsq.weights.layout import SCALES
 
+WATCHED = 2**36
+"""Tokens times parameters of a block: watching more of them says no more of the time, and takes minutes."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -92,7 +95,8 @@ def probe(
         with torch.no_grad(), autocast:
             run(module.block, batch[0], module._call)
 
-    together = min(sequences_at_once(data.sequence_length), max(1, _looked_at(model)))
+    enough = WATCHED // (block.parameters * data.sequence_length)
+    together = max(1, min(sequences_at_once(data.sequence_length), _looked_at(model), enough))
     several = torch.randn(together, data.sequence_length, width, device=device)
     watch = start_probe.watching(model, module.block, weights, several, module._call, autocast)
     return Timing(
