@@ -35,7 +35,7 @@ import torch
 from divergence import measured
 from lightning_gsq.data import PerplexityData, TextFile
 from llama_cpp_mixes import BASES, mix
-from runs import add_row, has_row, summary_of, texts
+from runs import add_row, has_row, result_of, summary_of, texts
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -103,8 +103,7 @@ def compare(kind: str, folder: Path, options: argparse.Namespace, further: list[
     else:
         own += [*types, f"--model.warm_start={options.start}"]
     made: dict[str, tuple[Path, float]] = {}
-    last = {"init": "warm_start"}.get(phases[-1], phases[-1])
-    for name, settings, result in (("llama.cpp", theirs, "warm_start"), ("gsq", own, last)):
+    for name, settings, result in (("llama.cpp", theirs, "warm_start"), ("gsq", own, result_of(phases))):
         began, run = time.perf_counter(), folder / f"{kind}-{name}"
         summary_of(run, settings, result)
         made[name] = (exported(run), time.perf_counter() - began)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from divergence import measured
 from lightning_gsq.data import CalibrationDataModule, PerplexityData
-from runs import add_row, has_row, summary_of, text_of, texts
+from runs import add_row, has_row, result_of, summary_of, text_of, texts
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -99,7 +99,6 @@ def own_weights(tool: str, bits: int, seed: int, options: argparse.Namespace) ->
     """The model folder of a run of ``fit``."""
     text = f"{options.own_statistics}-{options.own_sequences}-seed{seed}"
     folder = options.folder / f"{tool.replace(', ', '-').replace(' ', '-')}-{bits}-{text}"
-    last = {"init": "warm_start"}.get(OWN[tool][-1], OWN[tool][-1])
     arguments = [
         f"--model.pretrained={options.pretrained}",
         f"--model.scheme.bits={bits}",
@@ -114,7 +113,7 @@ def own_weights(tool: str, bits: int, seed: int, options: argparse.Namespace) ->
         "--evaluation.num_windows=1",  # the weights are measured here
         *texts(options.calibration, options.evaluation),
     ]
-    spent = summary_of(folder, arguments, last)["seconds_of"]
+    spent = summary_of(folder, arguments, result_of(OWN[tool]))["seconds_of"]
     seconds = spent["warm_start"] + spent.get("end_to_end", 0)
     made = {"seconds": round(seconds, 1), "bits": bits + 16 / options.group, "threads": torch.get_num_threads()}
     (folder / "model" / "made.json").write_text(json.dumps(made))

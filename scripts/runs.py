@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,11 @@ def summary_of(folder: Path, arguments: list[str], result: str) -> dict[str, Any
             [*command, f"--trainer.default_root_dir={folder}", "--model.embedding=null", *arguments], check=True
         )
     return dict(json.loads(file.read_text()))
+
+
+def result_of(phases: Sequence[str]) -> str:
+    """The perplexity of a summary, as :func:`summary_of` names it, that a run of these phases ends with."""
+    return "warm_start" if phases[-1] == "init" else phases[-1]
 
 
 def texts(calibration: str | None, evaluation: str | None) -> list[str]:

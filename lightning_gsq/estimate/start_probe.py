@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -75,11 +76,10 @@ def rounding(model: ModelQuantization, weights: Weights, device: torch.device) -
     """Seconds of the start of all weights, inputs known; none for codes that a file has."""
     if isinstance(model.start.warm_start.rule, FromFile):
         return 0.0
-    counts: dict[tuple[LinearSite, QuantScheme], int] = {}
-    shapes: dict[tuple[int, int, QuantScheme], tuple[LinearSite, QuantScheme]] = {}
+    counts = Counter[tuple[LinearSite, QuantScheme]]()  # of one matrix each
     for site, scheme in weights.items():
-        key = shapes.setdefault((site.out_features, site.in_features, scheme), (site, scheme))
-        counts[key] = counts.get(key, 0) + max(site.experts, 1)
+        one = LinearSite("", min(site.experts, 1), site.out_features, site.in_features, transposed=False)
+        counts[one, scheme] += max(site.experts, 1)
     smallest = min(counts, key=lambda key: key[0].out_features * key[0].in_features)
     _matrix(model, *smallest, device)  # compiles, allocates, and fills caches
     return sum(count * _matrix(model, site, scheme, device) for (site, scheme), count in counts.items())

@@ -51,6 +51,12 @@ Batch = list[Tensor]
 """Token ids ``B T``, and for a stored teacher its tokens and log-probabilities, each ``B T K``."""
 
 
+WAY_OUT = (
+    "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). What it began with is in the "
+    "run folder: without end_to_end in --model.phases the run ends with it"
+)
+
+
 class EndToEndQuantization(LightningModule):
     """Trains group scales, and what else the options name, on the divergence from the full-precision model.
 
@@ -189,8 +195,7 @@ class EndToEndQuantization(LightningModule):
         refuse_non_finite(
             loss,
             f"the loss of the end-to-end phase at step {self.global_step}",
-            "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). What it began with is "
-            "in the run folder: without end_to_end in --model.phases the run ends with it",
+            WAY_OUT,
         )
         figures = (("loss", loss.detach()), ("divergence", kl), ("cross_entropy", ce))
         self.log_dict({f"end_to_end/{name}": value for name, value in figures})
@@ -213,8 +218,7 @@ class EndToEndQuantization(LightningModule):
         refuse_non_finite(
             values[0],
             f"the held-out loss of the end-to-end phase in batch {batch_idx + 1} after step {self.global_step}",
-            "lower the learning rates (--end_to_end.optimizer.init_args.lr and those beside it). What it began with is "
-            "in the run folder: without end_to_end in --model.phases the run ends with it",
+            WAY_OUT,
         )
         for (name, mean), value in zip(self.held_out.items(), values, strict=True):
             assert isinstance(mean, MeanMetric)
