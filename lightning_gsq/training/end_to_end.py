@@ -192,11 +192,7 @@ class EndToEndQuantization(LightningModule):
             NonFiniteLossError: it is NaN or infinite.
         """
         loss, kl, ce = self.loss(batch)
-        refuse_non_finite(
-            loss,
-            f"the loss of the end-to-end phase at step {self.global_step}",
-            WAY_OUT,
-        )
+        refuse_non_finite(loss, f"the loss of the end-to-end phase at step {self.global_step}", WAY_OUT)
         figures = (("loss", loss.detach()), ("divergence", kl), ("cross_entropy", ce))
         self.log_dict({f"end_to_end/{name}": value for name, value in figures})
         return loss
