@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import lightning_gsq
 from lightning_gsq import Quantized, QuantScheme, prepare_block, quantize
 from lightning_gsq.errors import ConfigurationError
-from lightning_gsq.quantizers import GPTQ
+from lightning_gsq.quantizers import GPTQ, GumbelOptions
 from tests.support.tiny import FAMILIES
 
 SMALL: dict[str, Any] = {
@@ -123,7 +123,8 @@ def test_one_block_of_many_families(family: str) -> None:
     from lightning.pytorch import Trainer
 
     network, ids = FAMILIES[family](), torch.randint(0, 200, (10, 24))
-    block = prepare_block(network, 1, ids, QuantScheme(2, 16), warm_start=GPTQ(), held_out=2)
+    eager = GumbelOptions(backend="eager")
+    block = prepare_block(network, 1, ids, QuantScheme(2, 16), warm_start=GPTQ(), gumbel=eager, held_out=2)
     rounding = HardRounding(max_gap=None)
     trainer = Trainer(
         max_epochs=3,

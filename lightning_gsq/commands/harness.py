@@ -77,7 +77,7 @@ def load_tasks(names: Sequence[str], task_data: str | None, trust_remote_code: b
 
 @functools.cache
 def _manager(defaults: bool) -> Any:
-    """Knows tasks by name; lm-eval's own are 15,000, which takes seconds to read."""
+    """Knows tasks by name; lm-eval's own are 15,000, which takes ten seconds to read."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
@@ -229,6 +229,7 @@ def measure(
         answers: Any = simple_evaluate(
             model=model,
             tasks=list(tasks),
+            task_manager=_manager(False),  # else it reads all of its own tasks again
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,

@@ -190,7 +190,8 @@ def print_estimate(
         timing = plan.timing
         table.add_row(
             "measured on one block of random weights",
-            f"{timing.step * 1e3:,.0f} ms a step, {timing.forward * 1e3:,.0f} ms a forward pass, "
+            ("" if timing.step is None else f"{timing.step * 1e3:,.0f} ms a step, ")
+            + f"{timing.forward * 1e3:,.0f} ms a forward pass, "
             f"{timing.watched * 1e3:,.0f} ms to watch a sequence for the start, {timing.rounding:,.1f} s to round",
         )
         if plan.end_to_end is not None:

@@ -242,8 +242,9 @@ def _steps(trainer: Trainer, data: CalibrationDataModule) -> int:
 
 
 def _compiles(model: ModelQuantization, trainer: Trainer) -> bool:
-    """Whether anything is compiled."""
-    return model.block.gumbel.backend != "eager" and compiler_available(trainer.strategy.root_device.type)
+    """Whether anything is compiled: what trains blocks."""
+    trains = "blocks" in model.phases and model.block.gumbel.backend != "eager"
+    return trains and compiler_available(trainer.strategy.root_device.type)
 
 
 def _probe(

@@ -109,9 +109,7 @@ def phases_of(
         phases.append(Phase(f"perplexity of the blocks{way}", held | installed | windows, evaluate))
     if "end_to_end" in model.phases:
         terms = end_to_end_terms(model, data, end_to_end, skeleton, plan, ledger, outer, around)
-        back = {"the model on its way back from the device": skeleton.parameters * skeleton.dtype.itemsize}
-        whole = around.accelerated and around.spread == 1
-        phases.append(Phase("end to end", held | (back if whole else {}), terms))
+        phases.append(Phase("end to end", held | _beside_end_to_end(data, skeleton, around), terms))
         phases.append(Phase(f"perplexity after it{way}", held | installed | windows, evaluate))
     return [*phases, Phase("save", held | _saving(model, skeleton, plan))]
 
@@ -145,6 +143,17 @@ def _at_all_blocks(
     together = min(sequences, sequences_together(options, tokens, skeleton.width, blocks))
     kept = together * tokens * skeleton.width * options.itemsize * (blocks + BESIDE)
     return {} if kept > options.limit else {"hidden states at all blocks": kept}
+
+
+def _beside_end_to_end(data: CalibrationDataModule, skeleton: Skeleton, around: Surroundings) -> dict[str, int]:
+    """What the host holds where every device has the whole model: the teacher's states, and the model on its way."""
+    if around.spread > 1:
+        return {}
+    itemsize, tokens = skeleton.dtype.itemsize, data.num_validation_sequences * data.sequence_length
+    terms = {"what the teacher says of held-out text": tokens * skeleton.width * itemsize}
+    if around.accelerated:
+        terms["the model on its way back from the device"] = skeleton.parameters * itemsize
+    return terms
 
 
 def _saving(model: ModelQuantization, skeleton: Skeleton, plan: dict[int, Weights]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from lightning_gsq.estimate.quantities import Weights
 from lightning_gsq.estimate.simulate import longer
 from lightning_gsq.estimate.skeleton import BlockSkeleton
 from lightning_gsq.estimate.timing import median_seconds
+from lightning_gsq.models.calls import BlockCall
 from lightning_gsq.models.chain import BlockRunner
 from lightning_gsq.quantizers import Start
 from lightning_gsq.quantizers.vector_gumbel import quantizer_of
@@ -31,13 +33,13 @@ class Timing:
     """Seconds of one block's parts.
 
     Args:
-        step: One training step of one batch.
+        step: One training step of one batch; None where blocks do not train.
         forward: One forward pass of one batch, without gradients.
         watched: Summing up what the start has to know of one sequence, passes included.
         rounding: The warm start of all its weights.
     """
 
-    step: float
+    step: float | None
     forward: float
     watched: float
     rounding: float
@@ -49,7 +51,7 @@ class Timing:
         # of every epoch, two more over the finished block.
         further = 2 * model.start.experts.extra_sequences + 4 * data.num_validation_sequences
         passes = 2 * batches + further / data.batch_size
-        return steps * self.step + passes * self.forward + self._statistics(model, data) + self.rounding
+        return steps * (self.step or 0.0) + passes * self.forward + self._statistics(model, data) + self.rounding
 
     def end_loss(self, model: ModelQuantization, data: CalibrationDataModule) -> float:
         """Seconds of a block in the passes that weigh tokens: forwards, and forwards and back."""
@@ -80,27 +82,21 @@ def probe(
     run: BlockRunner,
 ) -> Timing:
     """Times one block of this shape with random weights."""
-    module, optimizer = _block(model, block, weights, device, data.sequence_length, run)
+    full = random_block(block, device)
+    call = longer(block.call, data.sequence_length).to(device)
     batch = tuple(torch.randn(data.batch_size, data.sequence_length, width, device=device) for _ in range(2))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    def step(number: int) -> None:
-        with autocast:
-            loss = module.loss(batch, module.sampled_weights(number))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
     def forward(_: int) -> None:
         with torch.no_grad(), autocast:
-            run(module.block, batch[0], module._call)
+            run(full, batch[0], call)
 
     enough = WATCHED // (block.parameters * data.sequence_length)
     together = max(1, min(sequences_at_once(data.sequence_length), _looked_at(model), enough))
     several = torch.randn(together, data.sequence_length, width, device=device)
-    watch = start_probe.watching(model, module.block, weights, several, module._call, autocast)
+    watch = start_probe.watching(model, full, weights, several, call, autocast)
     return Timing(
-        step=median_seconds(step, device),
+        step=_step(model, full, call, weights, batch, autocast, run) if "blocks" in model.phases else None,
         forward=median_seconds(forward, device),
         watched=0.0 if watch is None else median_seconds(watch, device, repeats=1) / together,
         rounding=start_probe.rounding(model, weights, device),
@@ -120,15 +116,17 @@ def random_block(block: BlockSkeleton, device: torch.device, dtype: torch.dtype 
     return made
 
 
-def _block(
+def _step(
     model: ModelQuantization,
-    block: BlockSkeleton,
+    block: nn.Module,
+    call: BlockCall,
     weights: Weights,
-    device: torch.device,
-    tokens: int,
+    batch: tuple[Tensor, ...],
+    precision: AbstractContextManager[object],
     run: BlockRunner,
-) -> tuple[BlockQuantization, torch.optim.Optimizer]:
-    full, quantizers = random_block(block, device), {}
+) -> float:
+    """Seconds of a training step of one batch."""
+    device, quantizers = batch[0].device, {}
     for site, scheme in weights.items():
         low, high, dtype = scheme.grid.low, scheme.grid.high, scheme.grid.code_dtype
         codes = torch.randint(low, high + 1, (site.rows, site.in_features), dtype=dtype, device=device)
@@ -138,7 +136,15 @@ def _block(
         quantizers[site] = quantizer_of(
             Start(codes, parts.pop(SCALES), codes, parts), scheme, model.block.gumbel, generator
         )
-    module = BlockQuantization(full, longer(block.call, tokens).to(device), quantizers, model.block.optimizer, run=run)
-    module.to(device)
+    module = BlockQuantization(block, call, quantizers, model.block.optimizer, run=run).to(device)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return module, model.block.optimizer([{"params": parameters, "name": "logits"}])
+    optimizer = model.block.optimizer([{"params": parameters, "name": "logits"}])
+
+    def step(number: int) -> None:
+        with precision:
+            loss = module.loss(batch, module.sampled_weights(number))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return median_seconds(step, device)

@@ -32,6 +32,8 @@ from lightning_gsq.models.probe import PROBE_TOKENS
 FEW_TOKENS = (64, 128)
 FEW_EXPERTS = (8, 16)
 """Of hundreds of experts so many run; what they take grows linearly with their number, all with the same tokens."""
+PASSES = 64
+"""Passes that are remembered: a run that does not fit is counted again with every option that may make it fit."""
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -77,6 +79,7 @@ class PassBytes:
     kept: int
 
 
+@functools.lru_cache(maxsize=PASSES)
 def activation_bytes(
     block: BlockSkeleton,
     width: int,
@@ -84,9 +87,9 @@ def activation_bytes(
     tokens: int,
     bf16: bool,
     training: bool,
-    narrow: Collection[str] = (),
+    narrow: frozenset[str] = frozenset(),
 ) -> PassBytes:
-    """Memory of one pass beside the weights.
+    """Memory of one pass beside the weights; of the last passes asked for it is known.
 
     Args:
         block: The block.

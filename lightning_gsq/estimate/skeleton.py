@@ -29,9 +29,9 @@ from lightning_gsq.models.linear_weights import LinearSite, find_all_sites
 from lightning_gsq.models.probe import probe_ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockSkeleton:
-    """One block.
+    """One block; another of equal parts is another one.
 
     Args:
         module: The block, on the meta device.

@@ -18,9 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 from scipy.sparse.csgraph import laplacian
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
-from sklearn.neighbors import kneighbors_graph
 from torch import Tensor
 
 from lightning_gsq.errors import ConfigurationError
@@ -85,6 +82,9 @@ def graph_group_count(values: Tensor, options: GraphOptions) -> GroupCount:
         The count between 2 and ``max_groups`` with the largest sum of eigengap and silhouette score, each relative
         to its best; 1 when there are fewer distinct values than ``4 * max_groups``.
     """
+    from sklearn.cluster import KMeans  # brings pandas: a seventh of what a command loads before it begins
+    from sklearn.metrics import silhouette_score
+
     sample = _sample(values, options)
     if len(np.unique(sample)) < 4 * options.max_groups:
         return GroupCount(1)
@@ -110,6 +110,8 @@ def _sample(values: Tensor, options: GraphOptions) -> NDArray[np.float64]:
 
 def _spectrum(sample: NDArray[np.float64], options: GraphOptions) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The smallest ``max_groups + 1`` eigenvalues of the normalised Laplacian, rising, and their vectors."""
+    from sklearn.neighbors import kneighbors_graph
+
     k = min(options.neighbours, len(sample) - 1)
     graph = kneighbors_graph(sample[:, None], k, mode="distance", include_self=False)
     radius = graph.max(axis=1).toarray().ravel().clip(RADIUS_FLOOR * max(float(np.ptp(sample)), 1e-30))

@@ -39,7 +39,7 @@ def test_batches_and_evaluations(
 
 
 def test_the_time_has_it(tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And of a run that trains no block nothing is said of its steps."""
+    """And of a run that trains no block no step is tried, and nothing is said of its steps."""
     for phases, words, others in (
         (["init", "end_to_end"], "end to end │", "a block,"),
         (["init", "blocks"], "a block,", "end to end │"),
@@ -47,6 +47,9 @@ def test_the_time_has_it(tiny_llama: Path, corpus: Path, tmp_path: Path, capsys:
         settings = {"model__phases": phases, "end_to_end__max_steps": 3}
         config = write_config(tiny_llama, corpus, tmp_path, **settings)
         assert main(["plan", "--config", str(config)]) == 0
-        said = " ".join(capsys.readouterr().out.partition("Work")[2].split())
+        memory, _, work = capsys.readouterr().out.partition("Work")
+        said = " ".join(work.split())
         assert words in said and others not in said
+        assert ("ms a step" in said) == ("blocks" in phases)
+        assert ("what the teacher says of held-out text" in memory) == ("end_to_end" in phases)
         assert ("3 steps of about" in said) == ("end_to_end" in phases)

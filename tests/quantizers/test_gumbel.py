@@ -137,7 +137,8 @@ def test_low_precision_logits() -> None:
 def test_decay_in_the_gradient_leaves_candidates_outside_of_the_grid_out() -> None:
     scheme = QuantScheme(3, 8)
     start = RTN()(torch.randn(8, 16), None, scheme)
-    quantizer = GumbelQuantizer(start, scheme, GumbelOptions(), torch.Generator().manual_seed(0))
+    options = GumbelOptions(backend="eager")
+    quantizer = GumbelQuantizer(start, scheme, options, torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam([quantizer.logits], lr=1e-2, weight_decay=0.1)
     for step in range(20):
         optimizer.zero_grad()
