@@ -153,7 +153,7 @@ def fit(
         open_recipe(folder, recipe, say)
         kind = kind_before_end_to_end(model, plan, folder)
         board.log_recipe(trainer.loggers, recipe)
-        board.log_guide(trainer.loggers)
+        board.log_guide(trainer.loggers, [*model.phases, *["size"] * (menu is not None)])
         with Ranks.joined(trainer) as ranks:
             ranks.wait()
             # Before, to refuse without starting other processes; now, because then the first may not have written it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,24 +31,29 @@ HYPERPARAMETERS = {
 }
 
 
-GUIDE = """\
-| page | what it shows |
-|---|---|
-| `block/loss_soft`, `block/loss_hard` | error with sampled and with rounded weights, block after block |
-| `block/val_loss_soft`, `block/val_loss_hard` | the same on held-out sequences, at the end of each pass |
-| `annealing/temperature`, `annealing/logit_scale` | how decided the choice of levels has to be |
-| `learning_rate/logits`, `learning_rate/scales` | of the level choices and of the scales |
-| `rounding/flip_rate`, `rounding/gap` | share of codes that left their start; what the final rounding cost |
-| `end_to_end/...` | divergence from the original, whole model |
-| `perplexity/...` | after each phase |
-| `experts/...` | tokens that routed experts saw, and how many keep their start; one step a block |
-| `zero_shot/...` | tasks of lm-eval (the command `test`) |
-| Histograms | levels used, undecidedness in bits, change of the scales; one step a block |
-| Images | error of every weight matrix, one step a block |
-| HParams | one row a run: point `--logdir` at the folder above several runs |
-
-*Error* is the squared error of a block's output over the mean square of what it should be: 0.01 is one percent.
-"""
+PAGES = {
+    # what a run has -> the pages that it then fills, and what they show
+    "blocks": {
+        "`block/loss_soft`, `block/loss_hard`": "error with sampled and with rounded weights, block after block",
+        "`block/val_loss_soft`, `block/val_loss_hard`": "the same on held-out sequences, at the end of each pass",
+        "`annealing/temperature`, `annealing/logit_scale`": "how decided the choice of levels has to be",
+        "`learning_rate/logits`, `learning_rate/scales`": "of the level choices and of the scales",
+        "`rounding/flip_rate`, `rounding/gap`": "share of codes that left their start; what the final rounding cost",
+        "Histograms": "levels used, undecidedness in bits, change of the scales; one step a block",
+        "Images: `weight_error`": "error of every weight matrix, one step a block",
+    },
+    "end_to_end": {"`end_to_end/...`": "divergence from the original, whole model"},
+    "size": {"Images: `widths`": "bits of every matrix over depth, and where the bytes go"},
+    "": {
+        "`perplexity/...`": "after each phase",
+        "`experts/...`": "tokens that routed experts saw, and how many keep their start; one step a block",
+        "`zero_shot/...`": "tasks of lm-eval (the command `test`)",
+        "HParams": "one row a run: point `--logdir` at the folder above several runs",
+    },
+}
+ERROR = (
+    "*Error* is the squared error of a block's output over the mean square of what it should be: 0.01 is one percent."
+)
 
 
 def log_recipe(loggers: Iterable[Logger], recipe: Mapping[str, Any]) -> None:
@@ -67,10 +72,18 @@ def log_figure(loggers: Iterable[Logger], name: str, figure: Figure) -> None:
         logger.save()
 
 
-def log_guide(loggers: Iterable[Logger]) -> None:
-    """Shows what the other pages hold, under Text."""
+def log_guide(loggers: Iterable[Logger], has: Collection[str]) -> None:
+    """Shows what the other pages hold, under Text.
+
+    Args:
+        loggers: The run's loggers; those that are no TensorBoardLogger are passed over.
+        has: Its phases, and ``size`` where a size chose its widths.
+    """
+    pages = [page for needed, pages in PAGES.items() if needed in ("", *has) for page in pages.items()]
+    rows = [f"| {page} | {what} |" for page, what in pages]
+    text = "\n".join(["| page | what it shows |", "|---|---|", *rows, *(["", ERROR] if "blocks" in has else [])])
     for logger in _boards(loggers):
-        logger.experiment.add_text("what_you_see_here", GUIDE)
+        logger.experiment.add_text("what_you_see_here", text)
         logger.save()
 
 

@@ -41,9 +41,12 @@ def test_a_run_leaves_everything_it_promises(tiny_llama: Path, corpus: Path, tmp
     assert set(spent["blocks"]) == {*spent["init"], "training", "check"}
     assert 0 < sum(spent["blocks"].values()) <= summary["seconds_per_block"]
     assert yaml.safe_load((run / "recipe.yaml").read_text())["settings"]["model"]["scheme"]["bits"] == 2
-    board = EventAccumulator(str(run / "tensorboard")).Reload().Tags()
-    assert "recipe/text_summary" in board["tensors"]
-    assert {"perplexity/blocks", "result/perplexity_blocks", "result/bits_per_weight"} <= set(board["scalars"])
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert "recipe/text_summary" in board.Tags()["tensors"]
+    (guide,) = board.Tensors("what_you_see_here/text_summary")
+    (pages,) = guide.tensor_proto.string_val
+    assert b"block/loss_soft" in pages and b"end_to_end/" not in pages and b"widths" not in pages
+    assert {"perplexity/blocks", "result/perplexity_blocks", "result/bits_per_weight"} <= set(board.Tags()["scalars"])
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert model.dtype == torch.bfloat16
     assert len(model.model.layers[0].mlp.down_proj.weight[0, :16].unique()) <= 4
