@@ -76,7 +76,7 @@ def block_terms(
     """Terms of one block, or of a device's share of it."""
     tokens, sequences = data.sequence_length, sequences_at_once(data.sequence_length)
     forward = activation_bytes(block, width, sequences, tokens, around.bf16, training=False).peak
-    narrow = frozenset(site.name for site in weights) if _sample_bytes(model, around) < FP32 else frozenset()
+    narrow = frozenset(site.name for site in weights if _sample_bytes(model, around) < FP32)
     step = activation_bytes(block, width, data.batch_size, tokens, around.bf16, True, narrow)
     devices = around.experts_over
     if devices > 1:
